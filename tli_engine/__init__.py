@@ -1,0 +1,19 @@
+"""Targeted Lexical Injection: align two languages in the early layers of an LLM, and measure it."""
+
+import importlib
+from typing import Any
+
+__version__ = "0.1.0"
+
+# imported on first use, so that ``tli-engine --help`` does not wait for torch
+_PUBLIC = {
+    "cosine_similarity": "tli_engine.ops",
+    "segment_mean": "tli_engine.ops",
+}
+__all__ = ["cosine_similarity", "segment_mean"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(_PUBLIC[name]), name)
+    raise AttributeError(f"module 'tli_engine' has no attribute {name!r}")

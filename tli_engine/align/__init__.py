@@ -1,0 +1,1 @@
+"""The alignment objective: pooling, spaces, losses, retrieval metrics, the layer scan."""

@@ -1,0 +1,71 @@
+"""The loss of one batch of word pairs."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from tli_engine.align.encode import pool
+from tli_engine.align.losses import alignment_loss
+from tli_engine.align.space import PairSpace
+from tli_engine.config import AlignConfig
+from tli_engine.data.words import Pack, Word, pack
+from tli_engine.models.early import EarlyModel
+from tli_engine.ops import cosine_similarity
+
+
+@dataclass(frozen=True)
+class PairBatch:
+    """Word pairs ready to run.
+
+    Attributes:
+        words: All sources, then all targets, in one pack.
+        is_negative: Whether target j is a wrong translation of source i, ``[N, N]``, bool.
+    """
+
+    words: Pack
+    is_negative: Tensor
+
+    def to(self, device: torch.device) -> "PairBatch":
+        """Copy to a device, without waiting for it."""
+        return PairBatch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def pair_batch(
+    source: Sequence[Word],
+    target: Sequence[Word],
+    source_groups: Sequence[int],
+    target_groups: Sequence[int],
+    mask_duplicates: bool,
+) -> PairBatch:
+    """Pack a batch; with ``mask_duplicates`` pairs that share a word are no negatives."""
+    is_negative = ~torch.eye(len(source), dtype=torch.bool)
+    if mask_duplicates:
+        for groups in (torch.tensor(source_groups), torch.tensor(target_groups)):
+            is_negative &= groups[:, None] != groups
+    return PairBatch(pack([*source, *target]), is_negative)
+
+
+@dataclass(frozen=True)
+class BatchLoss:
+    """Loss of a batch, and the raw cosine of its true and of its mismatched pairs; scalars."""
+
+    loss: Tensor
+    cosine_true: Tensor
+    cosine_random: Tensor
+
+
+def batch_loss(
+    model: EarlyModel, batch: PairBatch, space: PairSpace, config: AlignConfig
+) -> BatchLoss:
+    """Run both languages of a batch up to ``hidden_states[layer]`` in one pass, and compare."""
+    hidden = model(batch.words, config.layer)
+    vectors = pool(hidden, batch.words, config.pooling)
+    source, target = vectors.chunk(2)
+    cosine = cosine_similarity(space.source(source), space.target(target))
+    loss = alignment_loss(cosine, batch.is_negative, config)
+    with torch.no_grad():
+        raw = cosine if config.space == "raw" else cosine_similarity(source, target)
+        mismatched = raw[batch.is_negative]
+    return BatchLoss(loss, raw.detach().diagonal().mean(), mismatched.detach().mean())

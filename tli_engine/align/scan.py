@@ -1,0 +1,149 @@
+"""At which layer do two languages meet? One pass over the words gives every layer."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from tli_engine.align.encode import encode
+from tli_engine.align.retrieval import Alignment, chance_mrr, measure_alignment
+from tli_engine.config import Pooling
+from tli_engine.data.pairs import PairList, group_ids
+from tli_engine.data.words import Word
+from tli_engine.models.early import EarlyModel
+
+_DRAWS = 2000
+_LEVEL = 0.05
+# a raw cosine this high, with random pairs as high, is an artefact of the first token
+_ARTEFACT_COSINE = 0.95
+_ARTEFACT_SEPARATION = 0.02
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """The layer a scan proposes, or none, and why.
+
+    Attributes:
+        layer: ``hidden_states`` index, or ``None``.
+        best: Layer of the highest mean two-way MRR.
+        interval: Bootstrap interval of that MRR, corrected for choosing among all layers.
+        chance: MRR of a random order.
+        reason: The decision in one sentence.
+    """
+
+    layer: int | None
+    best: int
+    interval: tuple[float, float]
+    chance: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """Figures of every layer, and the proposal."""
+
+    model: str
+    pooling: Pooling
+    pairs: int
+    layers: list[Alignment]
+    proposal: Proposal
+    warnings: list[str]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The contract of ``scan.json``."""
+        return {
+            "model": self.model,
+            "layers": [{"layer": k, **a.to_json()} for k, a in enumerate(self.layers)],
+            "pooling": self.pooling,
+            "pairs": self.pairs,
+            "proposed_layer": self.proposal.layer,
+            "proposal": {
+                "best": self.proposal.best,
+                "interval": list(self.proposal.interval),
+                "chance": self.proposal.chance,
+                "reason": self.proposal.reason,
+            },
+            "warnings": self.warnings,
+            "seconds": self.seconds,
+        }
+
+
+def scan(
+    model: EarlyModel,
+    name: str,
+    pairs: PairList,
+    source: Sequence[Word],
+    target: Sequence[Word],
+    pooling: Pooling,
+    advance: Callable[[int], None] = lambda words: None,
+) -> Scan:
+    """Measure the alignment of ``pairs`` at every layer of ``model``, and propose one.
+
+    Args:
+        model: The whole model, or its early blocks.
+        name: What the report calls it.
+        pairs: Translations.
+        source: The pairs' first words, tokenised.
+        target: The pairs' second words, tokenised.
+        pooling: How a word's tokens become one vector.
+        advance: Called with the number of words done after each pack.
+    """
+    start = time.perf_counter()
+    layers = list(range(model.depth + 1))
+    vectors = encode(model, [*source, *target], layers, pooling, advance)
+    groups = group_ids(pairs.source), group_ids(pairs.target)
+    measured = [measure_alignment(v[: len(pairs)], v[len(pairs) :], *groups) for v in vectors]
+    proposal = propose_layer(measured)
+    if pooling != "content":
+        content = encode(model, [*source, *target], layers, "content")
+        proposal = propose_layer(
+            [measure_alignment(v[: len(pairs)], v[len(pairs) :], *groups) for v in content]
+        )
+    warnings = _warnings(measured, proposal)
+    seconds = time.perf_counter() - start
+    return Scan(name, pooling, len(pairs), measured, proposal, warnings, seconds)
+
+
+def propose_layer(layers: Sequence[Alignment], seed: int = 0) -> Proposal:
+    """Propose the layer of highest mean two-way MRR, if it is more than noise.
+
+    Its bootstrap interval over pairs, at 95 % corrected for the number of layers it was chosen
+    from (Bonferroni), must lie above chance and above layer 0's value.
+    """
+    ranks = torch.stack([a.two_way_reciprocal_ranks for a in layers]).numpy()
+    means = ranks.mean(axis=1)
+    best = int(means.argmax())
+    draws = np.random.default_rng(seed).integers(0, ranks.shape[1], (_DRAWS, ranks.shape[1]))
+    tail = _LEVEL / 2 / max(1, len(layers) - 1)
+    resampled = ranks[best][draws].mean(axis=1)
+    low, high = (float(q) for q in np.quantile(resampled, (tail, 1 - tail)))
+    sides = (layers[0].forward, layers[0].reverse)
+    chance = sum(chance_mrr(side.candidates) for side in sides) / 2
+    bar = max(chance, float(means[0]))
+    found = best > 0 and low > bar
+    reason = (
+        f"two-way MRR is highest at layer {best}: {means[best]:.4f} [{low:.4f}, {high:.4f}]; "
+        f"chance is {chance:.4f}, layer 0 has {means[0]:.4f}"
+    )
+    if not found:
+        reason += "; not above both, so no layer is proposed"
+    return Proposal(best if found else None, best, (low, high), chance, reason)
+
+
+def _warnings(layers: Sequence[Alignment], proposal: Proposal) -> list[str]:
+    warnings = []
+    top = max(range(len(layers)), key=lambda k: layers[k].cosine_true)
+    highest = layers[top]
+    if highest.cosine_true > _ARTEFACT_COSINE and highest.separation < _ARTEFACT_SEPARATION:
+        warnings.append(
+            f"layer {top}'s cosine of {highest.cosine_true:.5f} is an artefact: random pairs have "
+            f"{highest.cosine_random:.5f}, and the translation comes first for "
+            f"{highest.forward.p_at_1:.1%} of the words"
+        )
+    if proposal.layer is None:
+        warnings.append(f"no layer is proposed: {proposal.reason}")
+    return warnings

@@ -1,0 +1,58 @@
+"""The work of ``tli-engine info``."""
+
+from typing import Any
+
+import torch
+
+from tli_engine import backends, ops
+from tli_engine.models.builtin import cache_folder, names
+from tli_engine.models.files import FAMILIES
+from tli_engine.train.provenance import versions
+
+
+def collect() -> dict[str, Any]:
+    """Everything that ``info`` prints."""
+    return {
+        "versions": versions(),
+        "devices": _devices(),
+        "ops": {op: _backends(op) for op in ops.__all__},
+        "families": list(FAMILIES),
+        "builtin_models": names(),
+        "cache": str(cache_folder()),
+    }
+
+
+def _devices() -> list[dict[str, Any]]:
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    cpu = {"name": "cpu", "threads": torch.get_num_threads()}
+    return [
+        cpu,
+        *(
+            {
+                "name": gpu.name,
+                "memory_mib": gpu.total_memory // 2**20,
+                "architecture": f"sm_{gpu.major}{gpu.minor}",
+            }
+            for gpu in gpus
+        ),
+    ]
+
+
+def _backends(op: str) -> dict[str, Any]:
+    gpu, reasons = backends.explain(op)
+    return {"cpu": "reference", "gpu": gpu, "not": list(reasons)}
+
+
+def print_info(facts: dict[str, Any]) -> None:
+    """Print the facts for a person."""
+    print("versions   " + ", ".join(f"{k} {v}" for k, v in facts["versions"].items()))
+    for device in facts["devices"]:
+        print(
+            "device     "
+            + ", ".join(f"{v}" if k == "name" else f"{k} {v}" for k, v in device.items())
+        )
+    for op, backend in facts["ops"].items():
+        why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""
+        print(f"op         {op}: {backend['cpu']} on a CPU, {backend['gpu']} on a GPU{why}")
+    print(f"families   {', '.join(facts['families'])}")
+    print(f"built in   {facts['builtin_models']}, builtin:sw-en; cached in {facts['cache']}")

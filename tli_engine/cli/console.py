@@ -1,0 +1,93 @@
+"""What the commands print: progress, tables, warnings."""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from tli_engine.align.retrieval import Alignment
+from tli_engine.evaluate.alignment import Row
+
+# seconds between two lines of progress where nobody watches a bar
+_LINE_EVERY = 10.0
+
+
+def say(line: str) -> None:
+    """Print a line of progress on stderr."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def warn(line: str) -> None:
+    """Print a warning on stderr."""
+    say(f"warning: {line}")
+
+
+@contextmanager
+def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
+    """Show progress: a bar on a terminal, else a line now and then.
+
+    Yields:
+        ``advance(amount, note)``.
+    """
+    if sys.stderr.isatty():
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+        )
+        with Progress(*columns, console=Console(stderr=True)) as bar:
+            task = bar.add_task(title, total=total, note="")
+
+            def move(amount: int, note: str = "") -> None:
+                bar.update(task, advance=amount, note=note)
+
+            yield move
+        return
+    done, last = 0, time.monotonic()
+
+    def advance(amount: int, note: str = "") -> None:
+        nonlocal done, last
+        done += amount
+        if time.monotonic() - last >= _LINE_EVERY:
+            last = time.monotonic()
+            say(f"{title} {done}/{total} {note}".rstrip())
+
+    yield advance
+
+
+def show(table: Table) -> None:
+    """Print a table on stdout, as wide as it needs where stdout is not a terminal."""
+    width = None if sys.stdout.isatty() else 120
+    Console(width=width, highlight=False).print(table)
+
+
+def alignment_table(rows: list[Row], title: str) -> Table:
+    """Before and after, split by split: cosine of true and of random pairs, and retrieval."""
+    table = Table(title=title, title_justify="left", header_style="")
+    for column in ("pairs", "score"):
+        table.add_column(column)
+    for column in ("true", "random", "separation", "P@1", "MRR", "CSLS P@1"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        b, a = row.before, row.after
+        table.add_row(
+            f"{row.split} ({len(b.true)})",
+            row.score,
+            f"{b.cosine_true:.3f} → {a.cosine_true:.3f}",
+            f"{b.cosine_random:.3f} → {a.cosine_random:.3f}",
+            f"{b.separation:.3f} → {a.separation:.3f}",
+            f"{_two_way(b, 'p_at_1'):.1%} → {_two_way(a, 'p_at_1'):.1%}",
+            f"{_two_way(b, 'mrr'):.3f} → {_two_way(a, 'mrr'):.3f}",
+            f"{_two_way(b, 'csls_p_at_1'):.1%} → {_two_way(a, 'csls_p_at_1'):.1%}",
+        )
+    return table
+
+
+def _two_way(alignment: Alignment, figure: str) -> float:
+    return float(getattr(alignment.forward, figure) + getattr(alignment.reverse, figure)) / 2

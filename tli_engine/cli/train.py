@@ -1,0 +1,47 @@
+"""``tli-engine train``: train adapters on a few early layers."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tli_engine.config import apply_overrides, read_recipe, read_yaml, resolve_config, to_yaml
+from tli_engine.errors import ConfigError
+
+
+@click.command("train")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--recipe", help="A shipped configuration, in place of CONFIG: demo, paper, …")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a key, e.g. train.steps=100; may be repeated.",
+)
+@click.option(
+    "--run", type=click.Path(path_type=Path), help="Run folder; default runs/<recipe>-<UTC time>."
+)
+@click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
+@click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+def command(
+    config: Path | None,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    run: Path | None,
+    overwrite: bool,
+    print_config: bool,
+) -> None:
+    """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did."""
+    if (config is None) == (recipe is None):
+        raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe demo")
+    values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())
+    where = f"recipe {recipe}" if recipe else str(config)
+    resolved = resolve_config(apply_overrides(values, list(overrides)), where)
+    if print_config:
+        print(to_yaml(resolved), end="")
+        return
+    # torch and transformers are imported here so that --help and bad keys answer at once
+    from tli_engine.cli._train import run_training
+
+    run_training(resolved, recipe or (config or Path("run")).stem, run, overwrite)

@@ -1,0 +1,1 @@
+"""Word pairs: reading, checking, tokenising, packing."""

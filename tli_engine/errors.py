@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend; the command line prints them as one line, exit status 2."""
+
+
+class UserError(ValueError):
+    """Wrong input: the message says what is wrong, where, and how to mend it."""
+
+
+class ConfigError(UserError):
+    """A configuration value is wrong; the message begins with ``where: key``."""
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on: a tensor without gradient, a non-finite loss."""

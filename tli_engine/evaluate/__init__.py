@@ -1,0 +1,1 @@
+"""Measuring what training did, beside the baselines that could refute it."""

@@ -1,0 +1,93 @@
+"""Pictures: the layer curve of a scan, the losses of a run, cosines before and after."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+import torch
+from matplotlib.axes import Axes
+
+from tli_engine.align.retrieval import chance_mrr
+from tli_engine.align.scan import Scan
+from tli_engine.evaluate.alignment import Vectors, mismatched_cosines
+
+# colour-blind safe (Okabe and Ito)
+_TRUE, _RANDOM, _OTHER = "#0072B2", "#D55E00", "#009E73"
+
+
+def _finish(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.25)
+
+
+def plot_scan(scan: Scan, path: Path) -> None:
+    """Draw cosine and retrieval against the layer."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    layers = range(len(scan.layers))
+    left.plot(layers, [a.cosine_true for a in scan.layers], color=_TRUE, label="translations")
+    left.plot(
+        layers, [a.cosine_random for a in scan.layers], "--", color=_RANDOM, label="random pairs"
+    )
+    left.set(ylabel="mean cosine", title=f"cosine ({scan.pooling} pooling)")
+    forward = scan.layers[0].forward
+    right.plot(layers, [a.forward.mrr for a in scan.layers], color=_TRUE, label="first → second")
+    right.plot(layers, [a.reverse.mrr for a in scan.layers], color=_OTHER, label="second → first")
+    right.axhline(chance_mrr(forward.candidates), color=_RANDOM, ls="--", label="chance")
+    if scan.proposal.layer is not None:
+        right.axvline(scan.proposal.layer, color="0.5", lw=1, label="proposed")
+    right.set(ylabel="mean reciprocal rank", title=f"retrieval of {scan.pairs} pairs", ylim=0)
+    for axes in (left, right):
+        axes.set_xlabel("hidden_states index (0 = embeddings)")
+        axes.legend(frameon=False)
+        _finish(axes)
+    figure.suptitle(scan.model, fontsize=10)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_training(steps: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the loss, and the raw cosine of true and random pairs, against the step."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4), layout="constrained")
+    numbers = [s["step"] for s in steps]
+    left.plot(numbers, [s["loss"] for s in steps], color=_TRUE, lw=1)
+    left.set(xlabel="step", ylabel="loss", title="training loss")
+    right.plot(numbers, [s["cosine_true"] for s in steps], color=_TRUE, lw=1, label="translations")
+    right.plot(
+        numbers,
+        [s["cosine_random"] for s in steps],
+        color=_RANDOM,
+        lw=1,
+        label="in-batch negatives",
+    )
+    right.set(xlabel="step", ylabel="raw cosine", title="is it collapsing?")
+    right.legend(frameon=False)
+    for axes in (left, right):
+        _finish(axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_histograms(vectors: Sequence[Vectors], path: Path) -> None:
+    """Draw the cosines of true and of mismatched pairs, before and after, for each split."""
+    figure, grid = plt.subplots(
+        len(vectors), 2, figsize=(10, 3 * len(vectors)), layout="constrained", squeeze=False
+    )
+    for row, v in zip(grid, vectors, strict=True):
+        for axes, stage, name in zip(row, (v.before, v.after), ("before", "after"), strict=True):
+            source, target = stage.chunk(2)
+            true = torch.nn.functional.cosine_similarity(source, target).cpu().numpy()
+            mismatched = mismatched_cosines(stage, v.split).cpu().numpy()
+            low = min(true.min(), mismatched.min(initial=1.0))
+            bins = [low + (1 - low) * i / 40 for i in range(41)]
+            axes.hist(
+                mismatched, bins, density=True, color=_RANDOM, alpha=0.55, label="random pairs"
+            )
+            axes.hist(true, bins, density=True, color=_TRUE, alpha=0.55, label="translations")
+            axes.set(title=f"{v.split.name}, {name}", xlabel="cosine", yticks=[])
+            axes.legend(frameon=False)
+            _finish(axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

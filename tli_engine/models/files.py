@@ -1,0 +1,110 @@
+"""A model by name: a local folder, a GGUF file or a built-in, opened without reading weights."""
+
+import json
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tli_engine.errors import UserError
+from tli_engine.models import builtin
+from tli_engine.models.sources import GgufSource, SafetensorsSource, TensorSource
+
+FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """An opened model.
+
+    Attributes:
+        name: What the user called it.
+        hub_id: What PEFT should call the base model.
+        folder: Where config and tokenizer lie.
+        gguf_file: Name of the GGUF file in ``folder``, if it is one.
+        config: The decoder's transformers configuration, of the whole model.
+        source: Its tensors.
+    """
+
+    name: str
+    hub_id: str
+    folder: Path
+    gguf_file: str | None
+    config: Any
+    source: TensorSource
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The model's tokenizer."""
+        from transformers import AutoTokenizer
+
+        options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **options)
+        except (OSError, ValueError, KeyError) as e:
+            reason = str(e).splitlines()[0]
+            raise UserError(f"{self.name}: its tokenizer cannot be loaded: {reason}") from None
+
+
+def open_model(name: str) -> ModelFiles:
+    """Open a model by name; no weights are read.
+
+    Args:
+        name: A Hugging Face folder, a ``.gguf`` file, or ``builtin:smollm2-135m``.
+
+    Raises:
+        UserError: No such model, or a family that is not supported, with those that are.
+    """
+    if name.startswith("builtin:"):
+        model = builtin.find(name)
+        return _open_folder(name, model.folder(), model.hub_id)
+    path = Path(name)
+    if path.is_dir():
+        return _open_folder(name, path, name)
+    if path.suffix == ".gguf":
+        return _open_gguf(name, path)
+    raise UserError(
+        f"{name}: no such model; give a Hugging Face folder, a .gguf file or {builtin.names()}"
+    )
+
+
+def _open_folder(name: str, folder: Path, hub_id: str) -> ModelFiles:
+    from transformers import AutoConfig
+
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no config.json; not a Hugging Face model folder") from None
+    except (OSError, ValueError) as e:
+        raise UserError(f"{path}: not JSON: {e}") from None
+    text = values.get("text_config", values)
+    _check_family(name, str(text.get("model_type", values.get("model_type"))))
+    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    return ModelFiles(name, hub_id, folder, None, config, SafetensorsSource(folder))
+
+
+def _open_gguf(name: str, path: Path) -> ModelFiles:
+    from transformers import AutoConfig
+
+    if not path.is_file():
+        raise UserError(f"{path}: no such GGUF file")
+    with path.open("rb") as f:
+        if f.read(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+    except (OSError, ValueError, KeyError, NotImplementedError) as e:
+        reason = str(e).splitlines()[0]
+        raise UserError(f"{path}: its header cannot be read: {reason}") from None
+    config = config.get_text_config()
+    _check_family(name, config.model_type)
+    source = GgufSource(path, config)
+    return ModelFiles(name, name, path.parent, path.name, config, source)
+
+
+def _check_family(name: str, family: str) -> None:
+    if family not in FAMILIES:
+        raise UserError(
+            f"{name}: family {family!r} is not supported; those are {', '.join(FAMILIES)}"
+        )

@@ -1,0 +1,77 @@
+"""The folder of a run: what is written where, and never half."""
+
+import json
+import os
+import shutil
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from tli_engine.errors import UserError
+
+
+def default_folder(recipe: str) -> Path:
+    """``runs/<recipe>-<UTC time>``."""
+    return Path("runs") / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+
+
+def check_free(folder: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds something, unless it may be overwritten, or cannot be written.
+
+    Raises:
+        UserError: It is a file, not empty, or not writable.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: is a file; choose another --run folder")
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(f"{folder}: is not empty; choose another --run folder, or --overwrite")
+        if not (folder / "config.yaml").is_file():
+            raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
+    probe = next(p for p in (folder, *folder.parents) if p.exists())
+    try:
+        # asks the file system: a privileged user passes os.access on a read-only mount
+        with tempfile.TemporaryFile(dir=probe):
+            pass
+    except OSError as e:
+        raise UserError(
+            f"{probe}: cannot be written: {e.strerror}; choose another folder"
+        ) from None
+
+
+def create(folder: Path, overwrite: bool) -> None:
+    """Make the folder, empty."""
+    check_free(folder, overwrite)
+    if folder.is_dir() and overwrite:
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        with part.open("w", encoding="utf-8") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        part.replace(path)
+    except OSError as e:
+        part.unlink(missing_ok=True)
+        raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; NaN becomes null."""
+    write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value != value:
+        return None
+    return value
