@@ -12,6 +12,7 @@ from tli_engine.errors import ConfigError
 Pooling = Literal["paper", "content", "last", "weighted"]
 Presentation = Literal["bare", "leading-space", "template"]
 Space = Literal["raw", "centred", "whitened"]
+Quantize = Literal["auto", "none", "nf4"]
 Loss = Literal["triplet-hardest", "triplet-semihard", "infonce"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -27,6 +28,12 @@ class DataConfig(_Section):
     control: str | None = None
     languages: tuple[str, str] = ("swahili", "english")
     limit: PositiveInt | None = None
+
+    @model_validator(mode="after")
+    def _two_columns(self) -> "DataConfig":
+        if self.languages[0] == self.languages[1] or not all(self.languages):
+            raise ValueError("languages must be two different columns")
+        return self
 
 
 class WordsConfig(_Section):
@@ -49,7 +56,8 @@ class WordsConfig(_Section):
 class LoraConfig(_Section):
     """Low-rank adapters: which blocks and projections carry them, and their size."""
 
-    layers: str = "0-1"
+    # YAML reads a single block, layers: 0, as a number
+    layers: Annotated[str, Field(coerce_numbers_to_str=True)] = "0-1"
     modules: tuple[str, ...] = ("q_proj", "v_proj")
     r: PositiveInt = 16
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -82,6 +90,9 @@ class TrainConfig(_Section):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
+    checkpoint_steps: PositiveInt = 200
+    keep_checkpoints: PositiveInt = 2
+    tensorboard: bool = False
 
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
@@ -96,10 +107,12 @@ class RunConfig(_Section):
     model: str
     objective: Literal["align"] = "align"
     method: Literal["lora"] = "lora"
-    seed: Annotated[int, Field(ge=0)] = 0
+    # torch's generators take 64 bits
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantize: Literal["none"] = "none"
+    quantize: Quantize = "auto"
+    double_quant: bool = False
     data: DataConfig = DataConfig()
     words: WordsConfig = WordsConfig()
     lora: LoraConfig = LoraConfig()
@@ -141,14 +154,22 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def _mapping(text: str, where: str) -> dict[str, Any]:
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError as e:
-        mark = getattr(e, "problem_mark", None)
-        line = f"line {mark.line + 1}: " if mark else ""
-        raise ConfigError(f"{where}: {line}not YAML: {getattr(e, 'problem', e)}") from e
+    except yaml.MarkedYAMLError as e:
+        line = f"line {e.problem_mark.line + 1}: " if e.problem_mark else ""
+        raise ConfigError(f"{where}: {line}not YAML: {e.problem}") from e
+    except yaml.reader.ReaderError as e:
+        line = f"line {text[: e.position].count(chr(10)) + 1}: "
+        raise ConfigError(f"{where}: {line}not YAML: {e.reason}: #x{e.character:04x}") from e
+    except (ValueError, RecursionError) as e:
+        # a date such as 2024-13-45, brackets hundreds deep
+        raise ConfigError(f"{where}: holds a value that YAML cannot read: {e}") from e
     if value is None:
         return {}
-    if not isinstance(value, dict) or not all(isinstance(k, str) for k in value):
+    if not isinstance(value, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, got {type(value).__name__}")
+    for key in value:
+        if not isinstance(key, str):
+            raise ConfigError(f"{where}: {key!r}: a key must be text, got {type(key).__name__}")
     return value
 
 
@@ -157,21 +178,23 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
     result = _deep_copy(values)
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator or not key:
-            raise ConfigError(f"--set {override}: must be key=value, e.g. train.learning_rate=1e-4")
         *parents, leaf = key.split(".")
+        if not separator or not all((*parents, leaf)):
+            raise ConfigError(f"--set {override}: must be key=value, e.g. train.learning_rate=1e-4")
         section = result
         for parent in parents:
-            section = section.setdefault(parent, {})
+            if section.get(parent) is None:
+                section[parent] = {}
+            section = section[parent]
             if not isinstance(section, dict):
                 raise ConfigError(f"--set {override}: {parent!r} is a value, not a section")
         try:
             section[leaf] = yaml.safe_load(text)
-        except yaml.YAMLError as e:
+        except (yaml.YAMLError, ValueError, RecursionError) as e:
             raise ConfigError(f"--set {override}: the value is not YAML") from e
     # --set train.steps=100 over a recipe that counts epochs, or the other way round
     lengths = {o.partition("=")[0] for o in overrides} & {"train.steps", "train.epochs"}
-    if len(lengths) == 1:
+    if len(lengths) == 1 and isinstance(result["train"], dict):
         other = {"train.steps": "epochs", "train.epochs": "steps"}[lengths.pop()]
         result["train"].pop(other, None)
     return result
@@ -202,6 +225,8 @@ def _explain(error: Any) -> str:
         return f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
     if error["type"] == "missing":
         return f"{key}: is required"
+    if error["type"] == "model_type":
+        return f"{key}: must be a section of keys (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
     return f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
 

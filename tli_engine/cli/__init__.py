@@ -14,6 +14,8 @@ _COMMANDS = {
     "scan": "measure the alignment of two languages at every layer",
     "train": "train adapters on a few early layers",
     "evaluate": "measure a run's alignment before and after training",
+    "verify": "check a run or a checkpoint against its manifest",
+    "export": "write a run's adapter for use elsewhere",
     "data": "look at word pairs before training on them",
     "info": "print versions, devices and which backend each op uses",
 }

@@ -1,8 +1,6 @@
 """The work of ``tli-engine data check``."""
 
-from rich.table import Table
-
-from tli_engine.cli.console import show, warn
+from tli_engine.cli.console import plain_table, show, warn
 from tli_engine.config import WordsConfig
 from tli_engine.data.check import CheckReport, check
 from tli_engine.data.pairs import read_splits
@@ -24,7 +22,7 @@ def run_check(
 
 def print_report(report: CheckReport) -> None:
     """Print the findings for a person."""
-    table = Table(header_style="")
+    table = plain_table()
     for column in ("split", "language"):
         table.add_column(column)
     for column in ("words", "distinct", "of several words", "tokens mean / max"):

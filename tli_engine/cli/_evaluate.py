@@ -1,34 +1,91 @@
 """The work of ``tli-engine evaluate``, and of the end of ``tli-engine train``."""
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from tli_engine.cli.console import alignment_table, say, show, warn
+import torch
+
+from tli_engine.cli.console import alignment_table, progress, say, show, warn
 from tli_engine.config import RunConfig, read_yaml, resolve_config
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits
 from tli_engine.errors import UserError
-from tli_engine.evaluate.alignment import alignment_rows, encode_before_after
-from tli_engine.evaluate.plots import plot_histograms
+from tli_engine.evaluate.alignment import (
+    Row,
+    Vectors,
+    alignment_rows,
+    encode_before_after,
+    layer_curve,
+)
+from tli_engine.evaluate.bits_per_byte import bits_per_byte, read_lines
+from tli_engine.evaluate.linear_head import linear_head_rows
+from tli_engine.evaluate.plots import plot_histograms, plot_layer_curve
+from tli_engine.models.adapters import adapter_strength, adapters_off
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.early import EarlyModel, load_early
-from tli_engine.models.files import open_model
+from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
 from tli_engine.train.run_folder import write_json
 
 
-def evaluate_run(folder: Path, device: str | None) -> None:
-    """Measure a finished run."""
+def tokens_of(splits: Sequence[Split]) -> set[int]:
+    """Every token that the words of the splits need."""
+    return {token for split in splits for word in split.words for token in word.input_ids}
+
+
+def open_run(folder: Path) -> RunConfig:
+    """The configuration of a finished run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder; it has no config.yaml")
-    config = resolve_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    if not (folder / "adapter").is_dir():
+        raise UserError(
+            f"{folder}: has no adapter yet; finish it with tli-engine train --resume --run {folder}"
+        )
+    return resolve_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+
+
+def evaluate_run(
+    folder: Path,
+    final_layer: bool,
+    texts: Sequence[Path],
+    strengths: Sequence[float],
+    device: str | None,
+) -> None:
+    """Measure a finished run."""
+    config = open_run(folder)
+    lines = {str(path): read_lines(path) for path in texts}
     pairs = read_run_pairs(config.data)
     _check_same_pairs(config, {name: p.digest() for name, p in pairs.items()})
-    where = choose_device(device or config.device)
     files = open_model(config.model)
     splits = tokenize_splits(pairs, files.tokenizer, config.words)
-    dtype = choose_dtype(config.dtype, where)
-    model = load_early(files, config.align.layer, dtype=dtype, device=where)
+    whole = final_layer or bool(lines)
+    total = files.config.num_hidden_layers
+    where = choose_device(device or config.device)
+    model = load_early(
+        files,
+        total if whole else config.align.layer,
+        dtype=choose_dtype(config.dtype, where),
+        device=where,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        # predicting text takes every row of the embeddings
+        token_ids=None if lines else tokens_of(splits),
+    )
     load_adapter(model, folder / "adapter")
-    report_alignment(model, config, splits, folder, [])
+    measured = measure(model, config, splits, strengths, final_layer)
+    if final_layer:
+        _curve(model, config, splits[-1], folder)
+    costs = _text_costs(model, files, lines, strengths) if lines else None
+    _report(measured, config, folder, _recorded_warnings(folder), costs)
+
+
+def _recorded_warnings(folder: Path) -> list[str]:
+    """What training warned of, which a later evaluation must not lose."""
+    path = folder / "evaluation.json"
+    if not path.is_file():
+        return []
+    warnings: list[str] = read_yaml(path).get("warnings", [])
+    return warnings
 
 
 def _check_same_pairs(config: RunConfig, digests: dict[str, str]) -> None:
@@ -38,18 +95,123 @@ def _check_same_pairs(config: RunConfig, digests: dict[str, str]) -> None:
             warn(f"{config.data.pairs}: the {name} pairs are not those of the run any more")
 
 
+Measured = tuple[list[Row], list[Row], list[Vectors]]
+
+
+def measure(
+    model: EarlyModel,
+    config: RunConfig,
+    splits: Sequence[Split],
+    strengths: Sequence[float],
+    final_layer: bool,
+) -> Measured:
+    """Rows of the adapted model, rows of the linear head, vectors at the training layer."""
+    layer, pooling = config.align.layer, config.align.pooling
+    total = model.config.num_hidden_layers
+    layers = sorted({layer, total}) if final_layer else [layer]
+    presentation = config.words.presentation
+    rows: list[Row] = []
+    heads: list[Row] = []
+    words = sum(len(set(split.words)) for split in splits)
+    with progress("evaluate", 2 * words * len(strengths)) as advance:
+        encoded = [
+            [
+                encode_before_after(model, s, layers, pooling, strength, lambda n: advance(n, ""))
+                for s in splits
+            ]
+            for strength in strengths
+        ]
+    for k in layers:
+        for strength, by_split in zip(strengths, encoded, strict=True):
+            vectors = [by_layer[k] for by_layer in by_split]
+            rows += alignment_rows(vectors, k, pooling, presentation, strength)
+        heads += linear_head_rows([v[k] for v in encoded[0]], k, pooling, presentation)
+    return rows, heads, [by_layer[layer] for by_layer in encoded[-1]]
+
+
+def _curve(model: EarlyModel, config: RunConfig, split: Split, folder: Path) -> None:
+    layers = range(model.depth + 1)
+    vectors = encode_before_after(model, split, layers, config.align.pooling)
+    path = folder / "layers.png"
+    plot_layer_curve(layer_curve(vectors), config.align.layer, split.name, path)
+
+
+def _text_costs(
+    model: EarlyModel,
+    files: ModelFiles,
+    texts: dict[str, list[str]],
+    strengths: Sequence[float],
+) -> dict[str, Any]:
+    """Bits per byte of each text file, before and after, at each strength."""
+    head = model.decoder.embed_tokens.weight
+    if not files.config.tie_word_embeddings:
+        head = files.source.read("lm_head.weight").to(model.device, head.dtype)
+    costs: dict[str, Any] = {}
+    for name, lines in texts.items():
+        with progress(name, len(lines) * (1 + len(strengths))) as advance:
+
+            def bits(lines: list[str] = lines, advance: Any = advance) -> float:
+                return bits_per_byte(model, files.tokenizer, head, lines, lambda n: advance(n, ""))
+
+            with adapters_off(model):
+                before = bits()
+            after = {}
+            for strength in strengths:
+                with adapter_strength(model, strength):
+                    after[str(strength)] = bits()
+        costs[name] = {
+            "before": before,
+            "after": after[str(strengths[-1])],
+            "after_by_strength": after,
+        }
+    return costs
+
+
 def report_alignment(
     model: EarlyModel, config: RunConfig, splits: list[Split], folder: Path, warnings: list[str]
 ) -> None:
-    """Measure before and after at the training layer; print a table, write JSON and a plot."""
-    layer, pooling = config.align.layer, config.align.pooling
-    vectors = [encode_before_after(model, split, layer, pooling) for split in splits]
-    rows = alignment_rows(vectors, layer, pooling, config.words.presentation)
-    title = f"hidden_states[{layer}], {pooling} pooling: before → after training"
-    show(alignment_table(rows, title))
-    if len(splits) == 1:
+    """Measure a run that has just ended, at its training layer; print, write JSON and a plot."""
+    measured = measure(model, config, splits, [1.0], final_layer=False)
+    _report(measured, config, folder, warnings, None)
+
+
+def _report(
+    measured: Measured,
+    config: RunConfig,
+    folder: Path,
+    warnings: list[str],
+    costs: dict[str, Any] | None,
+) -> None:
+    rows, heads, vectors = measured
+    for k in dict.fromkeys(row.layer for row in rows):
+        title = f"hidden_states[{k}], {config.align.pooling} pooling: before → after training"
+        show(alignment_table([r for r in rows if r.layer == k], title))
+        baseline = "the baseline to beat: the frozen model → a linear head on it"
+        show(alignment_table([r for r in heads if r.layer == k], baseline))
+    if len(vectors) == 1:
         warn("no control pairs: what was learnt cannot be told from what was memorised")
-    report = {"alignment": [row.to_json() for row in rows], "warnings": warnings}
-    write_json(folder / "evaluation.json", report)
+    for file, cost in (costs or {}).items():
+        for strength, after in cost["after_by_strength"].items():
+            change = after / cost["before"] - 1
+            print(
+                f"{file}: {cost['before']:.4f} → {after:.4f} bits per byte "
+                f"({change:+.1%}) at strength {strength}"
+            )
+    write_json(
+        folder / "evaluation.json",
+        {
+            "alignment": [row.to_json() for row in rows],
+            "baselines": {"linear_head": [row.to_json() for row in heads]},
+            **({"bits_per_byte": costs} if costs is not None else {}),
+            "memory": {"peak_mib": _peak(vectors[0].before.device)},
+            "warnings": warnings,
+        },
+    )
     plot_histograms(vectors, folder / "alignment.png")
     say(f"run folder: {folder}")
+
+
+def _peak(device: torch.device) -> float:
+    from tli_engine.train.loop import peak_mib
+
+    return peak_mib(device)

@@ -7,8 +7,8 @@ from pathlib import Path
 from rich.table import Table
 
 from tli_engine.align.scan import Scan, scan
-from tli_engine.cli.console import progress, say, show, warn
-from tli_engine.config import Pooling, Presentation, resolve_words
+from tli_engine.cli.console import plain_table, progress, say, show, warn
+from tli_engine.config import Pooling, Presentation, Quantize, resolve_words
 from tli_engine.data.pairs import parse_languages, read_pairs
 from tli_engine.data.words import WordTokenizer
 from tli_engine.errors import UserError
@@ -29,6 +29,7 @@ def run_scan(
     prefix: str,
     layers: int | None,
     limit: int | None,
+    quantize: Quantize,
     device: str,
     dtype: str,
     out: Path | None,
@@ -48,7 +49,14 @@ def run_scan(
     target = tokenize(pair_list.target, pair_list.languages[1])
     depth = files.config.num_hidden_layers if layers is None else layers
     say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
-    early = load_early(files, depth, dtype=choose_dtype(dtype, where), device=where)
+    early = load_early(
+        files,
+        depth,
+        dtype=choose_dtype(dtype, where),
+        device=where,
+        quantize=quantize,
+        token_ids={token for word in source + target for token in word.input_ids},
+    )
     with progress("scan", len(set(source + target))) as advance:
         result = scan(early, model, pair_list, source, target, pooling, lambda n: advance(n, ""))
     show(_table(result))
@@ -66,7 +74,7 @@ def run_scan(
 
 def _table(result: Scan) -> Table:
     title = f"{result.model}, {result.pairs} pairs, {result.pooling} pooling"
-    table = Table(title=title, title_justify="left", header_style="")
+    table = plain_table(title)
     for column in ("layer", "true", "random", "separation", "P@1", "MRR", "CSLS P@1", "← P@1"):
         table.add_column(column, justify="right")
     for k, a in enumerate(result.layers):

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -63,13 +64,13 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 def show(table: Table) -> None:
     """Print a table on stdout, as wide as it needs where stdout is not a terminal."""
-    width = None if sys.stdout.isatty() else 120
+    width = None if sys.stdout.isatty() else 132
     Console(width=width, highlight=False).print(table)
 
 
 def alignment_table(rows: list[Row], title: str) -> Table:
     """Before and after, split by split: cosine of true and of random pairs, and retrieval."""
-    table = Table(title=title, title_justify="left", header_style="")
+    table = plain_table(title)
     for column in ("pairs", "score"):
         table.add_column(column)
     for column in ("true", "random", "separation", "P@1", "MRR", "CSLS P@1"):
@@ -78,15 +79,25 @@ def alignment_table(rows: list[Row], title: str) -> Table:
         b, a = row.before, row.after
         table.add_row(
             f"{row.split} ({len(b.true)})",
-            row.score,
-            f"{b.cosine_true:.3f} → {a.cosine_true:.3f}",
-            f"{b.cosine_random:.3f} → {a.cosine_random:.3f}",
-            f"{b.separation:.3f} → {a.separation:.3f}",
+            row.score if row.strength == 1 else f"{row.score}, strength {row.strength:g}",
+            _change(b.cosine_true, a.cosine_true),
+            _change(b.cosine_random, a.cosine_random),
+            _change(b.separation, a.separation),
             f"{_two_way(b, 'p_at_1'):.1%} → {_two_way(a, 'p_at_1'):.1%}",
-            f"{_two_way(b, 'mrr'):.3f} → {_two_way(a, 'mrr'):.3f}",
+            _change(_two_way(b, "mrr"), _two_way(a, "mrr")),
             f"{_two_way(b, 'csls_p_at_1'):.1%} → {_two_way(a, 'csls_p_at_1'):.1%}",
         )
     return table
+
+
+def plain_table(title: str | None = None) -> Table:
+    """A table with a line under its head and no other."""
+    return Table(title=title, title_justify="left", header_style="", box=box.SIMPLE_HEAD)
+
+
+def _change(before: float, after: float) -> str:
+    # z: no minus sign before a rounded zero
+    return f"{before:z.3f} → {after:z.3f}"
 
 
 def _two_way(alignment: Alignment, figure: str) -> float:

@@ -38,6 +38,13 @@ import click
 )
 @click.option("--layers", type=int, help="Look no further than hidden_states[LAYERS].")
 @click.option("--limit", type=int, help="Use the first LIMIT pairs.")
+@click.option(
+    "--quantize",
+    type=click.Choice(["auto", "none", "nf4"]),
+    default="auto",
+    show_default=True,
+    help="Hold the blocks in NF4; auto keeps what the checkpoint has.",
+)
 @click.option("--device", default="auto", show_default=True)
 @click.option("--dtype", default="auto", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), help="Folder for scan.json, .csv, .png.")
@@ -45,7 +52,7 @@ import click
 def command(**options: Any) -> None:
     """Measure the alignment of two languages at every layer of MODEL.
 
-    MODEL is a Hugging Face folder, a GGUF file or builtin:smollm2-135m. For every layer, counted
+    MODEL is a Hub id, a Hugging Face folder, a GGUF file or builtin:smollm2-135m. For every layer, counted
     as in hidden_states (0 is the embeddings), prints the cosine of translations, of random pairs,
     and how often a word's translation is its nearest neighbour. Proposes a layer by retrieval,
     if one stands out from chance.

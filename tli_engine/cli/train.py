@@ -5,7 +5,14 @@ from typing import Any
 
 import click
 
-from tli_engine.config import apply_overrides, read_recipe, read_yaml, resolve_config, to_yaml
+from tli_engine.config import (
+    RunConfig,
+    apply_overrides,
+    read_recipe,
+    read_yaml,
+    resolve_config,
+    to_yaml,
+)
 from tli_engine.errors import ConfigError
 
 
@@ -23,6 +30,7 @@ from tli_engine.errors import ConfigError
     "--run", type=click.Path(path_type=Path), help="Run folder; default runs/<recipe>-<UTC time>."
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
+@click.option("--resume", is_flag=True, help="Go on with the interrupted run in --run.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
 def command(
     config: Path | None,
@@ -30,18 +38,43 @@ def command(
     overrides: tuple[str, ...],
     run: Path | None,
     overwrite: bool,
+    resume: bool,
     print_config: bool,
-) -> None:
-    """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did."""
+) -> int:
+    """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did.
+
+    Ctrl-C keeps a checkpoint and prints the command that resumes.
+    """
+    if resume:
+        if run is None or config or recipe or overrides or overwrite:
+            raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
+        return _resume(run)
+    resolved, name = _resolve(config, recipe, overrides)
+    if print_config:
+        print(to_yaml(resolved), end="")
+        return 0
+    # torch and transformers are imported here so that --help and bad keys answer at once
+    from tli_engine.cli._train import run_training
+
+    return run_training(resolved, name, run, overwrite)
+
+
+def _resolve(
+    config: Path | None, recipe: str | None, overrides: tuple[str, ...]
+) -> tuple[RunConfig, str]:
     if (config is None) == (recipe is None):
         raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe demo")
     values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())
     where = f"recipe {recipe}" if recipe else str(config)
     resolved = resolve_config(apply_overrides(values, list(overrides)), where)
-    if print_config:
-        print(to_yaml(resolved), end="")
-        return
-    # torch and transformers are imported here so that --help and bad keys answer at once
-    from tli_engine.cli._train import run_training
+    return resolved, recipe or (config or Path("run")).stem
 
-    run_training(resolved, recipe or (config or Path("run")).stem, run, overwrite)
+
+def _resume(run: Path) -> int:
+    path = run / "config.yaml"
+    if not path.is_file():
+        raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
+    config = resolve_config(read_yaml(path), str(path))
+    from tli_engine.cli._train import resume_training
+
+    return resume_training(config, run)

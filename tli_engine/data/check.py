@@ -2,6 +2,7 @@
 
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from itertools import product
 from typing import Any
 
 from tli_engine.data.pairs import PairList, normalise
@@ -37,7 +38,8 @@ class CheckReport:
 
 
 # a spelled-out class marker on both sides, such as ku-soma / to read, is a cue a loss can exploit
-_MARKERS = ("ku", "kw", "-", "to ", "a ", "an ", "the ")
+_STEM_MARKERS = ("ku", "kw", "-")
+_WORD_MARKERS = ("to ", "a ", "an ", "the ")
 
 
 def _side(words: tuple[str, ...], language: str, tokenizer: WordTokenizer | None) -> SideReport:
@@ -53,7 +55,9 @@ def _side(words: tuple[str, ...], language: str, tokenizer: WordTokenizer | None
         repeated={w: n for w, n in counts.most_common() if n > 1},
         multi_word=sum(" " in w for w in words),
         common_prefixes={
-            m: n for m in _MARKERS if (n := sum(w.casefold().startswith(m) for w in words))
+            m: n
+            for m in (*_STEM_MARKERS, *_WORD_MARKERS)
+            if (n := sum(w.casefold().startswith(m) for w in words))
         },
         tokens=tokens,
     )
@@ -61,16 +65,17 @@ def _side(words: tuple[str, ...], language: str, tokenizer: WordTokenizer | None
 
 def _cue(pairs: PairList) -> list[str]:
     """Markers that stand on both sides of the same pairs far more often than alone."""
+    sides = [[w.casefold() for w in words] for words in (pairs.source, pairs.target)]
     found = []
-    for left in ("ku", "kw", "-"):
-        for right in ("to ", "a ", "the "):
-            l_rows = [w.casefold().startswith(left) for w in pairs.source]
-            r_rows = [w.casefold().startswith(right) for w in pairs.target]
-            both = sum(a and b for a, b in zip(l_rows, r_rows, strict=True))
-            if both >= 3 and both > 0.5 * min(sum(l_rows), sum(r_rows)):
+    # either language may come first
+    for markers in product(_STEM_MARKERS, _WORD_MARKERS), product(_WORD_MARKERS, _STEM_MARKERS):
+        for marks in markers:
+            rows = [[w.startswith(m) for w in side] for side, m in zip(sides, marks, strict=True)]
+            both = sum(a and b for a, b in zip(*rows, strict=True))
+            if both >= 3 and both > 0.5 * min(map(sum, rows)):
                 found.append(
-                    f"{both} pairs begin with {left!r} and {right!r}: the loss can learn this cue "
-                    f"in place of the meaning; use bare forms"
+                    f"{both} pairs begin with {marks[0]!r} and {marks[1]!r}: the loss can learn "
+                    f"this cue in place of the meaning; use bare forms"
                 )
     return found
 

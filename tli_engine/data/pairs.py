@@ -3,17 +3,20 @@
 import csv
 import io
 import json
+import reprlib
 import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from hashlib import sha256
 from importlib.resources import as_file, files
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from tli_engine.errors import UserError
 
-Row = dict[str, Any]
+# where a row stands, such as "line 3", and what stands there
+Row = tuple[str, Any]
 
 
 @dataclass(frozen=True)
@@ -48,33 +51,55 @@ def _decode(data: bytes, path: Path) -> str:
         raise UserError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _read_json(data: bytes, path: Path) -> list[Row]:
+def _loads(text: str, path: Path, line: int = 1) -> Any:
+    """Parse JSON that begins at ``line`` of the file."""
     try:
-        value = json.loads(_decode(data, path))
+        return json.loads(text)
     except json.JSONDecodeError as e:
-        raise UserError(f"{path}: line {e.lineno}: not JSON: {e.msg}") from None
+        raise UserError(f"{path}: line {line + e.lineno - 1}: not JSON: {e.msg}") from None
+    except (ValueError, RecursionError) as e:
+        # a number of thousands of digits, brackets thousands deep
+        raise UserError(f"{path}: line {line}: JSON that cannot be read: {e}") from None
+
+
+def _read_json(data: bytes, path: Path) -> list[Row]:
+    value = _loads(_decode(data, path), path)
     if not isinstance(value, list):
         raise UserError(f"{path}: must be a list of objects such as {{'swahili': …, 'english': …}}")
-    return value
+    return [(f"row {number}", row) for number, row in enumerate(value, 1)]
 
 
 def _read_jsonl(data: bytes, path: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(_decode(data, path).splitlines(), 1):
-        if line.strip():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError as e:
-                raise UserError(f"{path}: line {number}: not JSON: {e.msg}") from None
-    return rows
+    # not splitlines: U+2028 and its like may stand inside a JSON string
+    lines = enumerate(_decode(data, path).split("\n"), 1)
+    return [
+        (f"line {number}", _loads(line, path, number)) for number, line in lines if line.strip()
+    ]
 
 
 def _read_delimited(data: bytes, path: Path, delimiter: str) -> list[Row]:
     text = io.StringIO(_decode(data, path), newline="")
+    records = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
+    header: list[str] = []
+    rows: list[Row] = []
+    line = 1
     try:
-        return list(csv.DictReader(text, delimiter=delimiter, strict=True))
+        for fields in records:
+            place, line = f"line {line}", records.line_num + 1
+            if header and len(fields) > len(header):
+                raise UserError(
+                    f"{path}: {place}: has {len(fields)} fields, the header has {len(header)}; "
+                    f"quote a field that holds {delimiter!r}"
+                )
+            if header and fields:
+                # a record may leave out its last fields
+                missing = [""] * (len(header) - len(fields))
+                rows.append((place, dict(zip(header, [*fields, *missing], strict=True))))
+            header = header or [field.strip() for field in fields]
     except csv.Error as e:
-        raise UserError(f"{path}: not {path.suffix[1:].upper()}: {e}") from None
+        kind = path.suffix[1:].upper()
+        raise UserError(f"{path}: line {line}: not {kind}: {e}; mind its quotes") from None
+    return rows
 
 
 def _read_parquet(data: bytes, path: Path) -> list[Row]:
@@ -82,10 +107,12 @@ def _read_parquet(data: bytes, path: Path) -> list[Row]:
     from pyarrow.parquet import read_table
 
     try:
-        rows: list[Row] = read_table(io.BytesIO(data)).to_pylist()
-    except ArrowException as e:
-        raise UserError(f"{path}: not a Parquet file: {e}") from None
-    return rows
+        values = read_table(io.BytesIO(data)).to_pylist()
+    except (ArrowException, OSError, ValueError, OverflowError) as e:
+        # a damaged file shows in the bytes, in a text that is not UTF-8, in a date out of range
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"{path}: not a Parquet file that can be read: {reason}") from None
+    return [(f"row {number}", row) for number, row in enumerate(values, 1)]
 
 
 _READERS: dict[str, Callable[[bytes, Path], list[Row]]] = {
@@ -118,25 +145,54 @@ def read_rows(file: str) -> tuple[Path, list[Row]]:
         raise UserError(f"{path}: unknown kind of file {path.suffix!r}; known are {known}")
     try:
         data = path.read_bytes()
-    except OSError as e:
-        raise UserError(f"{path}: cannot be read: {e.strerror}") from None
+    except (OSError, ValueError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(
+            f"{path}: cannot be read: {reason}; give a file of word pairs, or builtin:sw-en"
+        ) from None
     return path, reader(data, path)
+
+
+def _is_word(value: Any) -> bool:
+    # half a surrogate pair, which JSON can spell, is no text
+    return (
+        isinstance(value, str)
+        and bool(value.strip())
+        and not any("\ud800" <= letter <= "\udfff" for letter in value)
+    )
 
 
 def _cell(row: Any, column: str, where: str) -> str:
     if not isinstance(row, dict):
         raise UserError(f"{where}: must be an object with {column!r}, got {type(row).__name__}")
     if column not in row:
-        have = ", ".join(str(k) for k in row if k is not None)
+        have = shorten(", ".join(row), 200, placeholder=" …")
         raise UserError(f"{where}: no column {column!r}; the columns are: {have}")
     value = row[column]
-    if not isinstance(value, str) or not value.strip():
-        raise UserError(f"{where}: {column!r} is {value!r}; every pair needs two non-empty words")
+    if not _is_word(value):
+        raise UserError(
+            f"{where}: {column!r} is {reprlib.repr(value)}; every pair needs two non-empty words"
+        )
     return " ".join(unicodedata.normalize("NFC", value).split())
 
 
-def _in_split(row: Any, split: str | None) -> bool:
-    return split is None or not isinstance(row, dict) or row.get("split") in (None, split)
+def _split_of(row: Any) -> str | None:
+    split = row.get("split") if isinstance(row, dict) else None
+    return str(split).strip().casefold() or None if split is not None else None
+
+
+def _pair_list(
+    path: Path, rows: list[Row], languages: tuple[str, str], split: str | None
+) -> PairList:
+    cells = [
+        tuple(_cell(row, language, f"{path}: {place}") for language in languages)
+        for place, row in rows
+    ]
+    if not cells:
+        which = f" of split {split!r}" if split else ""
+        raise UserError(f"{path}: no word pairs{which}; add rows with {' and '.join(languages)}")
+    source, target = zip(*cells, strict=True)
+    return PairList(languages, source, target)
 
 
 def read_pairs(file: str, languages: tuple[str, str], split: str | None = None) -> PairList:
@@ -151,33 +207,23 @@ def read_pairs(file: str, languages: tuple[str, str], split: str | None = None) 
         UserError: A missing file, column or word, a malformed line, or no pair at all.
     """
     path, rows = read_rows(file)
-    # line numbers of a CSV or TSV count its header
-    first = 2 if path.suffix.lower() in (".csv", ".tsv") or file.startswith("builtin:") else 1
-    cells: list[tuple[str, str]] = []
-    for number, row in enumerate(rows, first):
-        if _in_split(row, split):
-            where = f"{path}: row {number}"
-            cells.append((_cell(row, languages[0], where), _cell(row, languages[1], where)))
-    if not cells:
-        which = f" of split {split!r}" if split else ""
-        raise UserError(f"{path}: no word pairs{which}; add rows with {' and '.join(languages)}")
-    source, target = zip(*cells, strict=True)
-    return PairList(languages, source, target)
-
-
-def has_split(file: str, split: str) -> bool:
-    """Whether a row of the file is marked as belonging to ``split``."""
-    return any(isinstance(row, dict) and row.get("split") == split for row in read_rows(file)[1])
+    kept = [(place, row) for place, row in rows if split is None or _split_of(row) in (None, split)]
+    return _pair_list(path, kept, languages, split)
 
 
 def read_splits(
     file: str, control: str | None, languages: tuple[str, str]
 ) -> tuple[PairList, PairList | None]:
-    """Return training and control pairs; control rows may live in ``file`` itself, by ``split``."""
+    """Return training and control pairs; control rows may live in ``file`` itself, by ``split``.
+
+    A row of ``file`` without a split is a training pair.
+    """
     train = read_pairs(file, languages, "train")
     if control is not None:
         return train, read_pairs(control, languages, "control")
-    return train, read_pairs(file, languages, "control") if has_split(file, "control") else None
+    path, rows = read_rows(file)
+    marked = [(place, row) for place, row in rows if _split_of(row) == "control"]
+    return train, _pair_list(path, marked, languages, "control") if marked else None
 
 
 def group_ids(words: Iterable[str]) -> list[int]:

@@ -1,6 +1,6 @@
 """Alignment before and after training, on the pairs trained on and on pairs never seen."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from tli_engine.align.space import fit_space
 from tli_engine.config import Pooling, Presentation, Space
 from tli_engine.data.splits import Split
 from tli_engine.evaluate.statistics import bootstrap_ci95, paired_tests
-from tli_engine.models.adapters import adapters_off
+from tli_engine.models.adapters import adapter_strength, adapters_off
 from tli_engine.models.early import EarlyModel
 
 _SCORES: dict[str, Space] = {"cosine": "raw", "centred": "centred", "whitened": "whitened"}
@@ -28,6 +28,7 @@ class Row:
     presentation: Presentation
     score: str
     split: str
+    strength: float
     before: Alignment
     after: Alignment
 
@@ -41,6 +42,7 @@ class Row:
             "presentation": self.presentation,
             "score": self.score,
             "split": self.split,
+            "strength": self.strength,
             "pairs": len(cosines[0]),
             "before": self.before.to_json(),
             "after": self.after.to_json(),
@@ -63,19 +65,25 @@ class Vectors:
 def encode_before_after(
     model: EarlyModel,
     split: Split,
-    layer: int,
+    layers: Sequence[int],
     pooling: Pooling,
+    strength: float = 1.0,
     advance: Callable[[int], None] = lambda words: None,
-) -> Vectors:
-    """Vectors of the base model and of the adapted one."""
-    after = encode(model, split.words, [layer], pooling, advance)[0]
+) -> dict[int, Vectors]:
+    """Vectors of the base model and of the adapted one, by layer; layers ascend."""
+    with adapter_strength(model, strength):
+        after = encode(model, split.words, layers, pooling, advance)
     with adapters_off(model):
-        before = encode(model, split.words, [layer], pooling, advance)[0]
-    return Vectors(split, before, after)
+        before = encode(model, split.words, layers, pooling, advance)
+    return {k: Vectors(split, b, a) for k, b, a in zip(layers, before, after, strict=True)}
 
 
 def alignment_rows(
-    vectors: list[Vectors], layer: int, pooling: Pooling, presentation: Presentation
+    vectors: list[Vectors],
+    layer: int,
+    pooling: Pooling,
+    presentation: Presentation,
+    strength: float = 1.0,
 ) -> list[Row]:
     """Score every split, raw, centred and whitened.
 
@@ -85,24 +93,37 @@ def alignment_rows(
     rows = []
     for score, space in _SCORES.items():
         maps = [
-            fit_space(space, *_distinct_sides(vectors[0].split, stage))
+            fit_space(space, *distinct_sides(vectors[0].split, stage))
             for stage in (vectors[0].before, vectors[0].after)
         ]
         for v in vectors:
-            measured = [
+            stages = (v.before.double().chunk(2), v.after.double().chunk(2))
+            before, after = (
                 measure_alignment(fitted.source(s), fitted.target(t), *v.split.groups)
-                for fitted, (s, t) in zip(maps, (v.before.chunk(2), v.after.chunk(2)), strict=True)
-            ]
-            rows.append(Row(layer, pooling, presentation, score, v.split.name, *measured))
+                for fitted, (s, t) in zip(maps, stages, strict=True)
+            )
+            name = v.split.name
+            rows.append(Row(layer, pooling, presentation, score, name, strength, before, after))
     return rows
 
 
-def _distinct_sides(split: Split, stage: Tensor) -> tuple[Tensor, Tensor]:
-    sides = zip(stage.chunk(2), split.groups, strict=True)
+def distinct_sides(split: Split, stage: Tensor) -> tuple[Tensor, Tensor]:
+    """Vectors of the distinct words on either side of a split."""
     first, second = (
-        side[[groups.index(g) for g in range(max(groups) + 1)]] for side, groups in sides
+        side[[groups.index(g) for g in range(max(groups) + 1)]]
+        for side, groups in zip(stage.chunk(2), split.groups, strict=True)
     )
     return first, second
+
+
+def layer_curve(vectors: dict[int, Vectors]) -> dict[int, tuple[Alignment, Alignment]]:
+    """Raw alignment before and after, at every layer that was encoded."""
+    curve = {}
+    for layer, v in vectors.items():
+        stages = (v.before.chunk(2), v.after.chunk(2))
+        before, after = (measure_alignment(s, t, *v.split.groups) for s, t in stages)
+        curve[layer] = (before, after)
+    return curve
 
 
 def mismatched_cosines(vectors: Tensor, split: Split, shifts: int = 8) -> Tensor:

@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.axes import Axes
 
-from tli_engine.align.retrieval import chance_mrr
+from tli_engine.align.retrieval import Alignment, chance_mrr
 from tli_engine.align.scan import Scan
 from tli_engine.evaluate.alignment import Vectors, mismatched_cosines
 
@@ -89,5 +89,29 @@ def plot_histograms(vectors: Sequence[Vectors], path: Path) -> None:
             axes.set(title=f"{v.split.name}, {name}", xlabel="cosine", yticks=[])
             axes.legend(frameon=False)
             _finish(axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_layer_curve(
+    curve: Mapping[int, tuple[Alignment, Alignment]], trained: int, split: str, path: Path
+) -> None:
+    """Draw separation and retrieval against the layer, before and after training."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    layers = list(curve)
+    for stage, name, style in ((0, "before", "--"), (1, "after", "-")):
+        measured = [pair[stage] for pair in curve.values()]
+        left.plot(layers, [a.separation for a in measured], style, color=_TRUE, label=name)
+        mrr = [float(a.two_way_reciprocal_ranks.mean()) for a in measured]
+        right.plot(layers, mrr, style, color=_TRUE, label=name)
+    candidates = next(iter(curve.values()))[0].forward.candidates
+    right.axhline(chance_mrr(candidates), color=_RANDOM, ls=":", label="chance")
+    left.set(ylabel="true less random cosine", title=f"separation, {split} pairs")
+    right.set(ylabel="two-way MRR", title=f"retrieval, {split} pairs", ylim=0)
+    for axes in (left, right):
+        axes.axvline(trained, color="0.6", lw=1)
+        axes.set_xlabel("hidden_states index (line: where the loss was)")
+        axes.legend(frameon=False)
+        _finish(axes)
     figure.savefig(path, dpi=120)
     plt.close(figure)

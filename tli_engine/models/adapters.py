@@ -6,10 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import skip_init
 
 from tli_engine.config import LoraConfig
 from tli_engine.errors import UserError
 from tli_engine.models.early import EarlyModel
+from tli_engine.nn import NF4Linear
 
 
 class LoRALinear(nn.Module):
@@ -20,15 +22,20 @@ class LoRALinear(nn.Module):
     """
 
     def __init__(
-        self, base_layer: nn.Linear, r: int, scaling: float, dropout: float, dtype: torch.dtype
+        self, base_layer: nn.Linear | NF4Linear, r: int, alpha: float, rslora: bool, dropout: float
     ) -> None:
         super().__init__()
+        # adapters are trained in fp32 beside bf16 weights, as PEFT does
+        dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
         device = base_layer.weight.device
         self.base_layer = base_layer
-        self.lora_A = nn.Linear(base_layer.in_features, r, False, device=device, dtype=dtype)
-        self.lora_B = nn.Linear(r, base_layer.out_features, False, device=device, dtype=dtype)
+        # nn.Linear's own values would be thrown away, and draw from the caller's random numbers
+        options = {"bias": False, "device": device, "dtype": dtype}
+        self.lora_A: nn.Linear = skip_init(nn.Linear, base_layer.in_features, r, **options)  # type: ignore[no-untyped-call]
+        self.lora_B: nn.Linear = skip_init(nn.Linear, r, base_layer.out_features, **options)  # type: ignore[no-untyped-call]
         self.dropout = nn.Dropout(dropout)
-        self.scaling = scaling
+        self.r, self.alpha, self.rslora = r, alpha, rslora
+        self.scaling = alpha / math.sqrt(r) if rslora else alpha / r
         self.active = True
 
     def forward(self, x: Tensor) -> Tensor:
@@ -52,18 +59,19 @@ def parse_layers(text: str, total: int) -> list[int]:
     blocks: set[int] = set()
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
-        if not first.isdigit() or (dash and not last.isdigit()):
+        if not first.isdecimal() or (dash and not last.isdecimal()):
             raise UserError(f'lora.layers: {text!r} is not of the form "0-1", "0,2,5-7" or "all"')
-        blocks.update(range(int(first), int(last or first) + 1))
-    if beyond := [b for b in blocks if b >= total]:
-        raise UserError(f"lora.layers: the model has blocks 0-{total - 1}, none {max(beyond)}")
-    if not blocks:
-        raise UserError(f"lora.layers: {text!r} names no block")
+        start, end = int(first), int(last or first)
+        if start > end:
+            raise UserError(f"lora.layers: {part.strip()!r} names no block; the lower one is first")
+        if end >= total:
+            raise UserError(f"lora.layers: the model has blocks 0-{total - 1}, none {end}")
+        blocks.update(range(start, end + 1))
     return sorted(blocks)
 
 
 def _projections(model: EarlyModel) -> list[str]:
-    return [n for n, m in model.blocks[0].named_modules() if isinstance(m, nn.Linear)]
+    return [n for n, m in model.blocks[0].named_modules() if isinstance(m, nn.Linear | NF4Linear)]
 
 
 def select_modules(model: EarlyModel, lora: LoraConfig, loss_layer: int) -> list[str]:
@@ -81,9 +89,11 @@ def select_modules(model: EarlyModel, lora: LoraConfig, loss_layer: int) -> list
             f"within 0-{loss_layer - 1}, or a higher align.layer"
         )
     projections = _projections(model)
+    known = ", ".join(p.rpartition(".")[2] for p in projections)
+    if not lora.modules:
+        raise UserError(f"lora.modules: is empty; choose among {known}")
     for module in lora.modules:
         if not any(p == module or p.endswith(f".{module}") for p in projections):
-            known = ", ".join(p.rpartition(".")[2] for p in projections)
             raise UserError(f"lora.modules: {module!r} matches no linear layer; there are {known}")
     return [
         f"layers.{b}.{p}"
@@ -102,14 +112,13 @@ def wrap(
     dropout: float = 0.0,
     rslora: bool = False,
 ) -> LoRALinear:
-    """Put an adapter around the linear layer called ``name`` in ``model.decoder``."""
+    """Put an adapter around a linear layer of ``model.decoder``; its A and B are yet to be set."""
     parent, _, leaf = name.rpartition(".")
     owner = model.decoder.get_submodule(parent)
     base_layer = getattr(owner, leaf)
-    # adapters are trained in fp32 beside bf16 weights, as PEFT does
-    dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
-    scaling = alpha / math.sqrt(r) if rslora else alpha / r
-    adapted = LoRALinear(base_layer, r, scaling, dropout, dtype)
+    adapted = LoRALinear(base_layer, r, alpha, rslora, dropout)
+    # a module starts in training mode, in which dropout would blur the model's evaluation
+    adapted.train(model.training)
     setattr(owner, leaf, adapted)
     return adapted
 
@@ -154,11 +163,26 @@ def adapter_tensors(model: EarlyModel) -> dict[str, nn.Parameter]:
 @contextmanager
 def adapters_off(model: EarlyModel) -> Iterator[None]:
     """Run the base model: inside, adapters do nothing."""
-    adapted = adapters(model).values()
-    for adapter in adapted:
+    # those that are on: an inner use must not switch on what an outer one has switched off
+    active = [adapter for adapter in adapters(model).values() if adapter.active]
+    for adapter in active:
         adapter.active = False
     try:
         yield
     finally:
-        for adapter in adapted:
+        for adapter in active:
             adapter.active = True
+
+
+@contextmanager
+def adapter_strength(model: EarlyModel, strength: float) -> Iterator[None]:
+    """Scale what the adapters add: inside, 1 is as trained, 0 the base model."""
+    adapted = adapters(model).values()
+    trained = [adapter.scaling for adapter in adapted]
+    for adapter in adapted:
+        adapter.scaling *= strength
+    try:
+        yield
+    finally:
+        for adapter, scaling in zip(adapted, trained, strict=True):
+            adapter.scaling = scaling

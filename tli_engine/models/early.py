@@ -2,18 +2,25 @@
 
 import copy
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
+from tli_engine import nf4
+from tli_engine.config import Quantize
 from tli_engine.data.words import Pack
 from tli_engine.errors import UserError
 from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
+from tli_engine.nf4_checkpoint import nf4_state_dict
+from tli_engine.nn import NF4Linear
+
+_EMBEDDING = "embed_tokens"
 
 
 class EarlyModel(nn.Module):
@@ -23,6 +30,8 @@ class EarlyModel(nn.Module):
         config: The whole model's configuration.
         depth: Number of blocks built; ``hidden_states[0 … depth]`` can be had.
     """
+
+    row_of: Tensor | None
 
     def __init__(self, config: Any, depth: int) -> None:
         super().__init__()
@@ -38,6 +47,8 @@ class EarlyModel(nn.Module):
         if depth < config.num_hidden_layers:
             # the model's final norm belongs to the last block alone
             del self.decoder.norm
+        # row of each token where only some were read, [V], int64; -1 has none
+        self.register_buffer("row_of", None, persistent=False)
         self.requires_grad_(False)
         self.train(False)
 
@@ -65,7 +76,7 @@ class EarlyModel(nn.Module):
             whole model is taken after its final norm.
         """
         self._check_window(pack)
-        hidden = self.decoder.embed_tokens(pack.input_ids[None])
+        hidden = self.decoder.embed_tokens(self._embedding_rows(pack.input_ids)[None])
         positions = pack.position_ids[None]
         yield 0, hidden[0]
         for k, block in enumerate(self.blocks, 1):
@@ -82,6 +93,17 @@ class EarlyModel(nn.Module):
     def forward(self, pack: Pack, layer: int) -> Tensor:
         """Return ``hidden_states[layer]``, ``[T, D]``; blocks above it do not run."""
         return next(hidden for k, hidden in self.hidden_states(pack) if k == layer)
+
+    def gather_rows(self, token_ids: Sequence[int]) -> None:
+        """Take note that the embedding holds the rows of these tokens only, in this order."""
+        embedding = self.decoder.embed_tokens
+        embedding.num_embeddings, embedding.padding_idx = len(token_ids), None
+        row_of = torch.full((self.config.vocab_size,), -1)
+        row_of[list(token_ids)] = torch.arange(len(token_ids))
+        self.row_of = row_of
+
+    def _embedding_rows(self, input_ids: Tensor) -> Tensor:
+        return input_ids if self.row_of is None else self.row_of[input_ids]
 
     def _rotary(self, block: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
         by_type = (
@@ -100,11 +122,16 @@ class EarlyModel(nn.Module):
 
     def base_digest(self) -> str:
         """SHA-256 over the frozen weights, adapters left out."""
+        tensors = {n: t for n, t in self.state_dict().items() if ".lora_" not in n}
+        for path, module in self.named_modules():
+            if isinstance(module, NF4Linear):
+                tensors |= nf4_state_dict(module.weight, f"{path}.weight")
+        plain = {n.replace(".base_layer.", "."): t for n, t in tensors.items()}
         digest = hashlib.sha256()
-        for name, tensor in sorted(self.state_dict().items()):
-            if ".lora_" not in name:
-                digest.update(name.replace(".base_layer.", ".").encode())
-                digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+        for name, tensor in sorted(plain.items()):
+            digest.update(name.encode())
+            # the bytes: numpy knows no bf16, and a scalar cannot be viewed as bytes
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()
 
 
@@ -126,9 +153,26 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def load_early(
-    files: ModelFiles, depth: int, *, dtype: torch.dtype, device: torch.device
+    files: ModelFiles,
+    depth: int,
+    *,
+    dtype: torch.dtype,
+    device: torch.device,
+    quantize: Quantize = "auto",
+    double_quant: bool = False,
+    token_ids: Iterable[int] | None = None,
 ) -> EarlyModel:
     """Read the embeddings and the first ``depth`` blocks, one tensor at a time, and nothing else.
+
+    Args:
+        files: An opened model.
+        depth: Number of blocks, enough for ``hidden_states[depth]``.
+        dtype: What weights that are not NF4 are held in, and activations computed in.
+        device: Where to.
+        quantize: ``nf4`` quantises the blocks' linear layers as they are read, ``none`` holds them
+            in ``dtype``, ``auto`` keeps what the checkpoint has.
+        double_quant: Store the absmax of what is quantised here in 8 bits.
+        token_ids: Tokens that will be used; only their embedding rows are read. All by default.
 
     Raises:
         UserError: The model has fewer blocks, a tensor is missing, has another shape, or holds
@@ -138,18 +182,71 @@ def load_early(
     if not 0 <= depth <= total:
         raise UserError(f"{files.name}: hidden_states[{depth}] does not exist; it has 0 … {total}")
     model = EarlyModel(files.config, depth)
-    for name, parameter in list(model.decoder.named_parameters()):
-        if name not in files.source:
-            raise UserError(f"{files.name}: has no tensor {name}; is the download complete?")
-        tensor = files.source.read(name)
-        if tensor.shape != parameter.shape:
-            raise UserError(
-                f"{files.name}: {name} is {list(tensor.shape)}, its config says "
-                f"{list(parameter.shape)}"
-            )
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{files.name}: {name} holds NaN or inf; the weights are damaged")
-        module, _, leaf = name.rpartition(".")
-        loaded = nn.Parameter(tensor.to(device=device, dtype=dtype), requires_grad=False)
-        setattr(model.decoder.get_submodule(module), leaf, loaded)
+    read = _Reader(files, dtype, device, quantize, double_quant)
+    for path, module in list(model.decoder.named_modules()):
+        if path == _EMBEDDING and token_ids is not None:
+            rows = sorted(set(token_ids))
+            module.weight = read.parameter(f"{path}.weight", module.weight, rows)
+            model.gather_rows(rows)
+        elif (
+            isinstance(module, nn.Linear) and (adopted := read.nf4_linear(path, module)) is not None
+        ):
+            owner, _, leaf = path.rpartition(".")
+            setattr(model.decoder.get_submodule(owner), leaf, adopted)
+        else:
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, read.parameter(f"{path}.{name}", parameter))
     return model.to(device)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Reads a model's tensors one at a time, checked, in the form in which they will be held."""
+
+    files: ModelFiles
+    dtype: torch.dtype
+    device: torch.device
+    quantize: Quantize
+    double_quant: bool
+
+    def parameter(
+        self, name: str, expected: Tensor, rows: Sequence[int] | None = None
+    ) -> nn.Parameter:
+        """Read a tensor, or some rows of it, as a frozen parameter."""
+        self._check_there(name)
+        source = self.files.source
+        tensor = source.read(name) if rows is None else source.read_rows(name, rows)
+        self._check(name, tensor, [len(rows), *expected.shape[1:]] if rows else expected.shape)
+        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
+
+    def nf4_linear(self, path: str, linear: nn.Linear) -> NF4Linear | None:
+        """Read a linear layer into NF4, if it is to be held so; else ``None``."""
+        name = f"{path}.weight"
+        self._check_there(name)
+        stored = None if self.quantize == "none" else self.files.source.read_nf4(name)
+        if stored is None and self.quantize != "nf4":
+            return None
+        if stored is None:
+            tensor = self.files.source.read(name)
+            self._check(name, tensor, linear.weight.shape)
+            held = tensor.to(self.device, self.dtype)
+            stored = nf4.quantize(held, double_quant=self.double_quant)
+        elif stored.shape != tuple(linear.weight.shape):
+            raise self._wrong_shape(name, stored.shape, linear.weight.shape)
+        bias = None if linear.bias is None else self.parameter(f"{path}.bias", linear.bias)
+        return NF4Linear(stored.to(self.device), bias)
+
+    def _check_there(self, name: str) -> None:
+        if name not in self.files.source:
+            raise UserError(f"{self.files.name}: has no tensor {name}; is the download complete?")
+
+    def _check(self, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
+        if list(tensor.shape) != list(expected):
+            raise self._wrong_shape(name, tensor.shape, expected)
+        if not torch.isfinite(tensor).all():
+            raise UserError(f"{self.files.name}: {name} holds NaN or inf; the weights are damaged")
+
+    def _wrong_shape(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> UserError:
+        return UserError(
+            f"{self.files.name}: {name} is {list(shape)}, its config says {list(expected)}"
+        )

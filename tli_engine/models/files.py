@@ -1,13 +1,14 @@
-"""A model by name: a local folder, a GGUF file or a built-in, opened without reading weights."""
+"""A model by name: a folder, a GGUF file, a Hub id or a built-in, opened without its weights."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from tli_engine.errors import UserError
-from tli_engine.models import builtin
+from tli_engine.models import builtin, hub
 from tli_engine.models.sources import GgufSource, SafetensorsSource, TensorSource
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
@@ -50,7 +51,8 @@ def open_model(name: str) -> ModelFiles:
     """Open a model by name; no weights are read.
 
     Args:
-        name: A Hugging Face folder, a ``.gguf`` file, or ``builtin:smollm2-135m``.
+        name: A Hugging Face folder, a ``.gguf`` file, ``builtin:smollm2-135m``, or a Hub id,
+            ``organisation/name`` with an optional ``@revision``.
 
     Raises:
         UserError: No such model, or a family that is not supported, with those that are.
@@ -63,13 +65,24 @@ def open_model(name: str) -> ModelFiles:
         return _open_folder(name, path, name)
     if path.suffix == ".gguf":
         return _open_gguf(name, path)
+    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
+        folder = hub.fetch_folder(name)
+        return _open_folder(
+            name, folder, hub.split_revision(name)[0], partial(hub.fetch_file, name)
+        )
     raise UserError(
-        f"{name}: no such model; give a Hugging Face folder, a .gguf file or {builtin.names()}"
+        f"{name}: no such model; give a Hugging Face folder, a .gguf file, a Hub id or "
+        f"{builtin.names()}"
     )
 
 
-def _open_folder(name: str, folder: Path, hub_id: str) -> ModelFiles:
+def _open_folder(
+    name: str, folder: Path, hub_id: str, fetch: Callable[[str], Path | None] | None = None
+) -> ModelFiles:
     from transformers import AutoConfig
+
+    def local(file: str) -> Path | None:
+        return folder / file if (folder / file).is_file() else None
 
     path = folder / "config.json"
     try:
@@ -81,7 +94,9 @@ def _open_folder(name: str, folder: Path, hub_id: str) -> ModelFiles:
     text = values.get("text_config", values)
     _check_family(name, str(text.get("model_type", values.get("model_type"))))
     config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
-    return ModelFiles(name, hub_id, folder, None, config, SafetensorsSource(folder))
+    _check_quantisation(name, getattr(config, "quantization_config", None))
+    source = SafetensorsSource(name, fetch or local)
+    return ModelFiles(name, hub_id, folder, None, config, source)
 
 
 def _open_gguf(name: str, path: Path) -> ModelFiles:
@@ -107,4 +122,17 @@ def _check_family(name: str, family: str) -> None:
     if family not in FAMILIES:
         raise UserError(
             f"{name}: family {family!r} is not supported; those are {', '.join(FAMILIES)}"
+        )
+
+
+def _check_quantisation(name: str, stored: Any) -> None:
+    """Only bitsandbytes' NF4 is read; another quantisation is refused by its name."""
+    if stored is None:
+        return
+    values = stored if isinstance(stored, dict) else stored.to_dict()
+    method, kind = values.get("quant_method"), values.get("bnb_4bit_quant_type")
+    if method != "bitsandbytes" or not values.get("load_in_4bit") or kind != "nf4":
+        raise UserError(
+            f"{name}: is quantised by {method} {kind or ''}".rstrip()
+            + "; only full-precision and bitsandbytes NF4 checkpoints are read"
         )

@@ -1,6 +1,7 @@
 """Adapters on disk in PEFT's format: ``adapter_config.json`` and ``adapter_model.safetensors``."""
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,15 +10,16 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tli_engine.config import LoraConfig
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import adapter_tensors, adapters, wrap
 from tli_engine.models.early import EarlyModel
+from tli_engine.nn import NF4Linear
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\.(\d+)\..+)\.lora_([AB])\.weight")
-# options that change what an adapter computes, and the only value that is understood
+# options that change what an adapter computes, and the values that are understood
 _PLAIN: dict[str, tuple[Any, ...]] = {
     "use_dora": (False, None),
     "bias": ("none", None),
@@ -27,6 +29,16 @@ _PLAIN: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "lora_bias": (False, None),
     "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "kasa_config": (None, {}),
+    "layer_replication": (None, []),
+    "monteclora_config": (None, {}),
+    "target_parameters": (None, []),
+    "trainable_token_indices": (None, [], {}),
+    # the other ways of initialising change the base weights too
+    "init_lora_weights": (True, False, None, "gaussian", "orthogonal", "eva"),
 }
 
 
@@ -44,14 +56,16 @@ def save_adapter(
     """Write the adapter of ``model``; PEFT's ``PeftModel.from_pretrained`` reads it.
 
     Args:
-        model: A model with adapters.
+        model: A model with adapters, all of one rank and alpha.
         folder: Written to; made if need be.
-        lora: What the adapters were made from.
+        lora: Its dropout is recorded; the rest is read off the adapters.
         base_model: Hub id or path recorded as the base model.
         card: Text of the model card, ``README.md``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    blocks = sorted({int(name.split(".")[1]) for name in adapters(model)})
+    adapted = adapters(model)
+    # not from ``lora``: where training went on from another adapter, that one set them
+    [(r, alpha, rslora)] = {(m.r, m.alpha, m.rslora) for m in adapted.values()}
     config = {
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -59,16 +73,16 @@ def save_adapter(
         "inference_mode": True,
         "init_lora_weights": True,
         "layers_pattern": None,
-        "layers_to_transform": blocks,
-        "lora_alpha": lora.alpha,
+        "layers_to_transform": sorted({_block(name) for name in adapted}),
+        "lora_alpha": alpha,
         "lora_dropout": lora.dropout,
         "modules_to_save": None,
         "peft_type": "LORA",
-        "r": lora.r,
-        "target_modules": sorted(lora.modules),
+        "r": r,
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
         "task_type": "CAUSAL_LM",
         "use_dora": False,
-        "use_rslora": lora.rslora,
+        "use_rslora": rslora,
     }
     tensors = {
         f"base_model.model.model.{name}": p.detach().cpu().contiguous()
@@ -95,14 +109,14 @@ def load_adapter(model: EarlyModel, folder: Path, dropout: float = 0.0) -> Loade
     tensors = _read_tensors(folder)
     adapted, above = [], []
     for name, (a, b) in sorted(tensors.items()):
-        if int(name.split(".")[1]) >= model.depth:
+        if model.depth <= _block(name) < model.config.num_hidden_layers:
             above.append(name)
             continue
-        _check_fit(model, name, a, b, folder)
+        _check_fit(model, name, a, b, config["r"], folder)
         layer = wrap(
             model,
             name,
-            r=a.shape[0],
+            r=int(config["r"]),
             alpha=float(config["lora_alpha"]),
             dropout=dropout,
             rslora=bool(config.get("use_rslora")),
@@ -114,9 +128,13 @@ def load_adapter(model: EarlyModel, folder: Path, dropout: float = 0.0) -> Loade
     if not adapted:
         raise UserError(
             f"{folder}: adapts nothing below block {model.depth}, all that is built here; its "
-            f"lowest is {min(above, default='none')}"
+            f"lowest is {min(above, key=_block, default='none')}"
         )
     return LoadedAdapter(adapted, above)
+
+
+def _block(name: str) -> int:
+    return int(name.split(".")[1])
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -127,17 +145,18 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder}: no adapter_config.json; not a PEFT adapter") from None
     except ValueError as e:
         raise UserError(f"{path}: not JSON: {e}") from None
-    if config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{path}: peft_type is {config.get('peft_type')!r}; only LORA is understood"
-        )
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else config
+        raise UserError(f"{path}: peft_type is {kind!r}; only LORA is understood")
     for key, plain in _PLAIN.items():
         if config.get(key) not in plain:
             raise UserError(
                 f"{path}: {key} = {config[key]!r} is not understood; only plain LoRA is"
             )
-    if not isinstance(config.get("lora_alpha"), int | float):
-        raise UserError(f"{path}: lora_alpha is {config.get('lora_alpha')!r}; must be a number")
+    for key in ("r", "lora_alpha"):
+        value = config.get(key)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise UserError(f"{path}: {key} is {value!r}; must be a positive number")
     return config
 
 
@@ -163,14 +182,14 @@ def _read_tensors(folder: Path) -> dict[str, tuple[Tensor, Tensor]]:
     return {name: (half["A"], half["B"]) for name, half in halves.items()}
 
 
-def _check_fit(model: EarlyModel, name: str, a: Tensor, b: Tensor, folder: Path) -> None:
-    try:
-        base = model.decoder.get_submodule(name)
-    except AttributeError:
-        raise UserError(f"{folder}: adapts {name}, which this model does not have") from None
-    expected = [base.out_features, base.in_features]
-    if [b.shape[0], a.shape[1]] != expected or b.shape[1] != a.shape[0]:
+def _check_fit(model: EarlyModel, name: str, a: Tensor, b: Tensor, r: int, folder: Path) -> None:
+    linear = dict(model.decoder.named_modules()).get(name)
+    if not isinstance(linear, nn.Linear | NF4Linear):
+        raise UserError(f"{folder}: adapts {name}, which is no linear layer of this model")
+    shapes = [list(a.shape), list(b.shape)]
+    expected = [[r, linear.in_features], [linear.out_features, r]]
+    if shapes != expected:
         raise UserError(
-            f"{folder}: {name} adapts a {[b.shape[0], a.shape[1]]} weight, the model's is "
-            f"{expected}; is it the right base model?"
+            f"{folder}: {name} has lora_A and lora_B of {shapes}, this model needs {expected}; is "
+            f"it the right base model?"
         )

@@ -1,6 +1,7 @@
 """Where a model's tensors lie: safetensors shards or a GGUF file, read one tensor at a time."""
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -9,10 +10,15 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tli_engine.errors import UserError
+from tli_engine.nf4 import NF4Weight
+from tli_engine.nf4_checkpoint import from_state_dict
 
 
 class TensorSource(Protocol):
-    """Tensors by their transformers name within the decoder, e.g. ``layers.0.mlp.up_proj.weight``."""
+    """Tensors by their transformers name within the decoder, e.g. ``layers.0.mlp.up_proj.weight``.
+
+    ``lm_head.weight``, which lies beside the decoder, goes by that name.
+    """
 
     def __contains__(self, name: str) -> bool: ...
 
@@ -20,64 +26,105 @@ class TensorSource(Protocol):
         """Read one tensor, in its stored dtype, or fp32 where it is stored quantised."""
         ...
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows of a matrix, and no others."""
+        ...
+
+    def read_nf4(self, name: str) -> NF4Weight | None:
+        """Read a weight that bitsandbytes has stored in NF4; ``None`` if it is stored otherwise."""
+        ...
+
 
 # how checkpoints of causal, bare and multimodal models spell the decoder
 _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
+_HEAD = "lm_head.weight"
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 
 
 class SafetensorsSource:
-    """A folder of safetensors files, with ``model.safetensors.index.json`` if there are several."""
+    """Safetensors files, with ``model.safetensors.index.json`` if there are several.
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    Args:
+        name: What messages call the model.
+        fetch: Returns the local path of a file of the model, or ``None`` if it has none of that
+            name; a model on the Hub downloads it then.
+    """
+
+    def __init__(self, name: str, fetch: Callable[[str], Path | None]) -> None:
+        self._name = name
+        self._fetch = fetch
+        self._open: dict[str, Any] = {}
         self._shard_of = self._index()
-        self._open: dict[Path, Any] = {}
         prefixes = [p for p in _PREFIXES if f"{p}embed_tokens.weight" in self._shard_of]
         if not prefixes:
-            raise UserError(f"{folder}: no embed_tokens.weight in its safetensors files")
+            raise UserError(f"{name}: no embed_tokens.weight in its safetensors files")
         self._prefix = prefixes[0]
 
-    def _index(self) -> dict[str, Path]:
-        index = self._folder / "model.safetensors.index.json"
-        single = self._folder / "model.safetensors"
-        if index.is_file():
+    def _index(self) -> dict[str, str]:
+        index = self._fetch(INDEX)
+        if index is not None:
             try:
-                weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-                return {name: self._folder / shard for name, shard in weight_map.items()}
-            except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as e:
+                weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+                return dict(weight_map.items())
+            except (ValueError, KeyError, TypeError, AttributeError) as e:
                 raise UserError(f"{index}: not a safetensors index: {e!r}") from None
-        if single.is_file():
-            with _open_shard(single) as shard:
-                return dict.fromkeys(shard.keys(), single)
-        if any(self._folder.glob("pytorch_model*.bin")):
+        if self._fetch(SINGLE) is None:
             raise UserError(
-                f"{self._folder}: only pickled weights (*.bin), which are never read; convert them "
-                f"with transformers' save_pretrained"
+                f"{self._name}: has neither {SINGLE} nor {INDEX}; pickled weights (*.bin) are "
+                f"never read, convert them with transformers' save_pretrained"
             )
-        raise UserError(f"{self._folder}: no model.safetensors and no model.safetensors.index.json")
+        return dict.fromkeys(self._shard(SINGLE).keys(), SINGLE)
+
+    def _stored_name(self, name: str) -> str:
+        if name == _HEAD:
+            return self._prefix.removesuffix("model.") + _HEAD
+        return self._prefix + name
+
+    def _shard(self, file: str) -> Any:
+        if file not in self._open:
+            path = self._fetch(file)
+            if path is None:
+                raise UserError(f"{self._name}: {file} is missing; download this shard")
+            try:
+                self._open[file] = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as e:
+                raise UserError(
+                    f"{path}: not a whole safetensors file ({e}); download it again"
+                ) from None
+        return self._open[file]
 
     def __contains__(self, name: str) -> bool:
-        return self._prefix + name in self._shard_of
+        return self._stored_name(name) in self._shard_of
+
+    def _get(self, stored: str) -> Tensor:
+        file = self._shard_of[stored]
+        try:
+            tensor: Tensor = self._shard(file).get_tensor(stored)
+        except SafetensorError as e:
+            raise UserError(
+                f"{self._name}: {file} has no readable {stored}, where its index puts it: {e}"
+            ) from None
+        return tensor
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; see :class:`TensorSource`."""
-        path = self._shard_of[self._prefix + name]
-        if path not in self._open:
-            self._open[path] = _open_shard(path)
-        try:
-            tensor: Tensor = self._open[path].get_tensor(self._prefix + name)
-        except SafetensorError as e:
-            raise UserError(f"{path}: {self._prefix + name}: cannot be read: {e}") from None
-        return tensor
+        nf4 = self.read_nf4(name)
+        return self._get(self._stored_name(name)) if nf4 is None else nf4.dequantize()
 
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows; see :class:`TensorSource`."""
+        stored = self._stored_name(name)
+        part = self._shard(self._shard_of[stored]).get_slice(stored)
+        return torch.cat([part[row : row + 1] for row in rows])
 
-def _open_shard(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: is missing; download this shard") from None
-    except (SafetensorError, OSError) as e:
-        raise UserError(f"{path}: not a whole safetensors file ({e}); download it again") from None
+    def read_nf4(self, name: str) -> NF4Weight | None:
+        """Read an NF4 weight; see :class:`TensorSource`."""
+        stored = self._stored_name(name)
+        parts = [n for n in self._shard_of if n.startswith(f"{stored}.")]
+        if not parts:
+            return None
+        return from_state_dict({n: self._get(n) for n in (stored, *parts)}, stored)
 
 
 # ggml stores the rotary halves of q and k interleaved for these architectures
@@ -106,7 +153,8 @@ class GgufSource:
         self._config = config
 
     def _stored_name(self, name: str) -> str | None:
-        stored: str | None = self._names.get_name(f"model.{name}", (".weight", ".bias"))
+        full = name if name == _HEAD else f"model.{name}"
+        stored: str | None = self._names.get_name(full, (".weight", ".bias"))
         return stored
 
     def __contains__(self, name: str) -> bool:
@@ -122,17 +170,30 @@ class GgufSource:
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; see :class:`TensorSource`."""
-        from gguf import quants
-
         stored = self._tensors[self._stored_name(name) or ""]
-        values = torch.from_numpy(quants.dequantize(stored.data, stored.tensor_type).copy())
+        values = _dequantize(stored.data, stored.tensor_type)
         if self._interleaved and ".q_proj." in name:
             values = _rotary_halves(values, self._config.num_attention_heads)
         if self._interleaved and ".k_proj." in name:
             values = _rotary_halves(values, self._config.num_key_value_heads)
         if self._norm_offset and name.endswith("norm.weight"):
             values = values - self._norm_offset
-        return values.float()
+        return values
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        """Read some rows; see :class:`TensorSource`."""
+        stored = self._tensors[self._stored_name(name) or ""]
+        return _dequantize(stored.data[list(rows)], stored.tensor_type)
+
+    def read_nf4(self, name: str) -> NF4Weight | None:
+        """GGUF has no NF4."""
+        return None
+
+
+def _dequantize(data: Any, kind: Any) -> Tensor:
+    from gguf import quants
+
+    return torch.from_numpy(quants.dequantize(data, kind).copy()).float()
 
 
 def _rotary_halves(weight: Tensor, heads: int) -> Tensor:

@@ -3,10 +3,11 @@
 import math
 import resource
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 
 import torch
+from torch import Tensor
 
 from tli_engine.align.collapse import CollapseDetector
 from tli_engine.align.objective import PairBatch, batch_loss, pair_batch
@@ -76,8 +77,8 @@ class Trainer:
         margin = None if self.config.align.loss == "infonce" else self.config.align.margin
         self._collapse = CollapseDetector(margin)
 
-    def run(self) -> None:
-        """Train to the end.
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Train to the end, or to the first step after which ``until`` holds.
 
         Raises:
             TrainingError: An adapter tensor without a finite gradient, or a non-finite loss.
@@ -86,12 +87,50 @@ class Trainer:
         try:
             # dropout draws from torch's global generator, which is the caller's
             with torch.random.fork_rng():
-                while self.step < self.total_steps:
-                    self._one_step()
+                while self.step < self.total_steps and not until():
+                    self.one_step()
         finally:
             self.model.eval()
 
-    def _one_step(self) -> None:
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Adapter tensors, and the optimizer's as ``<tensor>/<statistic>``."""
+        adapter = {name: tensor.detach().cpu() for name, tensor in self._tensors.items()}
+        statistics = {
+            f"{name}/{key}": value.detach().cpu()
+            for name, tensor in self._tensors.items()
+            for key, value in self.optimizer.state.get(tensor, {}).items()
+        }
+        return adapter, statistics
+
+    def restore(self, step: int, adapter: dict[str, Tensor], statistics: dict[str, Tensor]) -> None:
+        """Go back to a step with the tensors that :meth:`state` gave there.
+
+        Raises:
+            KeyError: The tensors are of other adapters.
+            RuntimeError: They are of another shape.
+        """
+        with torch.no_grad():
+            for name, tensor in self._tensors.items():
+                tensor.copy_(adapter[name])
+        numbers = {name: i for i, name in enumerate(self._tensors)}
+        state: dict[int, dict[str, Tensor]] = {}
+        for key, value in statistics.items():
+            name, _, statistic = key.partition("/")
+            state.setdefault(numbers[name], {})[statistic] = value
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.step = step
+
+    def replay(self, steps: Iterable[Mapping[str, float]]) -> list[str]:
+        """Show the collapse detector steps of an interrupted run; return what it said of them."""
+        lines = []
+        for step in steps:
+            line = self._collapse.update(step["loss"], step["cosine_true"], step["cosine_random"])
+            lines += [f"step {step['step']}: {line}"] if line else []
+        return lines
+
+    def one_step(self) -> None:
+        """Run one step: forward, backward, update, report."""
         start = time.perf_counter()
         config, train = self.config, self.config.train
         rows = batch_rows(len(self.pairs.source), train.batch_size, config.seed, self.step)

@@ -1,9 +1,11 @@
 """The folder of a run: what is written where, and never half."""
 
 import json
+import math
 import os
 import shutil
 import tempfile
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -22,15 +24,16 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: It is a file, not empty, or not writable.
     """
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder}: is a file; choose another --run folder")
-    if folder.is_dir() and any(folder.iterdir()):
-        if not overwrite:
-            raise UserError(f"{folder}: is not empty; choose another --run folder, or --overwrite")
-        if not (folder / "config.yaml").is_file():
-            raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
-    probe = next(p for p in (folder, *folder.parents) if p.exists())
+    probe = folder
     try:
+        if folder.exists() and not folder.is_dir():
+            raise UserError(f"{folder}: is a file; choose another folder")
+        if folder.is_dir() and any(folder.iterdir()):
+            if not overwrite:
+                raise UserError(f"{folder}: is not empty; choose another folder, or --overwrite")
+            if not _is_run(folder):
+                raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
+        probe = next(p for p in (folder, *folder.parents) if p.exists())
         # asks the file system: a privileged user passes os.access on a read-only mount
         with tempfile.TemporaryFile(dir=probe):
             pass
@@ -40,12 +43,29 @@ def check_free(folder: Path, overwrite: bool) -> None:
         ) from None
 
 
+def _is_run(folder: Path) -> bool:
+    """Whether :func:`create` and a run made it: any project may have a ``config.yaml``."""
+    config = folder / "config.yaml"
+    return config.is_file() and b"\nprovenance:" in config.read_bytes()
+
+
 def create(folder: Path, overwrite: bool) -> None:
-    """Make the folder, empty."""
+    """Make the folder, empty.
+
+    Raises:
+        UserError: As :func:`check_free`.
+    """
     check_free(folder, overwrite)
-    if folder.is_dir() and overwrite:
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # the folder itself stays: it may be a link, a mount or the current one
+        for entry in folder.iterdir() if overwrite else ():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            else:
+                entry.unlink()
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be made: {e.strerror}; choose another folder") from None
 
 
 def write_text(path: Path, text: str) -> None:
@@ -58,12 +78,14 @@ def write_text(path: Path, text: str) -> None:
             os.fsync(f.fileno())
         part.replace(path)
     except OSError as e:
-        part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot be written: {e.strerror}") from None
+    finally:
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; NaN becomes null."""
+    """Write JSON whole or not at all; NaN and infinity become null."""
     write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
 
 
@@ -72,6 +94,6 @@ def _plain(value: Any) -> Any:
         return {k: _plain(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(v) for v in value]
-    if isinstance(value, float) and value != value:
+    if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

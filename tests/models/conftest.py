@@ -1,0 +1,51 @@
+"""Tiny models of every family, written once, and transformers' own view of them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from tli_engine.models.early import EarlyModel, load_early
+from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.testing import save_tiny_model
+
+Tiny = Callable[..., ModelFiles]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """Open a tiny model by family and configuration; not to be written to."""
+    made: dict[str, ModelFiles] = {}
+
+    def find(family: str, **overrides: Any) -> ModelFiles:
+        key = f"{family} {sorted(overrides.items())}"
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            made[key] = open_model(str(save_tiny_model(folder, family, **overrides)))
+        return made[key]
+
+    return find
+
+
+@pytest.fixture
+def early(tiny: Tiny) -> Callable[..., EarlyModel]:
+    """Load the first blocks of a tiny model, fp32 on the CPU."""
+
+    def load(family: str = "llama", depth: int = 2, **overrides: Any) -> EarlyModel:
+        files = tiny(family, **overrides)
+        return load_early(files, depth, dtype=torch.float32, device=torch.device("cpu"))
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def full(tiny: Tiny) -> Callable[..., Any]:
+    """transformers' own model, whole, fp32, new at each call."""
+    from transformers import AutoModelForCausalLM
+
+    def load(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
+        folder = tiny(family, **overrides).folder
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    return load

@@ -1,0 +1,141 @@
+"""SmolLM2's weights: the engine against the published scripts, written with transformers + peft."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from tli_engine.align.scan import scan
+from tli_engine.cli import main
+from tli_engine.data.words import pack
+from tli_engine.models.early import load_early
+from tli_engine.train.order import batch_rows
+
+CPU = torch.device("cpu")
+MODULES = ["q_proj", "v_proj"]
+
+
+def published_embedding(tokens: Any, model: nn.Module, layer: int) -> Tensor:
+    """Mean over the attended tokens of ``hidden_states[layer]``, as in the published scripts."""
+    hidden = model(**tokens, output_hidden_states=True).hidden_states[layer]
+    mask = tokens["attention_mask"].unsqueeze(-1)
+    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
+
+
+def test_scan_equals_one_word_at_a_time(
+    smollm2: Any, full_model: nn.Module, tokenize: Any, lexicon: Any
+) -> None:
+    pairs = lexicon[:60]
+    early = load_early(smollm2, 30, dtype=torch.float32, device=CPU)
+    result = scan(
+        early, "smollm2", pairs, tokenize(pairs.source, ""), tokenize(pairs.target, ""), "paper"
+    )
+
+    expected = torch.zeros(31)
+    with torch.no_grad():
+        for source, target in zip(pairs.source, pairs.target, strict=True):
+            # one forward gives every layer: the published loop repeats it for each, to no effect
+            a, b = (
+                full_model(
+                    **smollm2.tokenizer(w, return_tensors="pt"), output_hidden_states=True
+                ).hidden_states
+                for w in (source, target)
+            )
+            for layer in range(31):
+                cosine = nn.functional.cosine_similarity(a[layer].mean(1), b[layer].mean(1))
+                expected[layer] += cosine.item() / 60
+
+    actual = torch.tensor([a.cosine_true for a in result.layers])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 5])
+def test_truncated_model_equals_the_full_one(
+    smollm2: Any, full_model: nn.Module, tokenize: Any, lexicon: Any, depth: int
+) -> None:
+    words = tokenize(lexicon.source[:8] + lexicon.target[:8], "")
+    early = load_early(smollm2, depth, dtype=torch.float32, device=CPU)
+    with torch.no_grad():
+        expected = [
+            full_model(
+                input_ids=torch.tensor([w.input_ids]), output_hidden_states=True
+            ).hidden_states[depth][0]
+            for w in words
+        ]
+        for word, states in zip(words, expected, strict=True):
+            assert (early(pack([word]), depth) - states).abs().max() == 0.0
+        packed = early(pack(words), depth)
+
+    # fp32 matmuls of other shapes round differently: 1e-5 of the largest activation, which is
+    # in the hundreds from block 1 on
+    scale = torch.cat(expected).abs().max()
+    assert (packed - torch.cat(expected)).abs().max() / scale <= 1e-5
+
+
+@pytest.fixture
+def peft_initialised(smollm2: Any, tmp_path: Path) -> Path:
+    """A PEFT adapter on all 30 blocks, freshly initialised, as the published code makes it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(7)
+    model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
+    lora = LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM")
+    get_peft_model(model, lora).save_pretrained(tmp_path / "initial")
+    return tmp_path / "initial"
+
+
+def published_training(
+    folder: Path, adapter: Path, tokenizer: Any, pairs: Any, steps: int
+) -> list[float]:
+    """The published loop: padded batches, two full forwards, hardest in-batch negative."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
+    scheduler = get_linear_schedule_with_warmup(optimizer, 50, steps)
+    losses = []
+    for step in range(steps):
+        rows = batch_rows(len(pairs), 8, seed=0, step=step)
+        optimizer.zero_grad()
+        anchor, positive = (
+            nn.functional.normalize(
+                published_embedding(
+                    tokenizer([side[i] for i in rows], padding=True, return_tensors="pt"), model, 2
+                )
+            )
+            for side in (pairs.source, pairs.target)
+        )
+        similarity = anchor @ positive.T
+        hardest = similarity.clone().fill_diagonal_(-torch.inf).amax(1)
+        loss = torch.relu(0.4 + hardest - similarity.diagonal()).mean()
+        loss.backward()
+        optimizer.step()
+        scheduler.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_paper_recipe_gives_the_published_losses(
+    smollm2: Any, lexicon: Any, peft_initialised: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = ["quantize=none", "dtype=float32", "lora.dropout=0", "train.steps=20", "device=cpu"]
+    settings += ["model=builtin:smollm2-135m", f"lora.init={peft_initialised}", "data.limit=200"]
+    options = [part for setting in settings for part in ("--set", setting)]
+
+    assert main(["train", "--recipe", "paper", "--run", str(run), *options]) == 0
+
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    actual = [json.loads(line)["loss"] for line in lines]
+    pairs = lexicon[:200]
+    expected = published_training(smollm2.folder, peft_initialised, smollm2.tokenizer, pairs, 20)
+    # the schedule of both runs is over 20 steps, all of them warm-up
+    torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0, atol=1e-4)
+    # a sequence that never moved would prove nothing
+    assert max(expected) - min(expected) > 1e-3

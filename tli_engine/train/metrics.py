@@ -1,0 +1,76 @@
+"""Figures of each step: ``metrics.jsonl``, and TensorBoard if it is asked for."""
+
+import json
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from tli_engine.errors import UserError
+from tli_engine.train.run_folder import write_text
+
+_FILE = "metrics.jsonl"
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """The whole lines of ``metrics.jsonl``; a last one that a crash cut short is left out."""
+    path = run / _FILE
+    steps = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            steps.append(json.loads(line))
+        except ValueError:
+            break
+    return steps
+
+
+class MetricsLog:
+    """Appends one object a step; a resumed run first drops what came after its checkpoint."""
+
+    def __init__(self, run: Path, kept: list[dict[str, Any]], tensorboard: bool) -> None:
+        self.steps = list(kept)
+        write_text(run / _FILE, "".join(json.dumps(step) + "\n" for step in kept))
+        self._file = (run / _FILE).open("a", encoding="utf-8")
+        self._writer = _tensorboard(run) if tensorboard else None
+
+    def append(self, step: dict[str, Any]) -> None:
+        """Write a step, and hand it to the operating system at once."""
+        self.steps.append(step)
+        self._file.write(json.dumps(step) + "\n")
+        self._file.flush()
+        if self._writer is not None:
+            for key, value in step.items():
+                if key not in ("step", "epoch"):
+                    self._writer.add_scalar(key, value, step["step"])
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._file.close()
+        if self._writer is not None:
+            self._writer.close()
+
+
+def check_tensorboard() -> None:
+    """Refuse ``train.tensorboard`` where it cannot be written.
+
+    Raises:
+        UserError: TensorBoard is not installed.
+    """
+    try:
+        import torch.utils.tensorboard  # noqa: F401
+    except ImportError:
+        raise UserError(
+            "train.tensorboard: TensorBoard is not installed; pip install 'tli-engine[tensorboard]'"
+        ) from None
+
+
+def _tensorboard(run: Path) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(run / "tensorboard")
