@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tli_engine.errors import ConfigError
 
@@ -28,6 +28,12 @@ class DataConfig(_Section):
     control: str | None = None
     languages: tuple[str, str] = ("swahili", "english")
     limit: PositiveInt | None = None
+
+    @field_validator("languages", mode="before")
+    @classmethod
+    def _comma_separated(cls, value: Any) -> Any:
+        # --set data.languages=amharic,english
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
 
     @model_validator(mode="after")
     def _two_columns(self) -> "DataConfig":
@@ -94,10 +100,17 @@ class TrainConfig(_Section):
     keep_checkpoints: PositiveInt = 2
     tensorboard: bool = False
 
+    @model_validator(mode="before")
+    @classmethod
+    def _five_epochs_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("epochs") is values.get("steps") is None:
+            return {**values, "epochs": 5}
+        return values
+
     @model_validator(mode="after")
     def _one_length(self) -> "TrainConfig":
-        if (self.epochs is None) == (self.steps is None):
-            raise ValueError("exactly one of epochs and steps must be set")
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("only one of epochs and steps can be set")
         return self
 
 
@@ -117,7 +130,7 @@ class RunConfig(_Section):
     words: WordsConfig = WordsConfig()
     lora: LoraConfig = LoraConfig()
     align: AlignConfig = AlignConfig()
-    train: TrainConfig = TrainConfig(epochs=5)
+    train: TrainConfig = TrainConfig()
     provenance: dict[str, Any] | None = None
 
 
@@ -248,3 +261,19 @@ def resolve_words(
         return WordsConfig(presentation=presentation, template=pairs, prefix=prefix)
     except ValidationError as e:
         raise ConfigError(f"--presentation, --template: {_explain(e.errors()[0])}") from None
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The configuration with local files and folders spelled out, for use from another folder."""
+
+    def absolute(name: str | None) -> str | None:
+        return str(Path(name).absolute()) if name and Path(name).exists() else name
+
+    data = {"pairs": absolute(config.data.pairs), "control": absolute(config.data.control)}
+    return config.model_copy(
+        update={
+            "model": absolute(config.model),
+            "data": config.data.model_copy(update=data),
+            "lora": config.lora.model_copy(update={"init": absolute(config.lora.init)}),
+        }
+    )

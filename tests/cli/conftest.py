@@ -1,7 +1,7 @@
 """A tiny random Llama and word pairs, made once, for commands that need a model."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,15 @@ def _alone_in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     # main() sets it, so it is put back
     monkeypatch.setenv("TLI_ENGINE_DEBUG", "")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """For a model this small, threads that wait for each other are all the time it takes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture
@@ -133,7 +142,7 @@ def config_file(
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory: pytest.TempPathFactory, config_file: Path) -> Path:
+def trained(tmp_path_factory: pytest.TempPathFactory, config_file: Path, _one_thread: None) -> Path:
     """A finished run; not to be written to."""
     folder = tmp_path_factory.mktemp("runs") / "tiny"
     assert main(["train", str(config_file), "--run", str(folder)]) == 0

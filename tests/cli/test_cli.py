@@ -142,10 +142,8 @@ ERRORS = [
     ("scan {model} --pairs builtin:xx", "builtin:xx: no such built-in lexicon"),
     ("scan {model} --languages swahili", "--languages swahili: must be two column names"),
     ("scan {model} --languages swahili,luo", "no column 'luo'"),
-    ("scan {model} --layers 9", "hidden_states[9] does not exist; it has 0 … 3"),
     ("scan {model} --limit 1", "--limit 1: a scan needs at least 2 pairs"),
     ("scan {model} --device tpu", "device: 'tpu'"),
-    ("scan {model} --dtype int8", "dtype: 'int8' is not one"),
     ("scan {model} --presentation template", "'template' needs a template per language"),
     ("scan {model} --template neno", "--template neno: must be LANGUAGE=TEXT"),
     ("scan {model} --out full", "full: is not empty; choose another folder, or --overwrite"),
@@ -158,7 +156,21 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("command", "message"), ERRORS, ids=[command for command, _ in ERRORS])
+ERRORS += [
+    ("scan {model} --layers 9", "hidden_states[9] does not exist; it has 0 … 3"),
+    ("scan {model} --dtype int8", "dtype: 'int8' is not one"),
+    ("scan {model} --out file --overwrite", "file: is a file; choose another folder"),
+    ("scan list", "list/config.json: "),
+    ("scan odd", "odd/config.json: "),
+]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        *(pytest.param(*e, id=e[0]) for e in ERRORS),
+    ],
+)
 def test_users_error_is_one_line_and_leaves_nothing(
     command: str,
     message: str,
@@ -175,6 +187,9 @@ def test_users_error_is_one_line_and_leaves_nothing(
     (tmp_path / "bad.csv").write_text("swahili,english\nmaji,water\nmoto\n")
     (tmp_path / "one.csv").write_text("swahili,english\nmaji,water\n")
     (tmp_path / "bad.json").write_text("[{swahili: maji}]")
+    for name, text in (("list", "[]"), ("odd", '{"model_type": "llama", "hidden_size": "x"}')):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(text)
     before = tree(tmp_path)
 
     places = {"config": config_file, "model": tiny_model, "pairs": pairs_file, "tmp": tmp_path}

@@ -21,8 +21,19 @@ ALIGNMENT = {"cosine_true", "cosine_random", "separation", "p_at_1", "mrr", "csl
 SIDE = {"p_at_1", "mrr", "csls_p_at_1"}
 
 
+def interrupt(*args: object, **options: object) -> None:
+    """What Ctrl-C does to whatever runs."""
+    raise KeyboardInterrupt
+
+
 def is_png(path: Path) -> bool:
     return path.read_bytes().startswith(b"\x89PNG\r\n")
+
+
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of the time that a scan of a tiny model takes."""
+    monkeypatch.setattr("tli_engine.cli._scan.plot_scan", lambda scan, path: None)
 
 
 def scan_of(cli: Cli, model: Path, pairs: Path, *options: object) -> dict[str, Any]:
@@ -57,6 +68,7 @@ def test_scan_writes_what_the_contract_says(cli: Cli, tiny_model: Path, pairs_fi
         assert float(row["reverse_mrr"]) == expected["reverse"]["mrr"]
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_scan_of_fewer_layers_or_again_gives_the_same_figures(
     cli: Cli, tiny_model: Path, pairs_file: Path
 ) -> None:
@@ -65,25 +77,26 @@ def test_scan_of_fewer_layers_or_again_gives_the_same_figures(
     assert scan_of(cli, tiny_model, pairs_file, "--layers", 2)["layers"] == whole[:3]
 
 
+@pytest.mark.usefixtures("without_plots")
 def test_scan_options_change_what_is_measured(cli: Cli, tiny_model: Path, pairs_file: Path) -> None:
     template = ["--presentation", "template"]
     template += ["--template", "swahili=neno {word}", "--template", "english=word {word}"]
     options: list[list[str]] = [
         [],
         ["--pooling", "paper"],
-        ["--pooling", "last"],
+        ["--pooling", "paper", "--prefix", "none"],
         ["--presentation", "leading-space"],
-        ["--prefix", "none"],
+        template,
         ["--limit", "5"],
         ["--languages", "english,swahili"],
-        template,
     ]
-    figures = [scan_of(cli, tiny_model, pairs_file, *o)["layers"][2]["mrr"] for o in options]
-    figures += [
-        scan_of(cli, tiny_model, pairs_file, *o)["layers"][2]["cosine_true"] for o in options
-    ]
-    assert len(set(figures)) > len(options)
-    assert scan_of(cli, tiny_model, pairs_file, "--limit", 5)["pairs"] == 5
+    found = [scan_of(cli, tiny_model, pairs_file, *o) for o in options]
+    assert [f["pairs"] for f in found] == [14, 14, 14, 14, 14, 5, 14]
+    layers = [f["layers"][2] for f in found]
+    # whichever language comes first, a pair's cosine is the same
+    assert layers[-1]["cosine_true"] == pytest.approx(layers[0]["cosine_true"])
+    assert layers[-1]["mrr"] == layers[0]["reverse"]["mrr"]
+    assert len({round(layer["cosine_true"], 6) for layer in layers[:-1]}) == len(options) - 1
 
 
 def test_scan_without_out_writes_nothing(
@@ -158,13 +171,15 @@ def test_adapter_is_in_pefts_format(trained: Path, tiny_model: Path) -> None:
 
 
 def test_evaluation_holds_what_the_contract_says(trained: Path) -> None:
-    rows = json.loads((trained / "evaluation.json").read_text(encoding="utf-8"))["alignment"]
+    report = json.loads((trained / "evaluation.json").read_text(encoding="utf-8"))
+    rows, heads = report["alignment"], report["baselines"]["linear_head"]
+    assert {r["split"] for r in heads} == {"train", "control"}
     assert {(r["score"], r["split"]) for r in rows} == {
         (score, split)
         for score in ("cosine", "centred", "whitened")
         for split in ("train", "control")
     }
-    for row in rows:
+    for row in [*rows, *heads]:
         assert (row["layer"], row["pooling"], row["presentation"]) == (2, "content", "bare")
         for stage in (row["before"], row["after"]):
             assert stage.keys() >= {*ALIGNMENT, "reverse"}
@@ -187,24 +202,30 @@ def test_before_training_is_what_a_scan_measures(
     assert before["cosine_true"] == pytest.approx(layer["cosine_true"], abs=1e-6)
 
 
-def test_evaluate_again_gives_the_same_numbers(run: Path, cli: Cli) -> None:
-    before = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["alignment"]
-    (run / "evaluation.json").unlink()
+def test_evaluate_gives_the_numbers_of_the_end_of_training(run: Path, cli: Cli) -> None:
+    report = run / "evaluation.json"
+    trained = json.loads(report.read_text(encoding="utf-8"))
+    report.unlink()
     result = cli("evaluate", run)
     assert result.status == 0, result.err
     assert "before → after training" in result.out
-    after = json.loads((run / "evaluation.json").read_text(encoding="utf-8"))["alignment"]
-    assert after == before
+    again = json.loads(report.read_text(encoding="utf-8"))
+    # it looks at more layers than the end of training does; where both look, they agree
+    assert [row for row in again["alignment"] if row["layer"] == 2] == trained["alignment"]
 
 
-def test_evaluate_says_when_the_pairs_have_changed(run: Path, cli: Cli, tmp_path: Path) -> None:
+def test_evaluate_says_when_the_pairs_have_changed(
+    run: Path, cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     values = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
     pairs = tmp_path / "pairs.csv"
     text = Path(values["data"]["pairs"]).read_text(encoding="utf-8")
     pairs.write_text(text.replace("maji,water", "maji,liquid"), encoding="utf-8")
     values["data"]["pairs"] = str(pairs)
     (run / "config.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    assert "the train pairs are not those of the run any more" in cli("evaluate", run).err
+    monkeypatch.setattr("tli_engine.cli._evaluate.load_early", interrupt)
+    warning = f"warning: {pairs}: the train pairs are not those of the run any more\n"
+    assert cli("evaluate", run).err.startswith(warning)
 
 
 @pytest.mark.parametrize(
@@ -247,26 +268,24 @@ def test_overwrite_replaces_a_run_with_an_equal_one(
         assert after[name] == before[name], name
 
 
-def test_a_run_gets_a_folder_of_its_own(cli: Cli, config_file: Path, tmp_path: Path) -> None:
-    result = cli("train", config_file, "--set", "train.steps=1")
+def test_a_run_gets_a_folder_of_its_own_and_says_what_it_lacks(
+    cli: Cli, config_file: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "pairs.csv").write_text("swahili,english\nmaji,water\nmoto,fire\nmti,tree\n")
+    options = ["--set", "data.pairs=pairs.csv", "--set", "train.steps=1"]
+    result = cli("train", config_file, *options)
     assert result.status == 0, result.err
     (folder,) = (tmp_path / "runs").iterdir()
     assert re.fullmatch(r"tiny-\d{8}-\d{6}", folder.name)
     assert f"run folder: runs/{folder.name}" in result.err
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
-
-
-def test_no_control_pairs_is_said(cli: Cli, config_file: Path, tmp_path: Path) -> None:
-    (tmp_path / "pairs.csv").write_text("swahili,english\nmaji,water\nmoto,fire\nmti,tree\n")
-    options = ["--set", "data.pairs=pairs.csv", "--set", "train.steps=1"]
-    result = cli("train", config_file, *options, "--run", "run")
-    assert result.status == 0, result.err
+    # without control pairs nothing tells learning from memory
     assert "warning: no control pairs: what was learnt cannot be told" in result.err
-    rows = json.loads(Path("run/evaluation.json").read_text(encoding="utf-8"))["alignment"]
+    rows = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["alignment"]
     assert {r["split"] for r in rows} == {"train"}
 
 
-@pytest.mark.parametrize("place", ["read_run_pairs", "open_model", "load_early", "_fit_space"])
+@pytest.mark.parametrize("place", ["read_run_pairs", "open_model", "load_early"])
 def test_interrupted_before_training_leaves_nothing(
     place: str,
     cli: Cli,
@@ -275,9 +294,6 @@ def test_interrupted_before_training_leaves_nothing(
     monkeypatch: pytest.MonkeyPatch,
     tree: Tree,
 ) -> None:
-    def interrupt(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(f"tli_engine.cli._train.{place}", interrupt)
     status, out, err = cli("train", config_file, "--run", "deep/er/run")
     assert (status, out) == (130, "")
@@ -289,9 +305,6 @@ def test_interrupted_before_training_leaves_nothing(
 def test_interrupted_evaluation_leaves_the_run_alone(
     place: str, run: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch, tree: Tree
 ) -> None:
-    def interrupt(*args: object, **options: object) -> None:
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(f"tli_engine.cli._evaluate.{place}", interrupt)
     before = tree(run)
     assert cli("evaluate", run).status == 130

@@ -1,6 +1,6 @@
 """Tiny models of every family, written once, and transformers' own view of them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +11,15 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import save_tiny_model
 
 Tiny = Callable[..., ModelFiles]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Tiny matmuls: more threads wait for one another, 20 times as long on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

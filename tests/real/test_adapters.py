@@ -53,9 +53,7 @@ def _pack_of(tokens: Any) -> Any:
     return pack([Word(ids, (True,) * len(ids))])
 
 
-def test_one_seed_gives_one_adapter_and_leaves_the_base_alone(
-    smollm2: Any, tmp_path: Path
-) -> None:
+def test_one_seed_gives_one_adapter_and_leaves_the_base_alone(smollm2: Any, tmp_path: Path) -> None:
     runs = [train(tmp_path / name, "seed=5", "lora.dropout=0.1") for name in ("a", "b")]
     other = train(tmp_path / "c", "seed=6", "lora.dropout=0.1")
 

@@ -1,5 +1,6 @@
 """Notices while training that all words are becoming alike, true pairs or not."""
 
+import math
 from collections import deque
 
 _WINDOW = 20
@@ -21,6 +22,9 @@ class CollapseDetector:
 
     def update(self, loss: float, cosine_true: float, cosine_random: float) -> str | None:
         """Take one step's figures; return a line the first time they show a collapse."""
+        if math.isnan(cosine_random):
+            # a batch without a mismatched pair tells nothing
+            return None
         if len(self._start) < _WINDOW:
             self._start.append(cosine_random)
         self._recent.append((loss, cosine_true, cosine_random))

@@ -187,4 +187,5 @@ def _other_translations(
 
 def _rank(score: Tensor, own: Tensor, out: Tensor) -> Tensor:
     true = score.gather(1, own)
-    return 1 + ((score >= true - _TIE) & ~out).sum(1)
+    # not ">=": what is NaN must come before the translation, or a broken model would score 1
+    return 1 + (~(score < true - _TIE) & ~out).sum(1)

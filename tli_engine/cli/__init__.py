@@ -52,9 +52,11 @@ def main(args: list[str] | None = None) -> int:
     try:
         result: Any = group.main(args, prog_name="tli-engine", standalone_mode=False)
         return result if isinstance(result, int) else 0
-    except click.ClickException as e:
+    except click.exceptions.NoArgsIsHelpError as e:
         e.show()
         return 2
+    except click.ClickException as e:
+        return _failed(UserError(e.format_message()), 2)
     except (click.Abort, KeyboardInterrupt):
         _say("interrupted")
         return 130

@@ -16,7 +16,7 @@ from tli_engine.evaluate.plots import plot_scan
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
-from tli_engine.train.run_folder import check_free, write_json, write_text
+from tli_engine.train.run_folder import check_free, check_writable, write_json, write_text
 
 
 def run_scan(
@@ -38,25 +38,27 @@ def run_scan(
     """Scan and report; options are those of the command."""
     words = resolve_words(presentation, templates, prefix)
     pair_list = read_pairs(pairs, parse_languages(languages))[:limit]
-    if out is not None and not overwrite:
-        check_free(out, overwrite=False)
-    if limit is not None and limit < 2:
-        raise UserError(f"--limit {limit}: a scan needs at least 2 pairs")
+    if out is not None:
+        check_writable(out) if overwrite else check_free(out, overwrite=False)
+    if len(pair_list) < 2:
+        given = pairs if limit is None else f"--limit {limit}"
+        raise UserError(f"{given}: a scan needs at least 2 pairs")
     where = choose_device(device)
+    held_in = choose_dtype(dtype, where)
     files = open_model(model)
     tokenize = WordTokenizer(files.tokenizer, words)
     source = tokenize(pair_list.source, pair_list.languages[0])
     target = tokenize(pair_list.target, pair_list.languages[1])
     depth = files.config.num_hidden_layers if layers is None else layers
-    say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
     early = load_early(
         files,
         depth,
-        dtype=choose_dtype(dtype, where),
+        dtype=held_in,
         device=where,
         quantize=quantize,
         token_ids={token for word in source + target for token in word.input_ids},
     )
+    say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
     with progress("scan", len(set(source + target))) as advance:
         result = scan(early, model, pair_list, source, target, pooling, lambda n: advance(n, ""))
     show(_table(result))

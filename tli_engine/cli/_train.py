@@ -10,7 +10,7 @@ from tli_engine.align.space import PairSpace, fit_space
 from tli_engine.cli._evaluate import report_alignment, tokens_of
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.cli.signals import Stop, stop_on_signals
-from tli_engine.config import RunConfig, to_yaml
+from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits
 from tli_engine.errors import UserError
 from tli_engine.evaluate.plots import plot_training
@@ -77,7 +77,7 @@ def run_training(config: RunConfig, name: str, folder: Path | None, overwrite: b
     check_free(folder, overwrite)
     run = prepare(config)
     create(folder, overwrite)
-    record = config.model_copy(update={"provenance": run.provenance})
+    record = with_absolute_paths(config).model_copy(update={"provenance": run.provenance})
     write_text(folder / "config.yaml", to_yaml(record))
     return _train(run, folder, None)
 

@@ -66,6 +66,7 @@ def _resolve(
         raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe demo")
     values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())
     where = f"recipe {recipe}" if recipe else str(config)
+    where += " with --set" if overrides else ""
     resolved = resolve_config(apply_overrides(values, list(overrides)), where)
     return resolved, recipe or (config or Path("run")).stem
 

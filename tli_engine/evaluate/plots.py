@@ -73,7 +73,12 @@ def plot_training(steps: Sequence[Mapping[str, float]], path: Path) -> None:
 def plot_histograms(vectors: Sequence[Vectors], path: Path) -> None:
     """Draw the cosines of true and of mismatched pairs, before and after, for each split."""
     figure, grid = plt.subplots(
-        len(vectors), 2, figsize=(10, 3 * len(vectors)), layout="constrained", squeeze=False
+        len(vectors),
+        2,
+        figsize=(10, 3 * len(vectors)),
+        layout="constrained",
+        squeeze=False,
+        sharex="row",
     )
     for row, v in zip(grid, vectors, strict=True):
         for axes, stage, name in zip(row, (v.before, v.after), ("before", "after"), strict=True):

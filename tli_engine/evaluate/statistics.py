@@ -1,5 +1,7 @@
 """Paired tests of a before/after difference."""
 
+import warnings
+
 import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
@@ -26,9 +28,14 @@ def paired_tests(before: NDArray[np.float64], after: NDArray[np.float64]) -> dic
         ci = [0.0, 0.0] if len(difference) >= 2 else [nan, nan]
         return {"t_p": nan, "wilcoxon_p": nan, "effect_size": nan, "ci95": ci}
     deviation = difference.std(ddof=1)
+    with warnings.catch_warnings():
+        # scipy warns of nearly equal differences, whose p-value is 0 to any precision
+        warnings.simplefilter("ignore", RuntimeWarning)
+        t_p = float(stats.ttest_rel(after, before).pvalue)
+        wilcoxon_p = float(stats.wilcoxon(after, before).pvalue)
     return {
-        "t_p": float(stats.ttest_rel(after, before).pvalue),
-        "wilcoxon_p": float(stats.wilcoxon(after, before).pvalue),
+        "t_p": t_p,
+        "wilcoxon_p": wilcoxon_p,
         "effect_size": float(difference.mean() / deviation) if deviation else nan,
         "ci95": bootstrap_ci95(difference),
     }

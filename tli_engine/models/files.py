@@ -43,8 +43,10 @@ class ModelFiles:
         try:
             return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **options)
         except (OSError, ValueError, KeyError) as e:
-            reason = str(e).splitlines()[0]
-            raise UserError(f"{self.name}: its tokenizer cannot be loaded: {reason}") from None
+            raise UserError(
+                f"{self.name}: its tokenizer cannot be loaded; are tokenizer.json and "
+                f"tokenizer_config.json there? ({_first_line(e)})"
+            ) from None
 
 
 def open_model(name: str) -> ModelFiles:
@@ -65,11 +67,9 @@ def open_model(name: str) -> ModelFiles:
         return _open_folder(name, path, name)
     if path.suffix == ".gguf":
         return _open_gguf(name, path)
-    if name.count("/") == 1 and not name.startswith((".", "/", "~")):
-        folder = hub.fetch_folder(name)
-        return _open_folder(
-            name, folder, hub.split_revision(name)[0], partial(hub.fetch_file, name)
-        )
+    hub_id, _ = hub.split_revision(name)
+    if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
+        return _open_folder(name, hub.fetch_folder(name), hub_id, partial(hub.fetch_file, name))
     raise UserError(
         f"{name}: no such model; give a Hugging Face folder, a .gguf file, a Hub id or "
         f"{builtin.names()}"
@@ -79,6 +79,7 @@ def open_model(name: str) -> ModelFiles:
 def _open_folder(
     name: str, folder: Path, hub_id: str, fetch: Callable[[str], Path | None] | None = None
 ) -> ModelFiles:
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     def local(file: str) -> Path | None:
@@ -91,9 +92,14 @@ def _open_folder(
         raise UserError(f"{folder}: no config.json; not a Hugging Face model folder") from None
     except (OSError, ValueError) as e:
         raise UserError(f"{path}: not JSON: {e}") from None
-    text = values.get("text_config", values)
+    text = values.get("text_config", values) if isinstance(values, dict) else None
+    if not isinstance(text, dict):
+        raise UserError(f"{path}: not a model's configuration")
     _check_family(name, str(text.get("model_type", values.get("model_type"))))
-    config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:
+        raise UserError(f"{path}: not a whole configuration: {_first_line(e)}") from None
     _check_quantisation(name, getattr(config, "quantization_config", None))
     source = SafetensorsSource(name, fetch or local)
     return ModelFiles(name, hub_id, folder, None, config, source)
@@ -110,12 +116,15 @@ def _open_gguf(name: str, path: Path) -> ModelFiles:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except (OSError, ValueError, KeyError, NotImplementedError) as e:
-        reason = str(e).splitlines()[0]
-        raise UserError(f"{path}: its header cannot be read: {reason}") from None
+        raise UserError(f"{path}: its header cannot be read: {_first_line(e)}") from None
     config = config.get_text_config()
     _check_family(name, config.model_type)
     source = GgufSource(path, config)
     return ModelFiles(name, name, path.parent, path.name, config, source)
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_family(name: str, family: str) -> None:

@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 from pathlib import Path
 
 from tli_engine.errors import UserError
@@ -32,7 +33,10 @@ def fetch_folder(repo: str) -> Path:
 
 
 def fetch_file(repo: str, file: str) -> Path | None:
-    """Download one file, resuming where an earlier try broke off; ``None`` if there is none.
+    """Download one file, unless it is in the cache; ``None`` if the model has none of that name.
+
+    A connection that breaks is resumed where it broke. A file that a process leaves unfinished is
+    begun anew by the next one: huggingface_hub 2 keeps whole files only.
 
     Raises:
         UserError: As :func:`fetch_folder`, or the file's SHA-256 is not the Hub's.
@@ -45,11 +49,14 @@ def fetch_file(repo: str, file: str) -> Path | None:
     try:
         path = Path(hf_hub_download(name, file, revision=revision))
     except LocalEntryNotFoundError as e:
-        raise _explained(repo, e) from None
+        # offline; the cache also notes which files the Hub does not have
+        if cached is not None and not isinstance(cached, str):
+            return None
+        raise _explained(f"{repo}: {file}", e) from None
     except EntryNotFoundError:
         return None
     except Exception as e:
-        raise _explained(repo, e) from None
+        raise _explained(f"{repo}: {file}", e) from None
     if not isinstance(cached, str):
         _check_digest(repo, path)
     return path
@@ -62,35 +69,43 @@ def split_revision(repo: str) -> tuple[str, str | None]:
 
 
 def _check_digest(repo: str, path: Path) -> None:
-    """Large files lie in the cache under their SHA-256; hold what arrived against it."""
-    blob = path.resolve()
+    """Large files go by their SHA-256 in the cache's blobs; hold what arrived against it."""
+    if not path.is_symlink():
+        return
+    # one step only: the blob may itself be a link, into a store that goes by another hash
+    blob = path.parent / os.readlink(path)
     if len(blob.name) != 64:
         return
     with blob.open("rb") as f:
         digest = hashlib.file_digest(f, "sha256").hexdigest()
     if digest != blob.name:
-        blob.unlink()
-        path.unlink(missing_ok=True)
+        for part in (path.resolve(), blob, path):
+            part.unlink(missing_ok=True)
         raise UserError(f"{repo}: {path.name} arrived with a wrong SHA-256 and was removed; retry")
 
 
-def _explained(repo: str, error: Exception) -> Exception:
+def _explained(what: str, error: Exception) -> Exception:
     """Turn what the Hub's client raises into a line for the user; other errors stay."""
     from huggingface_hub import errors
 
     if isinstance(error, errors.GatedRepoError):
         return UserError(
-            f"{repo}: access must be granted on the Hub; then log in with `hf auth login`"
+            f"{what}: access must be granted on the Hub; then log in with `hf auth login`"
         )
     if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return UserError(f"{repo}: no such model, neither a local folder nor on the Hub")
+        return UserError(
+            f"{what}: no such model, neither a local folder nor on the Hub; if it is private, log "
+            f"in with `hf auth login`"
+        )
     if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{repo}: no such revision on the Hub")
+        return UserError(f"{what}: no such revision on the Hub")
     if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return UserError(f"{repo}: not in the local cache, and the Hub cannot be reached")
+        return UserError(f"{what}: not in the local cache, and the Hub cannot be reached")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(f"{repo}: the disk is full; set HF_HOME to a folder with more space")
-    if isinstance(error, errors.HfHubHTTPError | ConnectionError | TimeoutError):
-        reason = str(error).splitlines()[0]
-        return UserError(f"{repo}: the download failed: {reason}; run again, it resumes")
+        return UserError(f"{what}: the disk is full; set HF_HOME to a folder with more space")
+    # HTTPError of httpx or httpx2, by the client's version
+    http_error = errors.HfHubHTTPError.__bases__[0]
+    if isinstance(error, (OSError, http_error)):
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        return UserError(f"{what}: the download failed: {reason}; run again, whole files are kept")
     return error

@@ -24,15 +24,24 @@ def check_free(folder: Path, overwrite: bool) -> None:
     Raises:
         UserError: It is a file, not empty, or not writable.
     """
+    check_writable(folder)
+    if folder.is_dir() and any(folder.iterdir()):
+        if not overwrite:
+            raise UserError(f"{folder}: is not empty; choose another folder, or --overwrite")
+        if not _is_run(folder):
+            raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
+
+
+def check_writable(folder: Path) -> None:
+    """Refuse a folder that is a file, or that cannot be made or written to.
+
+    Raises:
+        UserError: It is so.
+    """
     probe = folder
     try:
         if folder.exists() and not folder.is_dir():
             raise UserError(f"{folder}: is a file; choose another folder")
-        if folder.is_dir() and any(folder.iterdir()):
-            if not overwrite:
-                raise UserError(f"{folder}: is not empty; choose another folder, or --overwrite")
-            if not _is_run(folder):
-                raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
         probe = next(p for p in (folder, *folder.parents) if p.exists())
         # asks the file system: a privileged user passes os.access on a read-only mount
         with tempfile.TemporaryFile(dir=probe):

@@ -1,0 +1,224 @@
+"""An interrupted run goes on bit for bit, wherever it was interrupted."""
+
+import hashlib
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_engine.cli import _train, main
+from tli_engine.testing import save_tiny_model
+from tli_engine.train.metrics import MetricsLog
+
+STEPS = 24
+WORDS = [(f"neno{i}", f"word{chr(97 + i % 26)}{i}") for i in range(20)]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A configuration of 24 steps in several epochs, with dropout and a checkpoint every 5."""
+    folder = tmp_path_factory.mktemp("config")
+    save_tiny_model(folder / "model", "llama")
+    pairs = [{"swahili": s, "english": e} for s, e in WORDS]
+    (folder / "pairs.json").write_text(json.dumps(pairs))
+    (folder / "config.yaml").write_text(
+        f"""
+model: {folder / "model"}
+device: cpu
+data: {{pairs: {folder / "pairs.json"}}}
+lora: {{dropout: 0.1, modules: [q_proj, down_proj]}}
+align: {{space: whitened}}
+train: {{steps: {STEPS}, batch_size: 6, learning_rate: 0.01, warmup_steps: 3, checkpoint_steps: 5}}
+"""
+    )
+    return folder / "config.yaml"
+
+
+@pytest.fixture(autouse=True)
+def _no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's end is not what is tested here, and takes most of the time."""
+    monkeypatch.setattr(_train, "report_alignment", lambda *args: None)
+    monkeypatch.setattr(_train, "plot_training", lambda *args: None)
+
+
+def losses(run: Path) -> list[tuple[int, float, float]]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [(m["step"], m["loss"], m["lr"]) for m in map(json.loads, lines)]
+
+
+def adapter_digest(run: Path) -> str:
+    return hashlib.sha256((run / "adapter/adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, str]:
+    """Losses and adapter of the run that nothing interrupted."""
+    run = tmp_path_factory.mktemp("whole") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_train, "report_alignment", lambda *args: None)
+        assert main(["train", str(config), "--run", str(run)]) == 0
+    assert len(losses(run)) == STEPS
+    return losses(run), adapter_digest(run)
+
+
+def at_step(step: int, action: Callable[[], None]) -> Callable[..., None]:
+    append = MetricsLog.append
+
+    def appended(self: MetricsLog, metrics: dict[str, Any]) -> None:
+        append(self, metrics)
+        if metrics["step"] == step:
+            action()
+
+    return appended
+
+
+def assert_resumes(run: Path, whole: tuple[Any, str]) -> None:
+    assert main(["train", "--resume", "--run", str(run)]) == 0
+    assert (losses(run), adapter_digest(run)) == whole
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_signal_after_any_step(
+    step: int,
+    config: Path,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    number = signal.SIGINT if step % 2 else signal.SIGTERM
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(step, lambda: signal.raise_signal(number)))
+        assert main(["train", str(config), "--run", str(run)]) == 128 + number
+    assert f"resume with: tli-engine train --resume --run {run}" in capsys.readouterr().err
+    assert (run / f"checkpoints/step-{step:06d}/manifest.json").is_file()
+    assert_resumes(run, whole)
+
+
+class PowerCutError(Exception):
+    """The process is gone: no handler runs, nothing is kept."""
+
+
+def cut() -> None:
+    raise PowerCutError
+
+
+@pytest.mark.parametrize("step", [2, 5, 7, 11, 19])
+def test_crash_goes_on_from_the_last_checkpoint(
+    step: int, config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(step, cut))
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+    # the last line was being written
+    with (run / "metrics.jsonl").open("a") as f:
+        f.write('{"step": ')
+    assert_resumes(run, whole)
+
+
+def test_interrupted_twice(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    for step, command in ((4, [str(config)]), (13, ["--resume"])):
+        with monkeypatch.context() as patch:
+            stop = at_step(step, lambda: signal.raise_signal(signal.SIGINT))
+            patch.setattr(MetricsLog, "append", stop)
+            assert main(["train", *command, "--run", str(run)]) == 130
+    assert_resumes(run, whole)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        pytest.param(lambda c: (c / "manifest.json").unlink(), id="no-manifest"),
+        pytest.param(lambda c: (c / "optimizer.safetensors").write_bytes(b""), id="truncated"),
+        pytest.param(lambda c: (c / "state.json").unlink(), id="missing-file"),
+        pytest.param(lambda c: (c / "manifest.json").write_text("{"), id="broken-manifest"),
+    ],
+)
+def test_broken_checkpoint_is_skipped_with_its_reason(
+    damage: Callable[[Path], None],
+    config: Path,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(12, cut))
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+    damage(run / "checkpoints/step-000010")
+    assert_resumes(run, whole)
+    err = capsys.readouterr().err
+    assert re.search(r"checkpoint skipped: \S*step-000010", err)
+    assert "resuming after step 5 of 24" in err
+
+
+def test_full_disk_keeps_the_earlier_checkpoint(
+    config: Path,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from tli_engine.train import checkpoint
+
+    run, saved = tmp_path / "run", checkpoint.save_file
+
+    def full(tensors: Any, path: Path) -> None:
+        if "step-000010" in str(path):
+            raise OSError(28, "No space left on device")
+        saved(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", full)
+        assert main(["train", str(config), "--run", str(run)]) == 2
+    assert "No space left on device; earlier ones are whole" in capsys.readouterr().err
+    assert [p.name for p in (run / "checkpoints").iterdir()] == ["step-000005"]
+    assert_resumes(run, whole)
+
+
+def test_other_pairs_are_refused(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(config.parent, folder)
+    other = folder / "config.yaml"
+    other.write_text(config.read_text().replace(str(config.parent), str(folder)))
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop = at_step(3, lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr(MetricsLog, "append", stop)
+        assert main(["train", str(other), "--run", str(run)]) == 130
+    (folder / "pairs.json").write_text(json.dumps([{"swahili": "a", "english": "b"}] * 3))
+    assert main(["train", "--resume", "--run", str(run)]) == 2
+    assert "cannot resume" in capsys.readouterr().err
+
+
+def test_signal_to_the_real_process(config: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    command = [sys.executable, "-m", "tli_engine", "train", str(config), "--run", str(run)]
+    command += ["--set", "train.steps=1000000"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        while not (run / "metrics.jsonl").is_file() or len(losses(run)) < 3:
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert process.returncode == 143
+    assert f"resume with: tli-engine train --resume --run {run}" in err
