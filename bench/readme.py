@@ -1,4 +1,4 @@
-"""Fills in the README's tables from the committed results: ``python -m bench readme``."""
+"""Fills in the README's tables and output from committed files: ``python -m bench readme``."""
 
 import json
 import re
@@ -36,15 +36,24 @@ def _time(row: dict[str, float]) -> str:
     return f"{ms / 1e3:.1f} s" if ms < 120e3 else f"{ms / 60e3:.0f} min"
 
 
+def output_of(name: str) -> str:
+    """What a command printed, from ``docs/output``."""
+    text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
+    return f"```\n{text.rstrip()}\n```"
+
+
 TABLES = {"published": published_table}
 
 
 def fill(text: str) -> str:
-    """Replace what stands between each table's markers."""
-    for name, table in TABLES.items():
-        pattern = rf"(<!-- bench {name} -->\n).*?(<!-- /bench -->)"
-        text = re.sub(pattern, lambda m, t=table: f"{m[1]}{t()}\n{m[2]}", text, flags=re.DOTALL)
-    return text
+    """Replace what stands between the markers of each table and of each command's output."""
+
+    def filled(match: re.Match[str]) -> str:
+        begin, kind, name, end = match.groups()
+        return begin + (TABLES[name]() if kind == "bench" else output_of(name)) + "\n" + end
+
+    pattern = r"(<!-- (bench|output) (\w+) -->\n).*?(<!-- /(?:bench|output) -->)"
+    return re.sub(pattern, filled, text, flags=re.DOTALL)
 
 
 def main() -> None:

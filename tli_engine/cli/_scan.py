@@ -61,6 +61,10 @@ def run_scan(
     say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
     with progress("scan", len(set(source + target))) as advance:
         result = scan(early, model, pair_list, source, target, pooling, lambda n: advance(n, ""))
+    _report(result, out)
+
+
+def _report(result: Scan, out: Path | None) -> None:
     show(_table(result))
     for warning in result.warnings:
         warn(warning)
