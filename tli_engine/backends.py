@@ -28,6 +28,8 @@ def _load(op: str, backend: str) -> Callable[..., Any]:
         missing = e.name == name or name.startswith(f"{e.name}.")
         reason = f"has no {op}" if missing else f"needs {e.name}, which is not installed"
         raise BackendUnavailableError(f"{backend} {reason}") from e
+    except ImportError as e:
+        raise BackendUnavailableError(f"{backend} cannot be imported: {e}") from e
     return implementation
 
 

@@ -114,6 +114,23 @@ def test_equals_the_count_on_random_data_with_duplicates(
     assert actual.cosine_random == pytest.approx(naive_random(pairs), abs=1e-12, nan_ok=True)
 
 
+def test_csls_looks_at_ten_neighbours() -> None:
+    generator = torch.Generator().manual_seed(8)
+    x = torch.randn(300, 4, generator=generator).double()
+    y = x + 0.3 * torch.randn(300, 4, generator=generator).double()
+    cosines = torch.nn.functional.normalize(x) @ torch.nn.functional.normalize(y).T
+
+    def hits(neighbours: int) -> int:
+        near_x, near_y = (c.topk(neighbours).values.mean(1) for c in (cosines, cosines.T))
+        score = 2 * cosines - near_x[:, None] - near_y
+        return int((score.argmax(1) == torch.arange(300)).sum())
+
+    # the data can tell the number
+    assert len({hits(n) for n in (8, 9, 10, 11)}) == 4
+    forward = distinct_pairs(x, y).measure().forward
+    assert round(300 * forward.csls_p_at_1) == hits(10)
+
+
 def test_csls_ranks_otherwise_than_the_cosine() -> None:
     """A hub near every query wins by cosine, and is discounted by CSLS; 12 words make 10 of it."""
     generator = torch.Generator().manual_seed(0)

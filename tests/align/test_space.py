@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tli_engine.align.space import fit_space
+from tli_engine.align.space import LanguageMap, fit_space
 from tli_engine.config import Space
 
 SHRINKAGE = 0.5
@@ -23,6 +23,26 @@ def words(count: int, D: int = 12) -> tuple[Tensor, Tensor]:
 def covariance(x: Tensor) -> Tensor:
     centred = x.double() - x.double().mean(0)
     return centred.T @ centred / len(x)
+
+
+def matrix_of(fitted: LanguageMap) -> Tensor:
+    """The linear part of a whitening map, built whole."""
+    assert fitted.zca is not None
+    return fitted.zca(torch.eye(fitted.zca.basis.shape[0], dtype=torch.float64))
+
+
+def test_whitening_equals_the_dense_formula() -> None:
+    """Inverse square root of the shrunk covariance, by its definition."""
+    for count in (200, 6):
+        source, target = (v.double() for v in words(count))
+        shrunk = torch.lerp(
+            covariance(source), covariance(source).diagonal().mean() * torch.eye(12).double(), 0.5
+        )
+        values, basis = torch.linalg.eigh(shrunk)
+        dense = basis @ values.rsqrt().diag() @ basis.T
+        torch.testing.assert_close(
+            matrix_of(fit_space("whitened", source, target).source), dense, rtol=1e-8, atol=1e-10
+        )
 
 
 def test_raw_leaves_vectors_alone() -> None:
@@ -59,12 +79,11 @@ def test_whitened_vectors_have_the_covariance_that_shrinkage_implies(count: int)
 def test_whitening_turns_nothing() -> None:
     """ZCA: the matrix is symmetric, and the identity where all directions vary alike."""
     source, target = words(50)
-    matrix = fit_space("whitened", source, target).source.matrix
-    assert matrix is not None
+    matrix = matrix_of(fit_space("whitened", source, target).source)
     torch.testing.assert_close(matrix, matrix.T)
     # orthonormal columns of mean zero: the covariance is exactly isotropic
     even = torch.cat([torch.eye(4), -torch.eye(4)]).double() * 2
-    matrix = fit_space("whitened", even, even).source.matrix
+    matrix = matrix_of(fit_space("whitened", even, even).source)
     torch.testing.assert_close(matrix, torch.eye(4, dtype=torch.float64))
 
 
@@ -78,9 +97,8 @@ def test_whitening_is_blind_to_scale() -> None:
 def test_the_map_of_the_fitting_words_serves_others(space: Space) -> None:
     source, target = (v.double() for v in words(40))
     fitted = fit_space(space, source[:30], target[:30])
-    matrix = fitted.source.matrix
     others = source[30:] - source[:30].mean(0)
-    expected = others if matrix is None else others @ matrix
+    expected = others if fitted.source.zca is None else others @ matrix_of(fitted.source)
     torch.testing.assert_close(fitted.source(source[30:]), expected)
 
 

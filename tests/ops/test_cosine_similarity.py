@@ -145,10 +145,11 @@ def test_gradient_is_within_the_error_of_plain_torch(
         assert_within_error_budget(a, p, e)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize(("N", "M"), [(3, 4), (1, 1), (0, 2), (2, 0)])
-def test_operator_contract(N: int, M: int, device: torch.device) -> None:
+def test_operator_contract(N: int, M: int, dtype: torch.dtype, device: torch.device) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch agree with the op."""
-    x, y = make_inputs(N, M, 8, torch.float32, device)
+    x, y = make_inputs(N, M, 8, dtype, device)
     args = (x.requires_grad_(), y.requires_grad_())
     torch.library.opcheck(torch.ops.tli_engine.cosine_similarity.default, args)
 

@@ -159,10 +159,11 @@ def test_gradient_of_rows_without_weight_is_zero(device: torch.device) -> None:
     assert (x.grad[2:] > 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("lengths", [[3, 0, 2], [1], []], ids=str)
-def test_operator_contract(lengths: list[int], device: torch.device) -> None:
+def test_operator_contract(lengths: list[int], dtype: torch.dtype, device: torch.device) -> None:
     """Schema, fake tensors, autograd registration and AOT dispatch agree with the op."""
-    x, weight, offsets = make_inputs(lengths, torch.float32, device)
+    x, weight, offsets = make_inputs(lengths, dtype, device)
     args = (x.requires_grad_(), weight, offsets)
     torch.library.opcheck(torch.ops.tli_engine.segment_mean.default, args)
 

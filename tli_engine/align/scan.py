@@ -115,20 +115,22 @@ def propose_layer(layers: Sequence[Alignment], seed: int = 0) -> Proposal:
     """Propose the layer of highest mean two-way MRR, if it is more than noise.
 
     Its bootstrap interval over pairs, at 95 % corrected for the number of layers it was chosen
-    from (Bonferroni), must lie above chance and above layer 0's value; too few pairs tell nothing.
+    from (Bonferroni), must lie above chance and above layer 0's value, and that of the gain over
+    layer 0, pair by pair, above zero; too few pairs tell nothing.
     """
     ranks = torch.stack([a.two_way_reciprocal_ranks for a in layers]).numpy()
     means = ranks.mean(axis=1)
     best = int(means.argmax())
     draws = np.random.default_rng(seed).integers(0, ranks.shape[1], (_DRAWS, ranks.shape[1]))
     tail = _LEVEL / 2 / max(1, len(layers) - 1)
-    resampled = ranks[best][draws].mean(axis=1)
-    low, high = (float(q) for q in np.quantile(resampled, (tail, 1 - tail)))
+    low, high = (float(q) for q in np.quantile(ranks[best][draws].mean(axis=1), (tail, 1 - tail)))
+    # the same pairs are ranked at both layers: their difference varies less than either
+    gain = float(np.quantile((ranks[best] - ranks[0])[draws].mean(axis=1), tail))
     sides = (layers[0].forward, layers[0].reverse)
     chance = sum(chance_mrr(side.candidates) for side in sides) / 2
     bar = max(chance, float(means[0]))
     enough = ranks.shape[1] >= _FEWEST_PAIRS
-    found = enough and best > 0 and low > bar
+    found = enough and best > 0 and low > bar and gain > 0
     reason = (
         f"two-way MRR is highest at layer {best}: {means[best]:.4f} [{low:.4f}, {high:.4f}]; "
         f"chance is {chance:.4f}, layer 0 has {means[0]:.4f}"

@@ -11,18 +11,44 @@ from tli_engine.config import Space
 _SHRINKAGE = 0.5
 
 
+# eigenvalues below this share of the largest are rounding of zero
+_RANK_TOLERANCE = 1e-12
+# variance of vectors that are all equal, whose inverse square root is still an fp32 number
+_SMALLEST = 1e-30
+
+
+@dataclass(frozen=True)
+class ZCA:
+    r"""A symmetric map that acts on few directions: :math:`x \mapsto a\,x + x\,U\,(B - a)\,U^T`.
+
+    Attributes:
+        rest: Gain *a* of every direction outside ``basis``.
+        basis: Orthonormal directions *U*, ``[D, R]``.
+        gains: Gain of each of them, the diagonal of *B*, ``[R]``.
+    """
+
+    rest: Tensor
+    basis: Tensor
+    gains: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Map vectors, ``[N, D]``; ``[D, D]`` is never built, which at D = 8192 takes 0.5 GB."""
+        rest, basis, gains = (t.to(x.dtype) for t in (self.rest, self.basis, self.gains))
+        return rest * x + ((x @ basis) * (gains - rest)) @ basis.T
+
+
 @dataclass(frozen=True)
 class LanguageMap:
-    """Affine map of one language's vectors: ``(x - mean) @ matrix``; ``None`` leaves a part out."""
+    """Affine map of one language's vectors: less ``mean``, through ``zca``; ``None`` is no such."""
 
     mean: Tensor | None
-    matrix: Tensor | None
+    zca: ZCA | None
 
     def __call__(self, x: Tensor) -> Tensor:
         """Map vectors, ``[N, D]``."""
         if self.mean is not None:
             x = x - self.mean.to(x.dtype)
-        return x if self.matrix is None else x @ self.matrix.to(x.dtype)
+        return x if self.zca is None else self.zca(x)
 
 
 @dataclass(frozen=True)
@@ -52,8 +78,24 @@ def _fit(space: Space, vectors: Tensor) -> LanguageMap:
     mean = x.mean(0)
     if space == "centred":
         return LanguageMap(mean, None)
-    centred = x - mean
-    covariance = centred.T @ centred / len(x)
-    isotropic = covariance.diagonal().mean() * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
-    values, basis = torch.linalg.eigh(torch.lerp(covariance, isotropic, _SHRINKAGE))
-    return LanguageMap(mean, (basis * values.clamp(min=1e-30).rsqrt()) @ basis.T)
+    return LanguageMap(mean, _shrunk_zca(x - mean))
+
+
+def _shrunk_zca(centred: Tensor) -> ZCA:
+    """Inverse square root of the covariance shrunk to the isotropic one of the same trace.
+
+    The covariance has no more directions than there are words, so that for few words in many
+    dimensions its eigenvectors come from the words' Gram matrix; the result is the same.
+    """
+    words, width = centred.shape
+    isotropic = centred.square().sum() / words / width
+    if words < width:
+        values, left = torch.linalg.eigh(centred @ centred.T / words)
+        kept = values > _RANK_TOLERANCE * values[-1]
+        values = values[kept]
+        basis = centred.T @ left[:, kept] / (words * values).sqrt()
+    else:
+        values, basis = torch.linalg.eigh(centred.T @ centred / words)
+    shrunk = torch.lerp(values, isotropic, _SHRINKAGE)
+    rest = (_SHRINKAGE * isotropic).clamp(min=_SMALLEST).rsqrt()
+    return ZCA(rest, basis, shrunk.clamp(min=_SMALLEST).rsqrt())

@@ -27,6 +27,8 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
 from tli_engine.train.run_folder import write_json
 
+_HEAD = "lm_head.weight"
+
 
 def tokens_of(splits: Sequence[Split]) -> set[int]:
     """Every token that the words of the splits need."""
@@ -145,7 +147,9 @@ def _text_costs(
     """Bits per byte of each text file, before and after, at each strength."""
     head = model.decoder.embed_tokens.weight
     if not files.config.tie_word_embeddings:
-        head = files.source.read("lm_head.weight").to(model.device, head.dtype)
+        if _HEAD not in files.source:
+            raise UserError(f"{files.name}: has no tensor {_HEAD}; is the download complete?")
+        head = files.source.read(_HEAD).to(model.device, head.dtype)
     costs: dict[str, Any] = {}
     for name, lines in texts.items():
         with progress(name, len(lines) * (1 + len(strengths))) as advance:

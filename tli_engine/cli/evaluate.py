@@ -1,5 +1,6 @@
 """``tli-engine evaluate``: what did a run do?"""
 
+import math
 from pathlib import Path
 
 import click
@@ -37,7 +38,9 @@ def command(
     try:
         strengths = [float(s) for s in strength.split(",")]
     except ValueError:
-        raise ConfigError(f"--strength {strength}: must be numbers such as 0.5,1.0") from None
+        strengths = []
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise ConfigError(f"--strength {strength}: must be numbers such as 0.5,1.0")
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 

@@ -45,7 +45,8 @@ def bits_per_byte(
     """Cross-entropy of text under the whole model, in bits for each byte of UTF-8.
 
     Each line stands alone, after the tokenizer's BOS token where it has one, and is cut every 1024
-    tokens; without a BOS token the first token of each piece is given, not predicted.
+    tokens, or as many as a shorter attention window holds; without a BOS token the first token of
+    each piece is given, not predicted.
 
     Args:
         model: All blocks.
@@ -54,13 +55,14 @@ def bits_per_byte(
         lines: Documents.
         advance: Called with the number of lines done.
     """
-    start = tokenizer.bos_token_id
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    attention_window = getattr(model.config, "sliding_window", None) or _WINDOW + len(start)
+    step = min(_WINDOW, attention_window - len(start))
     bits, size = 0.0, 0
     for line in lines:
         ids = tokenizer(line, add_special_tokens=False)["input_ids"]
-        for i in range(0, len(ids), _WINDOW):
-            piece = ids[i : i + _WINDOW]
-            bits += _bits(model, head, piece if start is None else [start, *piece])
+        for i in range(0, len(ids), step):
+            bits += _bits(model, head, [*start, *ids[i : i + step]])
         size += len(line.encode())
         advance(1)
     return bits / size

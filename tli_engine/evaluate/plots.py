@@ -82,15 +82,19 @@ def plot_histograms(vectors: Sequence[Vectors], path: Path) -> None:
     )
     for row, v in zip(grid, vectors, strict=True):
         for axes, stage, name in zip(row, (v.before, v.after), ("before", "after"), strict=True):
-            source, target = stage.chunk(2)
-            true = torch.nn.functional.cosine_similarity(source, target).cpu().numpy()
-            mismatched = mismatched_cosines(stage, v.split).cpu().numpy()
-            low = min(true.min(), mismatched.min(initial=1.0))
-            bins = [low + (1 - low) * i / 40 for i in range(41)]
-            axes.hist(
-                mismatched, bins, density=True, color=_RANDOM, alpha=0.55, label="random pairs"
+            source, target = stage.double().chunk(2)
+            true = torch.nn.functional.cosine_similarity(source, target)
+            groups = (
+                (mismatched_cosines(stage, v.split), _RANDOM, "random pairs"),
+                (true, _TRUE, "translations"),
             )
-            axes.hist(true, bins, density=True, color=_TRUE, alpha=0.55, label="translations")
+            # a collapsed space has all its cosines at 1, some of them rounded to a bit above it
+            low = min(0.99, *(c.min().item() for c, _, _ in groups if len(c)))
+            bins = [low + (1 - low) * i / 40 for i in range(41)]
+            for cosines, color, label in groups:
+                if len(cosines):
+                    values = cosines.clamp(max=1).cpu().numpy()
+                    axes.hist(values, bins, density=True, color=color, alpha=0.55, label=label)
             axes.set(title=f"{v.split.name}, {name}", xlabel="cosine", yticks=[])
             axes.legend(frameon=False)
             _finish(axes)

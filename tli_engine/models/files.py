@@ -1,6 +1,7 @@
 """A model by name: a folder, a GGUF file, a Hub id or a built-in, opened without its weights."""
 
 import json
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -100,7 +101,8 @@ def _open_folder(
         config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:
         raise UserError(f"{path}: not a whole configuration: {_first_line(e)}") from None
-    _check_quantisation(name, getattr(config, "quantization_config", None))
+    # of a multimodal model it stands beside the text's configuration
+    _check_quantisation(name, values.get("quantization_config", text.get("quantization_config")))
     source = SafetensorsSource(name, fetch or local)
     return ModelFiles(name, hub_id, folder, None, config, source)
 
@@ -115,7 +117,7 @@ def _open_gguf(name: str, path: Path) -> ModelFiles:
             raise UserError(f"{path}: not a GGUF file")
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-    except (OSError, ValueError, KeyError, NotImplementedError) as e:
+    except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as e:
         raise UserError(f"{path}: its header cannot be read: {_first_line(e)}") from None
     config = config.get_text_config()
     _check_family(name, config.model_type)
@@ -134,13 +136,14 @@ def _check_family(name: str, family: str) -> None:
         )
 
 
-def _check_quantisation(name: str, stored: Any) -> None:
+def _check_quantisation(name: str, stored: dict[str, Any] | None) -> None:
     """Only bitsandbytes' NF4 is read; another quantisation is refused by its name."""
     if stored is None:
         return
-    values = stored if isinstance(stored, dict) else stored.to_dict()
-    method, kind = values.get("quant_method"), values.get("bnb_4bit_quant_type")
-    if method != "bitsandbytes" or not values.get("load_in_4bit") or kind != "nf4":
+    method = stored.get("quant_method")
+    # bitsandbytes notes a 4-bit type beside 8-bit weights too
+    kind = "int8" if stored.get("load_in_8bit") else stored.get("bnb_4bit_quant_type")
+    if method != "bitsandbytes" or kind != "nf4":
         raise UserError(
             f"{name}: is quantised by {method} {kind or ''}".rstrip()
             + "; only full-precision and bitsandbytes NF4 checkpoints are read"

@@ -1,6 +1,7 @@
 """Where a model's tensors lie: safetensors shards or a GGUF file, read one tensor at a time."""
 
 import json
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -40,6 +41,8 @@ _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
 _HEAD = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# others are codes of some quantisation, which must not pass for numbers
+_PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 class SafetensorsSource:
@@ -97,26 +100,38 @@ class SafetensorsSource:
     def __contains__(self, name: str) -> bool:
         return self._stored_name(name) in self._shard_of
 
-    def _get(self, stored: str) -> Tensor:
+    def _get(self, stored: str, rows: Sequence[int] | None = None) -> Tensor:
         file = self._shard_of[stored]
+        shard = self._shard(file)
         try:
-            tensor: Tensor = self._shard(file).get_tensor(stored)
+            if rows is None:
+                tensor: Tensor = shard.get_tensor(stored)
+                return tensor
+            part = shard.get_slice(stored)
+            return torch.cat([part[row : row + 1] for row in rows])
         except SafetensorError as e:
             raise UserError(
                 f"{self._name}: {file} has no readable {stored}, where its index puts it: {e}"
             ) from None
+
+    def _plain(self, name: str, tensor: Tensor) -> Tensor:
+        if tensor.dtype not in _PLAIN:
+            raise UserError(
+                f"{self._name}: {name} is stored as {tensor.dtype}; only full-precision and "
+                f"bitsandbytes NF4 weights are read"
+            )
         return tensor
 
     def read(self, name: str) -> Tensor:
         """Read one tensor; see :class:`TensorSource`."""
         nf4 = self.read_nf4(name)
-        return self._get(self._stored_name(name)) if nf4 is None else nf4.dequantize()
+        if nf4 is not None:
+            return nf4.dequantize()
+        return self._plain(name, self._get(self._stored_name(name)))
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Read some rows; see :class:`TensorSource`."""
-        stored = self._stored_name(name)
-        part = self._shard(self._shard_of[stored]).get_slice(stored)
-        return torch.cat([part[row : row + 1] for row in rows])
+        return self._plain(name, self._get(self._stored_name(name), rows))
 
     def read_nf4(self, name: str) -> NF4Weight | None:
         """Read an NF4 weight; see :class:`TensorSource`."""
@@ -140,7 +155,7 @@ class GgufSource:
         self._path = path
         try:
             reader = gguf.GGUFReader(path)
-        except (ValueError, OSError) as e:
+        except (ValueError, OSError, IndexError, struct.error) as e:
             raise UserError(f"{path}: not a whole GGUF file: {e}") from None
         architecture = reader.fields["general.architecture"].contents()
         by_name = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}

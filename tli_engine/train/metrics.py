@@ -1,12 +1,13 @@
 """Figures of each step: ``metrics.jsonl``, and TensorBoard if it is asked for."""
 
 import json
+import math
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from tli_engine.errors import UserError
-from tli_engine.train.run_folder import write_text
+from tli_engine.train.run_folder import plain_json, write_text
 
 _FILE = "metrics.jsonl"
 
@@ -17,9 +18,10 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     steps = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
-            steps.append(json.loads(line))
+            values: dict[str, Any] = json.loads(line)
         except ValueError:
             break
+        steps.append({k: math.nan if v is None else v for k, v in values.items()})
     return steps
 
 
@@ -28,18 +30,18 @@ class MetricsLog:
 
     def __init__(self, run: Path, kept: list[dict[str, Any]], tensorboard: bool) -> None:
         self.steps = list(kept)
-        write_text(run / _FILE, "".join(json.dumps(step) + "\n" for step in kept))
+        write_text(run / _FILE, "".join(json.dumps(plain_json(step)) + "\n" for step in kept))
         self._file = (run / _FILE).open("a", encoding="utf-8")
         self._writer = _tensorboard(run) if tensorboard else None
 
     def append(self, step: dict[str, Any]) -> None:
         """Write a step, and hand it to the operating system at once."""
         self.steps.append(step)
-        self._file.write(json.dumps(step) + "\n")
+        self._file.write(json.dumps(plain_json(step)) + "\n")
         self._file.flush()
         if self._writer is not None:
             for key, value in step.items():
-                if key not in ("step", "epoch"):
+                if key not in ("step", "epoch") and math.isfinite(value):
                     self._writer.add_scalar(key, value, step["step"])
 
     def __enter__(self) -> Self:

@@ -95,14 +95,15 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all; NaN and infinity become null."""
-    write_text(path, json.dumps(_plain(value), indent=1, ensure_ascii=False) + "\n")
+    write_text(path, json.dumps(plain_json(value), indent=1, ensure_ascii=False) + "\n")
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """The value with NaN and infinity, which JSON lacks, as null."""
     if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: plain_json(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
+        return [plain_json(v) for v in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
