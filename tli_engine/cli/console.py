@@ -15,6 +15,8 @@ from tli_engine.evaluate.alignment import Row
 
 # seconds between two lines of progress where nobody watches a bar
 _LINE_EVERY = 10.0
+# columns beyond which a table is wrapped in a file or a pipe
+_WIDEST = 240
 
 
 def say(line: str) -> None:
@@ -64,8 +66,11 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
 
 def show(table: Table) -> None:
     """Print a table on stdout, as wide as it needs where stdout is not a terminal."""
-    width = None if sys.stdout.isatty() else 132
-    Console(width=width, highlight=False).print(table)
+    console = Console(highlight=False)
+    if not sys.stdout.isatty():
+        unbounded = console.options.update(width=_WIDEST)
+        console = Console(highlight=False, width=console.measure(table, options=unbounded).maximum)
+    console.print(table)
 
 
 def alignment_table(rows: list[Row], title: str) -> Table:

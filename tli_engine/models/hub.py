@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import sys
 from pathlib import Path
 
 from tli_engine.errors import UserError
@@ -46,6 +47,9 @@ def fetch_file(repo: str, file: str) -> Path | None:
 
     name, revision = split_revision(repo)
     cached = try_to_load_from_cache(name, file, revision=revision)
+    if cached is None and file.endswith(".safetensors") and not sys.stderr.isatty():
+        # on a terminal the client draws a bar, in bytes
+        print(f"downloading {repo}: {file}", file=sys.stderr, flush=True)
     try:
         path = Path(hf_hub_download(name, file, revision=revision))
     except LocalEntryNotFoundError as e:

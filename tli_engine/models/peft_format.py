@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +58,14 @@ def save_adapter(
 
     Args:
         model: A model with adapters, all of one rank and alpha.
-        folder: Written to; made if need be.
+        folder: Made, whole or not at all; an earlier one of that name is replaced.
         lora: Its dropout is recorded; the rest is read off the adapters.
         base_model: Hub id or path recorded as the base model.
         card: Text of the model card, ``README.md``.
+
+    Raises:
+        UserError: The folder cannot be written.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     adapted = adapters(model)
     # not from ``lora``: where training went on from another adapter, that one set them
     [(r, alpha, rslora)] = {(m.r, m.alpha, m.rslora) for m in adapted.values()}
@@ -88,9 +91,21 @@ def save_adapter(
         f"base_model.model.model.{name}": p.detach().cpu().contiguous()
         for name, p in adapter_tensors(model).items()
     }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    part = folder.with_name(f".{folder.name}.part")
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
+        (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        (part / "README.md").write_text(card, encoding="utf-8")
+        if folder.exists():
+            shutil.rmtree(folder)
+        part.rename(folder)
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{folder}: cannot be written: {reason}; nothing was kept") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def load_adapter(model: EarlyModel, folder: Path, dropout: float = 0.0) -> LoadedAdapter:

@@ -7,6 +7,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from tli_engine.errors import UserError
@@ -52,11 +53,11 @@ def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
             shutil.rmtree(final)
         part.rename(final)
         _sync(parent)
-    except OSError as e:
+    except (OSError, SafetensorError) as e:
+        reason = getattr(e, "strerror", None) or e
+        raise UserError(f"{final}: cannot be written: {reason}; earlier ones are whole") from None
+    finally:
         shutil.rmtree(part, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot be written: {e.strerror}; earlier ones are whole"
-        ) from None
     for old in _checkpoints(run)[keep:]:
         shutil.rmtree(old)
     return final
