@@ -8,9 +8,20 @@ __version__ = "0.1.0"
 # imported on first use, so that ``tli-engine --help`` does not wait for torch
 _PUBLIC = {
     "cosine_similarity": "tli_engine.ops",
+    "nf4_dequantize": "tli_engine.ops",
+    "nf4_linear": "tli_engine.ops",
+    "nf4_lora_linear": "tli_engine.ops",
+    "nf4_quantize": "tli_engine.ops",
     "segment_mean": "tli_engine.ops",
 }
-__all__ = ["cosine_similarity", "segment_mean"]
+__all__ = [
+    "cosine_similarity",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "nf4_quantize",
+    "segment_mean",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,7 @@
-"""Which implementation runs an op on an accelerator: ``cuda``, ``triton`` or ``reference``."""
+"""Which implementation runs an op on an accelerator: ``triton`` or ``reference``."""
 
 import importlib
+import logging
 import os
 from collections.abc import Callable
 from functools import cache
@@ -41,6 +42,8 @@ def _resolve(op: str, choice: str | None) -> tuple[str, Callable[..., Any], tupl
             return backend, _load(op, backend), tuple(reasons)
         except BackendUnavailableError as e:
             reasons.append(str(e))
+            if e.__cause__ is not None and not str(e).startswith(f"{backend} has no"):
+                logging.getLogger(__name__).warning("%s: %s", op, e)
     raise BackendUnavailableError(f"no backend for {op!r}: {'; '.join(reasons)}")
 
 

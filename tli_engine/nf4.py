@@ -183,7 +183,7 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
     Raises:
         ValueError: An argument is not as above, or the weight holds NaN or infinity.
     """
-    _check(weight, block_size)
+    check_weight(weight, block_size)
     flat = weight.detach().reshape(-1)
     numel, device = flat.numel(), flat.device
     packed = torch.empty((numel + 1) // 2, dtype=torch.uint8, device=device)
@@ -194,14 +194,15 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
         pairs = _pack(_nearest(scaled))
         packed[start // 2 :][: pairs.numel()] = pairs
     if not absmax.isfinite().all():
-        raise ValueError(_name_non_finite(flat, absmax, weight.shape, block_size))
+        raise ValueError(name_non_finite(flat, absmax, weight.shape, block_size))
     nested = None
     if double_quant:
-        absmax, nested = _nest(absmax)
+        absmax, nested = nest_absmax(absmax)
     return NF4Weight(packed[:, None], absmax, tuple(weight.shape), weight.dtype, block_size, nested)
 
 
-def _check(weight: Tensor, block_size: int) -> None:
+def check_weight(weight: Tensor, block_size: int) -> None:
+    """Refuse, by a ``ValueError``, what :func:`quantize` does not take."""
     if weight.dtype not in DTYPES:
         raise ValueError(f"weight must be one of {DTYPES}, got {weight.dtype}")
     if weight.ndim == 0 or weight.numel() == 0:
@@ -210,7 +211,8 @@ def _check(weight: Tensor, block_size: int) -> None:
         raise ValueError(f"block_size must be one of {BLOCK_SIZES}, got {block_size}")
 
 
-def _name_non_finite(flat: Tensor, absmax: Tensor, shape: torch.Size, block_size: int) -> str:
+def name_non_finite(flat: Tensor, absmax: Tensor, shape: torch.Size, block_size: int) -> str:
+    """Say which element is the first that is not finite, and where."""
     block = int((~absmax.isfinite()).nonzero()[0])
     piece = flat[block * block_size : (block + 1) * block_size]
     index = int((~piece.isfinite()).nonzero()[0])
@@ -248,7 +250,8 @@ def _pack(codes: Tensor) -> Tensor:
     return (codes[::2] << 4) | codes[1::2]
 
 
-def _nest(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
+def nest_absmax(absmax: Tensor) -> tuple[Tensor, NestedAbsmax]:
+    """Quantise absmax to 8 bits; return the codes and what decodes them."""
     offset = absmax.mean(dtype=torch.float64).float()
     code = _DYNAMIC_MAP.to(absmax.device, copy=True)
     scaled, largest = _normalise(absmax - offset, _NESTED_BLOCK_SIZE)

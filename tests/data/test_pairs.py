@@ -236,7 +236,6 @@ moja,one,train
 mbili,two,control
 tatu,three,
 nne,four, Train
-tano,five,test
 sita,six
 """
 
@@ -248,8 +247,11 @@ def test_split_column(write: Write) -> None:
     assert train.target == ("one", "three", "four", "six")
     assert control is not None
     assert control.target == ("two",)
-    assert len(read_pairs(file, SW_EN)) == 6
-    assert read_pairs(file, SW_EN, "test").target == ("three", "five", "six")
+    assert len(read_pairs(file, SW_EN)) == 5
+    other = write("b.csv", SPLITS + "tano,five,test\n")
+    assert read_pairs(other, SW_EN, "test").target == ("three", "six", "five")
+    with pytest.raises(UserError, match="line 7: split 'test' is neither train nor control"):
+        read_splits(other, None, SW_EN)
 
 
 def test_no_split_column_is_all_training(write: Write) -> None:

@@ -220,3 +220,10 @@ def test_wrong_argument_is_named_in_the_error(
     )
     with pytest.raises(ValueError, match=message):
         segment_mean(**inputs | {name: t.to(device) for name, t in change.items()})
+
+
+def test_a_row_of_no_weight_may_be_infinite(device: torch.device) -> None:
+    x = torch.tensor([[torch.inf], [1.0], [3.0], [torch.nan]], device=device)
+    weight = torch.tensor([0.0, 1.0, 1.0, 0.0], device=device)
+    offsets = torch.tensor([0, 4], device=device)
+    assert segment_mean(x, weight, offsets).tolist() == [[2.0]]

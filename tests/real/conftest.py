@@ -1,5 +1,6 @@
 """Fixtures with SmolLM2's real weights, fetched once into the cache."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,12 @@ from tli_engine.config import WordsConfig
 from tli_engine.data.pairs import read_pairs
 from tli_engine.data.words import WordTokenizer
 from tli_engine.models.files import ModelFiles, open_model
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture(scope="session")

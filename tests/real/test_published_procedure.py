@@ -139,3 +139,17 @@ def test_paper_recipe_gives_the_published_losses(
     torch.testing.assert_close(torch.tensor(actual), torch.tensor(expected), rtol=0, atol=1e-4)
     # a sequence that never moved would prove nothing
     assert max(expected) - min(expected) > 1e-3
+
+
+def test_paper_recipe_collapses_and_says_so(smollm2: Any, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = ["model=builtin:smollm2-135m", "quantize=none", "train.steps=120", "device=cpu"]
+    settings += ["data.limit=200"]
+    options = [part for setting in settings for part in ("--set", setting)]
+
+    assert main(["train", "--recipe", "paper", "--run", str(run), *options]) == 0
+
+    (warning,) = json.loads((run / "evaluation.json").read_text())["warnings"]
+    assert "collapse: random pairs' cosine rose from 0.9" in warning
+    assert "the loss sits at its margin, 0.4" in warning
+    assert "collapse" in (run / "adapter/README.md").read_text()

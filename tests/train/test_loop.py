@@ -25,8 +25,8 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import random_words, save_tiny_model
 from tli_engine.train import loop
 from tli_engine.train.loop import StepMetrics, Trainer
-from tli_engine.train.optimizer import learning_rate
 from tli_engine.train.order import batch_rows
+from tli_engine.train.schedule import learning_rate
 
 PAIRS = 13
 

@@ -191,6 +191,52 @@ def test_full_disk_keeps_the_earlier_checkpoint(
     assert_resumes(run, whole)
 
 
+def test_a_really_full_disk_is_one_line(config: Path, tmp_path: Path) -> None:
+    """safetensors has an error of its own for it, which a limit on file sizes brings out."""
+    run = tmp_path / "run"
+    command = f"""
+import resource, sys
+from tli_engine.cli import main
+resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, 12_000))
+sys.exit(main(["train", {str(config)!r}, "--run", {str(run)!r}]))
+"""
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith("tli-engine: error: ")
+    assert "cannot be written" in result.stderr
+    assert not list((run / "checkpoints").iterdir())
+
+
+def test_a_finished_run_is_not_trained_again(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    assert main(["train", str(config), "--run", str(run)]) == 0
+    before = (run / "metrics.jsonl").stat().st_mtime_ns
+    assert main(["train", "--resume", "--run", str(run)]) == 2
+    assert "has finished; measure it with tli-engine evaluate" in capsys.readouterr().err
+    assert (run / "metrics.jsonl").stat().st_mtime_ns == before
+
+
+def test_checkpoints_of_an_abandoned_end_do_not_push_out_the_new(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(22, cut))
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+    for name in ("step-000015", "step-000020"):
+        (run / "checkpoints" / name / "manifest.json").unlink()
+    with monkeypatch.context() as patch:
+        stop = at_step(7, lambda: signal.raise_signal(signal.SIGINT))
+        patch.setattr(MetricsLog, "append", stop)
+        assert main(["train", "--resume", "--run", str(run)]) == 130
+    left = {p.name for p in (run / "checkpoints").iterdir()}
+    assert left == {"step-000005", "step-000007"}
+    assert_resumes(run, whole)
+
+
 def test_other_pairs_are_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

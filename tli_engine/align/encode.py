@@ -20,7 +20,6 @@ def pool(hidden: Tensor, words: Pack, pooling: Pooling) -> Tensor:
     return segment_mean(hidden, pooling_weight(words, pooling), words.offsets)
 
 
-@torch.no_grad()
 def encode(
     model: EarlyModel,
     words: Sequence[Word],
@@ -40,16 +39,31 @@ def encode(
     Returns:
         ``[layers, words, D]``, fp32, on the model's device.
     """
+    return encode_poolings(model, words, layers, [pooling], advance)[0]
+
+
+@torch.no_grad()
+def encode_poolings(
+    model: EarlyModel,
+    words: Sequence[Word],
+    layers: Sequence[int],
+    poolings: Sequence[Pooling],
+    advance: Callable[[int], None] = lambda words: None,
+) -> Tensor:
+    """Return the vectors by several poolings, ``[poolings, layers, words, D]``, from one pass."""
     number = {word: i for i, word in enumerate(dict.fromkeys(words))}
     distinct = list(number)
-    vectors = torch.empty(len(layers), len(distinct), model.config.hidden_size, device=model.device)
+    shape = (len(poolings), len(layers), len(distinct), model.config.hidden_size)
+    vectors = torch.empty(shape, device=model.device)
     row_of = {layer: row for row, layer in enumerate(layers)}
     for members in packs_of(distinct, _PACK_TOKENS):
         words_in_pack = pack([distinct[i] for i in members]).to(model.device)
         for layer, hidden in model.hidden_states(words_in_pack):
             if layer in row_of:
-                vectors[row_of[layer], members] = pool(hidden, words_in_pack, pooling).float()
+                for of_pooling, pooling in zip(vectors, poolings, strict=True):
+                    pooled = pool(hidden, words_in_pack, pooling)
+                    of_pooling[row_of[layer], members] = pooled.float()
             if layer == layers[-1]:
                 break
         advance(len(members))
-    return vectors[:, [number[word] for word in words]]
+    return vectors[:, :, [number[word] for word in words]]

@@ -44,6 +44,13 @@ class LanguageMap:
     mean: Tensor | None
     zca: ZCA | None
 
+    def to(self, dtype: torch.dtype) -> "LanguageMap":
+        """The same map in another dtype."""
+        zca = self.zca and ZCA(
+            *(t.to(dtype) for t in (self.zca.rest, self.zca.basis, self.zca.gains))
+        )
+        return LanguageMap(None if self.mean is None else self.mean.to(dtype), zca)
+
     def __call__(self, x: Tensor) -> Tensor:
         """Map vectors, ``[N, D]``."""
         if self.mean is not None:
@@ -57,6 +64,10 @@ class PairSpace:
 
     source: LanguageMap
     target: LanguageMap
+
+    def to(self, dtype: torch.dtype) -> "PairSpace":
+        """The same maps in another dtype, for many uses."""
+        return PairSpace(self.source.to(dtype), self.target.to(dtype))
 
 
 def fit_space(space: Space, source: Tensor, target: Tensor) -> PairSpace:

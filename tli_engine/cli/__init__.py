@@ -62,12 +62,19 @@ def main(args: list[str] | None = None) -> int:
         return 130
     except UserError as e:
         return _failed(e, 2)
-    except TrainingError as e:
-        return _failed(e, 1)
     except BrokenPipeError:
         # the reader of our output, such as `head`, has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except (TrainingError, OSError) as e:
+        return _failed(e, 1)
+    except RuntimeError as e:
+        # by name: torch and the backends are not imported for the sake of --help
+        if type(e).__name__ == "OutOfMemoryError":
+            return _failed(RuntimeError(f"{e}; lower train.batch_size, or quantize: nf4"), 1)
+        if type(e).__name__ == "BackendUnavailableError":
+            return _failed(e, 1)
+        raise
 
 
 def _failed(error: Exception, status: int) -> int:

@@ -39,5 +39,7 @@ def print_report(report: CheckReport) -> None:
     for language, words in report.leaks.items():
         shown = f": {', '.join(words[:10])}" if words else ""
         print(f"{language} control words seen in training: {len(words)}{shown}")
+    if not report.control:
+        warn("no control pairs: mark some rows with split control, or give --control")
     for warning in report.warnings:
         warn(warning)

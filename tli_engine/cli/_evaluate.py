@@ -1,14 +1,15 @@
 """The work of ``tli-engine evaluate``, and of the end of ``tli-engine train``."""
 
+import json
+import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from tli_engine.cli.console import alignment_table, progress, say, show, warn
+from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
 from tli_engine.config import RunConfig, read_yaml, resolve_config
-from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits
+from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.errors import UserError
 from tli_engine.evaluate.alignment import (
     Row,
@@ -21,18 +22,14 @@ from tli_engine.evaluate.bits_per_byte import bits_per_byte, read_lines
 from tli_engine.evaluate.linear_head import linear_head_rows
 from tli_engine.evaluate.plots import plot_histograms, plot_layer_curve
 from tli_engine.models.adapters import adapter_strength, adapters_off
-from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.device import choose_device, choose_dtype, peak_mib
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
+from tli_engine.train.manifest import problems
 from tli_engine.train.run_folder import write_json
 
 _HEAD = "lm_head.weight"
-
-
-def tokens_of(splits: Sequence[Split]) -> set[int]:
-    """Every token that the words of the splits need."""
-    return {token for split in splits for word in split.words for token in word.input_ids}
 
 
 def open_run(folder: Path) -> RunConfig:
@@ -78,6 +75,8 @@ def evaluate_run(
     if final_layer:
         _curve(model, config, splits[-1], folder)
     costs = _text_costs(model, files, lines, strengths) if lines else None
+    for line in problems(folder):
+        warn(f"{line}: the run is not as its training left it")
     _report(measured, config, folder, _recorded_warnings(folder), costs)
 
 
@@ -86,7 +85,7 @@ def _recorded_warnings(folder: Path) -> list[str]:
     path = folder / "evaluation.json"
     if not path.is_file():
         return []
-    warnings: list[str] = read_yaml(path).get("warnings", [])
+    warnings: list[str] = json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
     return warnings
 
 
@@ -97,7 +96,14 @@ def _check_same_pairs(config: RunConfig, digests: dict[str, str]) -> None:
             warn(f"{config.data.pairs}: the {name} pairs are not those of the run any more")
 
 
-Measured = tuple[list[Row], list[Row], list[Vectors]]
+@dataclass(frozen=True)
+class Measured:
+    """Rows of the adapted model and of the linear head, vectors at the training layer, speed."""
+
+    rows: list[Row]
+    heads: list[Row]
+    vectors: list[Vectors]
+    words_per_s: float
 
 
 def measure(
@@ -107,7 +113,7 @@ def measure(
     strengths: Sequence[float],
     final_layer: bool,
 ) -> Measured:
-    """Rows of the adapted model, rows of the linear head, vectors at the training layer."""
+    """Encode before and after, and score."""
     layer, pooling = config.align.layer, config.align.pooling
     total = model.config.num_hidden_layers
     layers = sorted({layer, total}) if final_layer else [layer]
@@ -115,6 +121,7 @@ def measure(
     rows: list[Row] = []
     heads: list[Row] = []
     words = sum(len(set(split.words)) for split in splits)
+    start = time.perf_counter()
     with progress("evaluate", 2 * words * len(strengths)) as advance:
         encoded = [
             [
@@ -123,12 +130,14 @@ def measure(
             ]
             for strength in strengths
         ]
+    seconds = time.perf_counter() - start
     for k in layers:
         for strength, by_split in zip(strengths, encoded, strict=True):
             vectors = [by_layer[k] for by_layer in by_split]
             rows += alignment_rows(vectors, k, pooling, presentation, strength)
         heads += linear_head_rows([v[k] for v in encoded[0]], k, pooling, presentation)
-    return rows, heads, [by_layer[layer] for by_layer in encoded[-1]]
+    vectors = [by_layer[layer] for by_layer in encoded[-1]]
+    return Measured(rows, heads, vectors, 2 * words * len(strengths) / seconds)
 
 
 def _curve(model: EarlyModel, config: RunConfig, split: Split, folder: Path) -> None:
@@ -186,12 +195,15 @@ def _report(
     warnings: list[str],
     costs: dict[str, Any] | None,
 ) -> None:
-    rows, heads, vectors = measured
+    rows, heads, vectors = measured.rows, measured.heads, measured.vectors
     for k in dict.fromkeys(row.layer for row in rows):
         title = f"hidden_states[{k}], {config.align.pooling} pooling: before → after training"
         show(alignment_table([r for r in rows if r.layer == k], title))
         baseline = "the baseline to beat: the frozen model → a linear head on it"
         show(alignment_table([r for r in heads if r.layer == k], baseline))
+        for row in rows:
+            if row.layer == k and row.split == "control":
+                print(control_line(row))
     if len(vectors) == 1:
         warn("no control pairs: what was learnt cannot be told from what was memorised")
     for file, cost in (costs or {}).items():
@@ -207,15 +219,10 @@ def _report(
             "alignment": [row.to_json() for row in rows],
             "baselines": {"linear_head": [row.to_json() for row in heads]},
             **({"bits_per_byte": costs} if costs is not None else {}),
-            "memory": {"peak_mib": _peak(vectors[0].before.device)},
+            "throughput": {"words_per_s": measured.words_per_s},
+            "memory": {"peak_mib": peak_mib(vectors[0].before.device)},
             "warnings": warnings,
         },
     )
     plot_histograms(vectors, folder / "alignment.png")
     say(f"run folder: {folder}")
-
-
-def _peak(device: torch.device) -> float:
-    from tli_engine.train.loop import peak_mib
-
-    return peak_mib(device)

@@ -20,7 +20,7 @@ def export_peft(run: Path, strength: float, out: Path) -> None:
     open_run(run)
     scaled = _scaled(run / "adapter" / _WEIGHTS, strength)
     there = out.exists()
-    create(out, overwrite=False)
+    create(out, overwrite=False, option="")
     try:
         for name in ("README.md", "adapter_config.json"):
             shutil.copy(run / "adapter" / name, out / name)

@@ -39,7 +39,10 @@ def _devices() -> list[dict[str, Any]]:
 
 
 def _backends(op: str) -> dict[str, Any]:
-    gpu, reasons = backends.explain(op)
+    try:
+        gpu, reasons = backends.explain(op)
+    except backends.BackendUnavailableError as e:
+        return {"cpu": "reference", "gpu": None, "not": [str(e)]}
     return {"cpu": "reference", "gpu": gpu, "not": list(reasons)}
 
 

@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from tli_engine.align.retrieval import Alignment
+from tli_engine.align.retrieval import Alignment, chance_mrr
 from tli_engine.evaluate.alignment import Row
+from tli_engine.evaluate.statistics import bootstrap_ci95
 
 # seconds between two lines of progress where nobody watches a bar
 _LINE_EVERY = 10.0
@@ -93,6 +94,19 @@ def alignment_table(rows: list[Row], title: str) -> Table:
             f"{_two_way(b, 'csls_p_at_1'):.1%} → {_two_way(a, 'csls_p_at_1'):.1%}",
         )
     return table
+
+
+def control_line(row: Row) -> str:
+    """What the change on unseen pairs is worth: its interval, beside chance."""
+    before, after = (a.two_way_reciprocal_ranks.numpy() for a in (row.before, row.after))
+    low, high = bootstrap_ci95(after - before)
+    sides = (row.after.forward.candidates, row.after.reverse.candidates)
+    chance = sum(map(chance_mrr, sides)) / 2
+    verdict = "a change" if low > 0 or high < 0 else "no change that can be told from none"
+    return (
+        f"  {row.split} {row.score}: MRR {before.mean():.3f} → {after.mean():.3f}, "
+        f"95 % interval of the change [{low:+.3f}, {high:+.3f}]: {verdict}; chance {chance:.3f}"
+    )
 
 
 def plain_table(title: str | None = None) -> Table:

@@ -36,8 +36,10 @@ import click
 @click.option(
     "--prefix", default="auto", show_default=True, help="First token: auto, none, or a token."
 )
-@click.option("--layers", type=int, help="Look no further than hidden_states[LAYERS].")
-@click.option("--limit", type=int, help="Use the first LIMIT pairs.")
+@click.option(
+    "--layers", type=click.IntRange(min=0), help="Look no further than hidden_states[LAYERS]."
+)
+@click.option("--limit", type=click.IntRange(min=1), help="Use the first LIMIT pairs.")
 @click.option(
     "--quantize",
     type=click.Choice(["auto", "none", "nf4"]),

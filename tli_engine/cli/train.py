@@ -18,7 +18,9 @@ from tli_engine.errors import ConfigError
 
 @click.command("train")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
-@click.option("--recipe", help="A shipped configuration, in place of CONFIG: demo, paper, …")
+@click.option(
+    "--recipe", help="A shipped configuration, in place of CONFIG: demo, paper, qwen2-72b."
+)
 @click.option(
     "--set",
     "overrides",
@@ -46,7 +48,7 @@ def command(
     Ctrl-C keeps a checkpoint and prints the command that resumes.
     """
     if resume:
-        if run is None or config or recipe or overrides or overwrite:
+        if run is None or config or recipe or overrides or overwrite or print_config:
             raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
         return _resume(run)
     resolved, name = _resolve(config, recipe, overrides)

@@ -80,7 +80,8 @@ def _cue(pairs: PairList) -> list[str]:
     return found
 
 
-def _leaks(train: PairList, control: PairList | None) -> dict[str, list[str]]:
+def leaks(train: PairList, control: PairList | None) -> dict[str, list[str]]:
+    """Control words that are in training too, by language; none of them is unseen."""
     if control is None:
         return {}
     sides = zip(
@@ -107,7 +108,7 @@ def check(
         for name, p in (("train", train), ("control", control))
         if p is not None
     }
-    leaks = _leaks(train, control)
+    leaked = leaks(train, control)
     warnings = _cue(train)
     for language, side in reports["train"].items():
         if side.repeated:
@@ -115,7 +116,7 @@ def check(
                 f"{len(side.repeated)} {language} words repeat in training: true translations meet "
                 f"as negatives unless align.mask_duplicates is on"
             )
-    for language, words in leaks.items():
+    for language, words in leaked.items():
         if words:
             warnings.append(f"{len(words)} {language} control words are in training: not unseen")
     return CheckReport(
@@ -123,6 +124,6 @@ def check(
         control=reports.get("control", {}),
         duplicate_pairs=sum(n - 1 for n in pairs.values()),
         identical_sides=sorted(s for s, t in pairs if s == t),
-        leaks=leaks,
+        leaks=leaked,
         warnings=warnings,
     )

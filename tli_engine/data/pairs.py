@@ -167,7 +167,10 @@ def _cell(row: Any, column: str, where: str) -> str:
         raise UserError(f"{where}: must be an object with {column!r}, got {type(row).__name__}")
     if column not in row:
         have = shorten(", ".join(row), 200, placeholder=" …")
-        raise UserError(f"{where}: no column {column!r}; the columns are: {have}")
+        raise UserError(
+            f"{where}: no column {column!r}; the columns are: {have}; name the two with --languages "
+            f"or data.languages"
+        )
     value = row[column]
     if not _is_word(value):
         raise UserError(
@@ -217,7 +220,15 @@ def read_splits(
     """Return training and control pairs; control rows may live in ``file`` itself, by ``split``.
 
     A row of ``file`` without a split is a training pair.
+
+    Raises:
+        UserError: As :func:`read_pairs`, or a split that is neither ``train`` nor ``control``.
     """
+    for place, row in read_rows(file)[1]:
+        if _split_of(row) not in (None, "train", "control"):
+            raise UserError(
+                f"{file}: {place}: split {_split_of(row)!r} is neither train nor control"
+            )
     train = read_pairs(file, languages, "train")
     if control is not None:
         return train, read_pairs(control, languages, "control")

@@ -1,5 +1,6 @@
 """The pairs of a run, read, presented and tokenised, by split."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,3 +50,8 @@ def tokenize_splits(pairs: dict[str, PairList], tokenizer: Any, words: WordsConf
         Split(name, p, tokenize(p.source, p.languages[0]), tokenize(p.target, p.languages[1]))
         for name, p in pairs.items()
     ]
+
+
+def tokens_of(splits: Sequence[Split]) -> set[int]:
+    """Every token that the words of the splits need."""
+    return {token for split in splits for word in split.words for token in word.input_ids}

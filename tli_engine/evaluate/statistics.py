@@ -6,8 +6,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+from tli_engine.align.bootstrap import bootstrap_means
+
 _DRAWS = 5000
-_BLOCK = 1 << 20
 # a spread this small against the mean is fp64 rounding
 _ROUNDING = 1e-12
 
@@ -46,13 +47,5 @@ def paired_tests(before: NDArray[np.float64], after: NDArray[np.float64]) -> dic
 
 def bootstrap_ci95(values: NDArray[np.float64], seed: int = 0) -> list[float]:
     """Bootstrap percentile interval of the mean, 95 %."""
-    generator = np.random.default_rng(seed)
-    size = len(values)
-    # a block of draws at a time: fast for few values, 16 MB for many
-    block = max(1, _BLOCK // size)
-    means = [
-        values[generator.integers(0, size, (min(block, _DRAWS - done), size))].mean(1)
-        for done in range(0, _DRAWS, block)
-    ]
-    low, high = np.quantile(np.concatenate(means), (0.025, 0.975))
+    low, high = np.quantile(bootstrap_means(values, _DRAWS, seed), (0.025, 0.975))
     return [float(low), float(high)]

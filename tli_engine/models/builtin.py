@@ -7,11 +7,16 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from tli_engine.errors import UserError
+
+_WRITTEN_LAST = "config.json"
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,7 @@ class BuiltinModel:
     def folder(self) -> Path:
         """Folder in Hugging Face's layout; fetched, checked and converted once."""
         target = cache_folder() / self.key
-        if not (target / "config.json").is_file():
+        if not (target / _WRITTEN_LAST).is_file():
             _make(self, target)
         return target
 
@@ -88,13 +93,16 @@ def _make(model: BuiltinModel, target: Path) -> None:
             _say("converting it to safetensors (once)")
             converted = folder / "model"
             _convert(gguf_file, converted)
-            shutil.rmtree(target, ignore_errors=True)
-            # whoever finishes second finds the folder there, whole
-            if not target.exists():
-                os.replace(converted, target)
-    except OSError as e:
+            if not (target / _WRITTEN_LAST).is_file():
+                # what is there is not whole; another process may be making it whole just now
+                shutil.rmtree(target, ignore_errors=True)
+                with suppress(OSError):
+                    os.replace(converted, target)
+        if not (target / _WRITTEN_LAST).is_file():
+            raise OSError(None, "the converted model could not be put there")
+    except (OSError, SafetensorError) as e:
         raise UserError(
-            f"{target.parent}: cannot keep builtin:{model.key} there: {e.strerror}; set "
+            f"{target.parent}: cannot keep builtin:{model.key} there: {getattr(e, 'strerror', e)}; set "
             f"TLI_ENGINE_CACHE to a folder with 1 GB free"
         ) from None
 
@@ -131,6 +139,7 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     from tli_engine.models.sources import GgufSource
 
     location: dict[str, Any] = {"gguf_file": gguf_file.name, "local_files_only": True}
+    location["trust_remote_code"] = False
     config = AutoConfig.from_pretrained(gguf_file.parent, **location)
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, **location)
     source = GgufSource(gguf_file, config)
@@ -139,5 +148,5 @@ def _convert(gguf_file: Path, folder: Path) -> None:
     config.dtype = "float32"
     tokenizer.save_pretrained(folder)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    # written last: a folder with a config is whole
+    # a folder with a config is whole
     config.save_pretrained(folder)

@@ -1,4 +1,6 @@
-"""Which device and dtype a model runs in."""
+"""Which device and dtype a model runs in, and the memory it takes there."""
+
+import resource
 
 import torch
 
@@ -37,3 +39,10 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     if name not in _DTYPES:
         raise UserError(f"dtype: {name!r} is not one; use auto, {', '.join(_DTYPES)}")
     return _DTYPES[name]
+
+
+def peak_mib(device: torch.device) -> float:
+    """Most memory held so far, MiB: allocated on a GPU, resident in the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

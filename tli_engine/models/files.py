@@ -3,7 +3,7 @@
 import json
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,8 @@ from tli_engine.errors import UserError
 from tli_engine.models import builtin, hub
 from tli_engine.models.sources import GgufSource, SafetensorsSource, TensorSource
 
+# files that are here, and no code that lies beside them
+_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -24,6 +26,7 @@ class ModelFiles:
         hub_id: What PEFT should call the base model.
         folder: Where config and tokenizer lie.
         gguf_file: Name of the GGUF file in ``folder``, if it is one.
+        revision: Commit of a model on the Hub.
         config: The decoder's transformers configuration, of the whole model.
         source: Its tensors.
     """
@@ -34,6 +37,7 @@ class ModelFiles:
     gguf_file: str | None
     config: Any
     source: TensorSource
+    revision: str | None = None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -42,7 +46,7 @@ class ModelFiles:
 
         options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
         try:
-            return AutoTokenizer.from_pretrained(self.folder, local_files_only=True, **options)
+            return AutoTokenizer.from_pretrained(self.folder, **_LOCAL, **options)
         except (OSError, ValueError, KeyError) as e:
             raise UserError(
                 f"{self.name}: its tokenizer cannot be loaded; are tokenizer.json and "
@@ -70,7 +74,10 @@ def open_model(name: str) -> ModelFiles:
         return _open_gguf(name, path)
     hub_id, _ = hub.split_revision(name)
     if hub_id.count("/") == 1 and not name.startswith((".", "/", "~")):
-        return _open_folder(name, hub.fetch_folder(name), hub_id, partial(hub.fetch_file, name))
+        folder = hub.fetch_folder(name)
+        # the snapshot's folder goes by its commit: all files come from that one
+        fetch = partial(hub.fetch_file, name, commit=folder.name)
+        return replace(_open_folder(name, folder, hub_id, fetch), revision=folder.name)
     raise UserError(
         f"{name}: no such model; give a Hugging Face folder, a .gguf file, a Hub id or "
         f"{builtin.names()}"
@@ -98,7 +105,7 @@ def _open_folder(
         raise UserError(f"{path}: not a model's configuration")
     _check_family(name, str(text.get("model_type", values.get("model_type"))))
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(folder, **_LOCAL).get_text_config()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:
         raise UserError(f"{path}: not a whole configuration: {_first_line(e)}") from None
     # of a multimodal model it stands beside the text's configuration
@@ -116,7 +123,7 @@ def _open_gguf(name: str, path: Path) -> ModelFiles:
         if f.read(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file")
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **_LOCAL)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as e:
         raise UserError(f"{path}: its header cannot be read: {_first_line(e)}") from None
     config = config.get_text_config()

@@ -33,11 +33,16 @@ def fetch_folder(repo: str) -> Path:
         raise _explained(repo, e) from None
 
 
-def fetch_file(repo: str, file: str) -> Path | None:
+def fetch_file(repo: str, file: str, *, commit: str | None = None) -> Path | None:
     """Download one file, unless it is in the cache; ``None`` if the model has none of that name.
 
     A connection that breaks is resumed where it broke. A file that a process leaves unfinished is
     begun anew by the next one: huggingface_hub 2 keeps whole files only.
+
+    Args:
+        repo: ``organisation/name``, or ``organisation/name@revision``.
+        file: Name of the file.
+        commit: Commit to take it from, in place of the revision.
 
     Raises:
         UserError: As :func:`fetch_folder`, or the file's SHA-256 is not the Hub's.
@@ -46,6 +51,7 @@ def fetch_file(repo: str, file: str) -> Path | None:
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     name, revision = split_revision(repo)
+    revision = commit or revision
     cached = try_to_load_from_cache(name, file, revision=revision)
     if cached is None and file.endswith(".safetensors") and not sys.stderr.isatty():
         # on a terminal the client draws a bar, in bytes

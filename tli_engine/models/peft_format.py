@@ -66,27 +66,7 @@ def save_adapter(
     Raises:
         UserError: The folder cannot be written.
     """
-    adapted = adapters(model)
-    # not from ``lora``: where training went on from another adapter, that one set them
-    [(r, alpha, rslora)] = {(m.r, m.alpha, m.rslora) for m in adapted.values()}
-    config = {
-        "base_model_name_or_path": base_model,
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "inference_mode": True,
-        "init_lora_weights": True,
-        "layers_pattern": None,
-        "layers_to_transform": sorted({_block(name) for name in adapted}),
-        "lora_alpha": alpha,
-        "lora_dropout": lora.dropout,
-        "modules_to_save": None,
-        "peft_type": "LORA",
-        "r": r,
-        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
-        "task_type": "CAUSAL_LM",
-        "use_dora": False,
-        "use_rslora": rslora,
-    }
+    config = _adapter_config(model, lora.dropout, base_model)
     tensors = {
         f"base_model.model.model.{name}": p.detach().cpu().contiguous()
         for name, p in adapter_tensors(model).items()
@@ -98,6 +78,8 @@ def save_adapter(
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "README.md").write_text(card, encoding="utf-8")
+        # safetensors makes its files private
+        (part / "adapter_model.safetensors").chmod(0o644)
         if folder.exists():
             shutil.rmtree(folder)
         part.rename(folder)
@@ -106,6 +88,31 @@ def save_adapter(
         raise UserError(f"{folder}: cannot be written: {reason}; nothing was kept") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
+
+
+def _adapter_config(model: EarlyModel, dropout: float, base_model: str) -> dict[str, Any]:
+    """``adapter_config.json``, PEFT's ``LoraConfig``."""
+    adapted = adapters(model)
+    # read off the adapters: where training went on from another one, that one set them
+    [(r, alpha, rslora)] = {(m.r, m.alpha, m.rslora) for m in adapted.values()}
+    return {
+        "base_model_name_or_path": base_model,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "inference_mode": True,
+        "init_lora_weights": True,
+        "layers_pattern": None,
+        "layers_to_transform": sorted({_block(name) for name in adapted}),
+        "lora_alpha": alpha,
+        "lora_dropout": dropout,
+        "modules_to_save": None,
+        "peft_type": "LORA",
+        "r": r,
+        "target_modules": sorted({name.rpartition(".")[2] for name in adapted}),
+        "task_type": "CAUSAL_LM",
+        "use_dora": False,
+        "use_rslora": rslora,
+    }
 
 
 def load_adapter(model: EarlyModel, folder: Path, dropout: float = 0.0) -> LoadedAdapter:

@@ -1,6 +1,17 @@
 """Differentiable, ``torch.compile``-able operators."""
 
 from tli_engine.ops.cosine_similarity import cosine_similarity
+from tli_engine.ops.nf4_dequantize import nf4_dequantize
+from tli_engine.ops.nf4_linear import nf4_linear
+from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
+from tli_engine.ops.nf4_quantize import nf4_quantize
 from tli_engine.ops.segment_mean import segment_mean
 
-__all__ = ["cosine_similarity", "segment_mean"]
+__all__ = [
+    "cosine_similarity",
+    "nf4_dequantize",
+    "nf4_linear",
+    "nf4_lora_linear",
+    "nf4_quantize",
+    "segment_mean",
+]

@@ -27,16 +27,19 @@ class Found:
 
 
 def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
-    """Write ``checkpoints/step-N``; older ones than the last ``keep`` are removed.
+    """Write ``checkpoints/step-N``; of the earlier ones the last ``keep - 1`` stay.
 
     The files are written to a hidden folder, synced, listed in a manifest, and the folder renamed:
-    a crash at any moment leaves the earlier checkpoints and no half one under this name.
+    a crash at any moment leaves the earlier checkpoints and no half one under this name. Those of
+    later steps, which an interrupted run wrote before it was resumed from an earlier one, go.
 
     Raises:
         UserError: The disk is full, or cannot be written.
     """
     parent = run / "checkpoints"
     final = parent / f"step-{trainer.step:06d}"
+    if final.is_dir() and not problems(final):
+        return final
     part = parent / f".{final.name}.part"
     try:
         shutil.rmtree(part, ignore_errors=True)
@@ -49,17 +52,18 @@ def save_checkpoint(run: Path, trainer: Trainer, keep: int) -> Path:
             _sync(part / name)
         write_manifest(part, _FILES)
         _sync(part)
-        if final.exists():
-            shutil.rmtree(final)
+        # a broken one of this name
+        shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         _sync(parent)
+        found = _checkpoints(run)
+        for old in (*found[: found.index(final)], *found[found.index(final) + keep :]):
+            shutil.rmtree(old)
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{final}: cannot be written: {reason}; earlier ones are whole") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)
-    for old in _checkpoints(run)[keep:]:
-        shutil.rmtree(old)
     return final
 
 

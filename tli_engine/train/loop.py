@@ -1,7 +1,6 @@
 """The training loop of the align objective."""
 
 import math
-import resource
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -16,9 +15,10 @@ from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
 from tli_engine.errors import TrainingError
 from tli_engine.models.adapters import adapter_tensors
+from tli_engine.models.device import peak_mib
 from tli_engine.models.early import EarlyModel
-from tli_engine.train.optimizer import learning_rate
 from tli_engine.train.order import batch_rows, step_seed, steps_per_epoch
+from tli_engine.train.schedule import learning_rate
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Trainer:
         config: The run.
         pairs: What to train on.
         space: Where vectors are compared.
-        on_step: Called with the figures of each step.
+        on_step: Called with the figures of each step; may be set later.
         on_warning: Called with a line that the user should read.
     """
 
@@ -58,8 +58,8 @@ class Trainer:
     config: RunConfig
     pairs: Split
     space: PairSpace
-    on_step: Callable[[StepMetrics], None]
-    on_warning: Callable[[str], None]
+    on_step: Callable[[StepMetrics], None] = lambda step: None
+    on_warning: Callable[[str], None] = lambda line: None
     step: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
@@ -193,10 +193,3 @@ class Trainer:
                 raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
             if not torch.isfinite(tensor.grad).all():
                 raise TrainingError(f"the gradient of {name} is not finite")
-
-
-def peak_mib(device: torch.device) -> float:
-    """Most memory held so far, MiB: allocated on a GPU, resident in the process on a CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,7 +33,7 @@ class MetricsLog:
         self.steps = list(kept)
         write_text(run / _FILE, "".join(json.dumps(plain_json(step)) + "\n" for step in kept))
         self._file = (run / _FILE).open("a", encoding="utf-8")
-        self._writer = _tensorboard(run) if tensorboard else None
+        self._writer = _tensorboard(run, len(kept) + 1) if tensorboard else None
 
     def append(self, step: dict[str, Any]) -> None:
         """Write a step, and hand it to the operating system at once."""
@@ -43,6 +44,10 @@ class MetricsLog:
             for key, value in step.items():
                 if key not in ("step", "epoch") and math.isfinite(value):
                     self._writer.add_scalar(key, value, step["step"])
+
+    def sync(self) -> None:
+        """Wait until all steps are on disk; a checkpoint must not outlive its metrics."""
+        os.fsync(self._file.fileno())
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +77,7 @@ def check_tensorboard() -> None:
         ) from None
 
 
-def _tensorboard(run: Path) -> Any:
+def _tensorboard(run: Path, first_step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(run / "tensorboard")
+    return SummaryWriter(run / "tensorboard", purge_step=first_step)

@@ -28,6 +28,7 @@ def provenance(pairs: dict[str, PairList], files: ModelFiles, model: EarlyModel)
     return {
         "versions": versions(),
         "base_model": files.hub_id,
+        "base_revision": files.revision,
         "base_sha256": model.base_digest(),
         "pairs": {name: {"count": len(p), "sha256": p.digest()} for name, p in pairs.items()},
     }

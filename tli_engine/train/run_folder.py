@@ -18,8 +18,13 @@ def default_folder(recipe: str) -> Path:
     return Path("runs") / f"{recipe}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
 
 
-def check_free(folder: Path, overwrite: bool) -> None:
+def check_free(folder: Path, overwrite: bool, option: str = ", or --overwrite") -> None:
     """Refuse a folder that holds something, unless it may be overwritten, or cannot be written.
+
+    Args:
+        folder: To be written to.
+        overwrite: Whether an earlier run there may go.
+        option: How the message names the option that lets it go; empty if there is none.
 
     Raises:
         UserError: It is a file, not empty, or not writable.
@@ -27,7 +32,7 @@ def check_free(folder: Path, overwrite: bool) -> None:
     check_writable(folder)
     if folder.is_dir() and any(folder.iterdir()):
         if not overwrite:
-            raise UserError(f"{folder}: is not empty; choose another folder, or --overwrite")
+            raise UserError(f"{folder}: is not empty; choose another folder{option}")
         if not _is_run(folder):
             raise UserError(f"{folder}: is not a run folder; --overwrite leaves it alone")
 
@@ -58,13 +63,13 @@ def _is_run(folder: Path) -> bool:
     return config.is_file() and b"\nprovenance:" in config.read_bytes()
 
 
-def create(folder: Path, overwrite: bool) -> None:
+def create(folder: Path, overwrite: bool, option: str = ", or --overwrite") -> None:
     """Make the folder, empty.
 
     Raises:
         UserError: As :func:`check_free`.
     """
-    check_free(folder, overwrite)
+    check_free(folder, overwrite, option)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # the folder itself stays: it may be a link, a mount or the current one

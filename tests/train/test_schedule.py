@@ -9,7 +9,7 @@ from transformers import (
 )
 
 from tli_engine.config import TrainConfig
-from tli_engine.train.optimizer import learning_rate
+from tli_engine.train.schedule import learning_rate
 
 THEIRS = {
     "linear": get_linear_schedule_with_warmup,

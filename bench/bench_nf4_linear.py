@@ -1,0 +1,110 @@
+"""NF4 linear layer, forward and dX: microseconds against cuBLAS in bf16 and bitsandbytes.
+
+The floor is the larger of bytes (0.5625 a weight, input and output once) over the copy bandwidth
+and operations over the rate of an 8192^3 product, both measured in the same run. cuBLAS reads a
+bf16 weight, 3.6 times the bytes.
+"""
+
+import argparse
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from bench.harness import (
+    Row,
+    copy_bandwidth,
+    matmul_rate,
+    print_gpu_rows,
+    time_graphs,
+    write_results,
+)
+from bench.nf4_shapes import SHAPES, Weights, check, make_weights, rotate, rows_of
+
+M_VALUES = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+PEERS = ["bitsandbytes"]
+
+
+def providers(weights: Weights, x: Tensor, direction: str) -> dict[str, list[Callable[[], object]]]:
+    """Each provider's calls on a rotation of weights."""
+    import bitsandbytes
+    from bitsandbytes.functional import dequantize_4bit
+
+    ops = torch.ops.tli_engine
+
+    def engine(layer: object, fast: bool) -> Tensor:
+        args = (layer._packed, layer._absmax)  # type: ignore[attr-defined]
+        if direction == "fwd":
+            N: int = layer.out_features  # type: ignore[attr-defined]
+            return ops.nf4_linear.default(x, *args, None, N, 64, True, fast)
+        return ops.nf4_linear_dx.default(x, *args, layer.in_features, 64, True, fast)  # type: ignore[attr-defined]
+
+    def bnb(packed: Tensor, state: object) -> Tensor:
+        if direction == "fwd":
+            return bitsandbytes.matmul_4bit(x, packed.t(), quant_state=state)
+        # what its autograd function does
+        return x @ dequantize_4bit(packed, state)
+
+    def cublas(weight: Tensor) -> Tensor:
+        return torch.nn.functional.linear(x, weight) if direction == "fwd" else x @ weight
+
+    return {
+        "cublas-bf16": rotate(cublas, weights.dense),
+        "bitsandbytes": rotate(bnb, *zip(*weights.bnb, strict=True)),
+        "tli-engine": rotate(lambda layer: engine(layer, False), weights.nf4),
+        "tli-engine:fast": rotate(lambda layer: engine(layer, True), weights.nf4),
+    }
+
+
+def bench_shape(
+    name: str, N: int, K: int, m_values: list[int], bandwidth: float, rate: float
+) -> list[Row]:
+    """Time every M and direction of one weight."""
+    weights = make_weights(N, K)
+    rows = []
+    for M in m_values:
+        for direction in ("fwd", "dx"):
+            x = torch.randn(M, K if direction == "fwd" else N, device="cuda", dtype=torch.bfloat16)
+            calls = providers(weights, x, direction)
+            dense = weights.dense[0].float()
+            exact = x[:64].float() @ (dense.T if direction == "fwd" else dense)
+            for provider, rotation in calls.items():
+                check(rotation[0](), exact, f"{provider} {direction} {name} M={M}")
+            del dense, exact
+            count = max(4, len(weights.nf4)) if M <= 1024 else 4
+            times = time_graphs(calls, count, rounds=7)
+            nbytes = int(N * K * 0.5625) + 2 * M * (N + K)
+            flops = 2 * M * N * K
+            floor = max(nbytes / bandwidth, flops / rate)
+            shape = {"M": M, "N": N, "K": K}
+            rows += rows_of(
+                direction, shape, name, times, "cublas-bf16", floor, bytes=nbytes, flops=flops
+            )
+            print_gpu_rows(rows[-len(calls) :])
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument(
+        "--m", nargs="+", type=int, default=list(M_VALUES), help="rows of the input"
+    )
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    bandwidth, rate = copy_bandwidth(), matmul_rate()
+    print(f"copy {bandwidth / 1e12:.2f} TB/s, bf16 8192^3 {rate / 1e12:.0f} TFLOP/s")
+    rows: list[Row] = []
+    with torch.no_grad():
+        for name in args.shapes:
+            rows += bench_shape(name, *SHAPES[name], args.m, bandwidth, rate)
+            torch.cuda.empty_cache()
+            # kept after every shape: a later one may run out of time
+            path = write_results(
+                "nf4_linear", rows, PEERS, copy_bytes_per_s=bandwidth, matmul_flops_per_s=rate
+            )
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

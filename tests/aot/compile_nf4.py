@@ -1,0 +1,174 @@
+"""Compile the NF4 kernels for one architecture with no GPU; print what came out, as JSON.
+
+Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
+"""
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tli_engine.kernels import (
+    counter_dropout,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_linear_dx,
+    nf4_quantize,
+)
+from tli_engine.kernels.nf4_dispatch import default_tile
+
+POINTERS = {
+    "word_ptr": "*i32",
+    "table_ptr": "*i32",
+    "absmax_ptr": "*fp32",
+    "nested_absmax_ptr": "*fp32",
+    "nested_code_ptr": "*fp32",
+    "nested_offset_ptr": "*fp32",
+    "threshold_ptr": "*fp32",
+    "part_ptr": "*fp32",
+    "packed_ptr": "*u8",
+    "lora_b_ptr": "*fp32",
+    "seed_ptr": "*i64",
+}
+SCALARS = {"scale": "fp32", "one": "fp32"}
+# multiples of 16 in every model, which the launcher tells Triton too
+DIVISIBLE = {"N", "K", "numel"}
+FLAGS = {"STAGES": 3, "SPLIT": 1, "TILED": True, "FAST": False, "PORTABLE": False}
+FORWARD = FLAGS | {"HAS_BIAS": True, "R": 16, "RANKS": 16}
+
+
+def products(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+    """The fused kernels with the tiles that an untuned GPU of this architecture gets."""
+    forward, dx = nf4_linear._nf4_linear_fwd_kernel, nf4_linear_dx._nf4_linear_dx_kernel
+    plain = FORWARD | {"TILED": False, "RANKS": 0}
+    found = {}
+    for name, kernel, dtype, flags, M in (
+        *((f"fwd-{M}", forward, "bf16", FORWARD, M) for M in (16, 32, 64, 128)),
+        ("fwd-fp16-plain", forward, "fp16", plain, 64),
+        ("fwd-fast", forward, "bf16", FORWARD | {"FAST": True}, 64),
+        *((f"dx-{M}", dx, "bf16", FLAGS, M) for M in (16, 64, 128)),
+        ("dx-fp16-plain", dx, "fp16", FLAGS | {"TILED": False}, 64),
+    ):
+        direction = name.partition("-")[0]
+        tile = default_tile(direction, divmod(capability, 10), 132, M, 8192, 8192)
+        if tile is not None:
+            sizes = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "SPLIT": tile.split}
+            sizes["STAGES"] = tile.num_stages
+            found[name] = (kernel, dtype, flags | sizes, tile.num_warps)
+    return found
+
+
+def streams() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+    """Kernel, dtype, constants and warps of the rest, by a readable name."""
+    rows = {"ROWS": 32, "BLOCK_SIZE": 64, "NESTED_BLOCK_SIZE": 256, "PORTABLE": False}
+    return {
+        "dequantize": (
+            nf4_dequantize._dequantize_rows_kernel, "bf16", rows | {"NESTED": False}, 2,
+        ),
+        "dequantize-double": (
+            nf4_dequantize._dequantize_rows_kernel, "bf16", rows | {"NESTED": True}, 2,
+        ),
+        "dequantize-tiled": (
+            nf4_dequantize._dequantize_tiled_kernel,
+            "bf16",
+            {"ROWS": 4, "TILES": 32, "PORTABLE": False},
+            8,
+        ),
+        "dequantize-bytes": (
+            nf4_dequantize._dequantize_bytes_kernel,
+            "fp32",
+            rows | {"ROWS": 32, "COLUMNS": 64, "NESTED": True},
+            2,
+        ),
+        "quantize": (
+            nf4_quantize._nf4_quantize_kernel,
+            "bf16",
+            {"ROWS": 16, "BLOCK_SIZE": 64, "SHORT": False, "PORTABLE": False},
+            1,
+        ),
+        "sum-parts": (
+            nf4_linear._sum_parts_kernel,
+            "bf16",
+            {"SPLIT": 4, "BLOCK": 1024, "HAS_BIAS": True, "PORTABLE": False},
+            4,
+        ),
+        "dropout": (
+            counter_dropout._counter_dropout_kernel, "bf16", {"BLOCK_M": 4, "BLOCK_K": 512}, 4,
+        ),
+    }  # fmt: skip
+
+
+def compile_case(
+    kernel: Any, dtype: str, constants: dict[str, Any], warps: int, capability: int
+) -> Any:
+    """Compile as the launcher would on that architecture."""
+    names = kernel.arg_names
+    constants = {name: constants[name] for name in names if name in constants}
+    nested = constants.get("NESTED", False)
+    signature = {
+        name: "constexpr" if name in constants
+        else "*u8" if nested and name == "absmax_ptr"
+        else POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr")
+        else SCALARS.get(name, "i32")
+        for name in names
+    }  # fmt: skip
+    aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or n in DIVISIBLE)]
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
+
+
+def assembler_log(ptx: str, capability: int) -> str:
+    """What ptxas says of the PTX: spills, and wgmma that it had to serialise."""
+    suffix = "a" if capability >= 90 else ""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas /= "ptxas-blackwell" if capability >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source)]
+        command += ["-o", f"{folder}/kernel.cubin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stderr + result.stdout
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    cases = products(capability) | streams()
+    for name, (kernel, dtype, constants, warps) in cases.items():
+        compiled = compile_case(kernel, dtype, constants, warps, capability)
+        log = assembler_log(compiled.asm["ptx"], capability)
+        report[name] = {
+            "shared": compiled.metadata.shared,
+            "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
+            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+            "serialised": bool(re.search(r"C75\d\d", log)),
+            "wgmma_from_registers": bool(
+                re.search(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", compiled.asm["ptx"])
+            ),
+            # products still in flight when the loop goes on, their operands open to being overwritten
+            "in_flight": max(
+                [int(n) for n in re.findall(r"wgmma\.wait_group\S*\s+(\d+)", compiled.asm["ptx"])],
+                default=0,
+            ),
+            "log": log if "Used" not in log else "",
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

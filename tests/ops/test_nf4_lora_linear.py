@@ -1,0 +1,192 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tli_engine import nf4_lora_linear
+from tli_engine.nf4 import NF4Weight, quantize
+from tli_engine.nn import NF4Linear
+from tli_engine.reference.counter_dropout import counter_dropout
+from tli_engine.testing import assert_within_error_budget
+
+pytest.importorskip("triton")
+from tli_engine.kernels.counter_dropout import counter_dropout as triton_counter_dropout
+from tli_engine.kernels.nf4_lora_linear import nf4_lora_linear as triton_nf4_lora_linear
+from tli_engine.kernels.nf4_lora_linear_backward import (
+    nf4_lora_linear_backward as triton_nf4_lora_linear_backward,
+)
+from tli_engine.reference.nf4_lora_linear import nf4_lora_linear as reference
+from tli_engine.reference.nf4_lora_linear_backward import (
+    nf4_lora_linear_backward as reference_backward,
+)
+
+SIZES = [
+    pytest.param([20], id="one-group"),
+    pytest.param([16, 4], id="two-groups"),
+    pytest.param([9, 5, 6], id="q-k-v"),
+    pytest.param([5, 5, 5, 5], id="more-groups-than-a-launch-takes"),
+]
+R, K = 3, 128
+
+
+def make_inputs(
+    M: int, sizes: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, NF4Weight, Tensor, Tensor, Tensor]:
+    N = sum(sizes)
+    weight = quantize(torch.randn(N, K, device=device) * 0.05)
+    x = torch.randn(M, K, device=device).to(dtype)
+    lora_dtype = torch.promote_types(dtype, torch.float32)
+    lora_A = (torch.randn(len(sizes) * R, K, device=device) * 0.1).to(lora_dtype)
+    lora_B = (torch.randn(N, R, device=device) * 0.1).to(lora_dtype)
+    return x, weight, lora_A, lora_B, torch.randn(N, device=device).to(dtype)
+
+
+def definition(
+    x: Tensor, weight: NF4Weight, A: Tensor, B: Tensor, bias: Tensor, sizes: list[int], s: float
+) -> Tensor:
+    """The formula, group by group, in fp64."""
+    x, bias = x.double(), bias.double()
+    dense = weight.dequantize(torch.float32).double()
+    parts = []
+    for w, b, a, c in zip(
+        dense.split(sizes), B.double().split(sizes), A.double().split(R), bias.split(sizes),
+        strict=True,
+    ):  # fmt: skip
+        parts.append(x @ w.T + c + s * (x @ a.T) @ b.T)
+    return torch.cat(parts, 1)
+
+
+@pytest.mark.parametrize("sizes", SIZES)
+def test_equals_the_definition(sizes: list[int], device: torch.device) -> None:
+    x, weight, A, B, bias = make_inputs(4, sizes, torch.float64, device)
+    y = nf4_lora_linear(x, weight, A, B, 0.7, bias, sizes=sizes)
+    torch.testing.assert_close(
+        y, definition(x, weight, A, B, bias, sizes, 0.7), rtol=1e-12, atol=1e-12
+    )
+
+
+@pytest.mark.parametrize("M", [5, 200])
+@pytest.mark.parametrize("sizes", SIZES)
+def test_launched_forward_and_gradients(sizes: list[int], M: int, device: torch.device) -> None:
+    dtype = torch.float16
+    x, weight, A, B, bias = make_inputs(M, sizes, dtype, device)
+    dy = torch.randn(M, sum(sizes), device=device).to(dtype)
+    options = (None, sizes, 2.0, 0.0, 64, False, False)
+    stored = (weight.packed, weight.absmax)
+    y, s = triton_nf4_lora_linear(x, *stored, bias, A, B, *options)
+    plain, plain_s = reference(x, *stored, bias, A, B, *options)
+    exact = definition(x, weight, A, B, bias, sizes, 2.0)
+    assert_within_error_budget(y, plain, exact, factor=3)
+    torch.testing.assert_close(s, plain_s, rtol=1e-2, atol=1e-2)
+    needs = (True, True)
+    actual = triton_nf4_lora_linear_backward(dy, x, s, *stored, A, B, *options, *needs)
+    expected = reference_backward(dy, x, plain_s, *stored, A, B, *options, *needs)
+    for got, wanted in zip(actual, expected, strict=True):
+        assert got.dtype == wanted.dtype
+        error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < 4e-3
+
+
+def test_unneeded_gradients_are_empty(device: torch.device) -> None:
+    x, weight, A, B, _ = make_inputs(5, [20], torch.float16, device)
+    dy, s = torch.zeros_like(x[:, :20]), torch.zeros(5, R, dtype=x.dtype, device=device)
+    options = (weight.packed, weight.absmax, A, B, None, [20], 2.0, 0.0, 64, False, False)
+    for backward in (triton_nf4_lora_linear_backward, reference_backward):
+        dx, dA, dB = backward(dy, x, s, *options, True, False)
+        assert (dx.shape, dA.shape, dB.shape) == ((5, K), (0,), (0,))
+        dx, dA, dB = backward(dy, x, s, *options, False, True)
+        assert (dx.shape, dA.shape, dB.shape) == ((0,), A.shape, B.shape)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", SIZES[:3])
+def test_gradient(sizes: list[int], dropout: float, device: torch.device) -> None:
+    x, weight, A, B, bias = make_inputs(2, sizes, torch.float64, device)
+    seed = torch.tensor(5, device=device)
+    inputs = [t.requires_grad_() for t in (x, A, B, bias)]
+    if device.type == "cpu":
+        assert torch.autograd.gradcheck(
+            lambda x, A, B, bias: nf4_lora_linear(
+                x, weight, A, B, 0.7, bias, sizes=sizes, dropout=dropout, seed=seed
+            ),
+            inputs,
+            fast_mode=True,
+        )
+
+
+@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -5])
+@pytest.mark.parametrize(("M", "width"), [(1, 1), (5, 700)])
+def test_dropout_kernel_regenerates_the_reference_mask(
+    M: int, width: int, seed: int, device: torch.device
+) -> None:
+    x = torch.randn(M, width, device=device)
+    state = torch.tensor(seed, device=device)
+    assert torch.equal(triton_counter_dropout(x, state, 0.3), counter_dropout(x, state, 0.3))
+
+
+def test_dropout_keeps_its_share_and_the_mean(device: torch.device) -> None:
+    x = torch.ones(200, 500, device=device)
+    dropped = counter_dropout(x, torch.tensor(1, device=device), 0.25)
+    # 5 standard deviations of 100000 draws
+    assert abs((dropped == 0).float().mean().item() - 0.25) < 5 * (0.25 * 0.75 / 1e5) ** 0.5
+    assert abs(dropped.mean().item() - 1) < 0.01
+    other = counter_dropout(x, torch.tensor(2, device=device), 0.25)
+    agree = ((dropped == 0) == (other == 0)).float().mean().item()
+    assert abs(agree - (0.25**2 + 0.75**2)) < 0.01
+
+
+def test_dropout_without_a_seed_drops_nothing(device: torch.device) -> None:
+    x, weight, A, B, bias = make_inputs(2, [20], torch.float32, device)
+    plain = nf4_lora_linear(x, weight, A, B, 0.7, bias)
+    assert torch.equal(nf4_lora_linear(x, weight, A, B, 0.7, bias, dropout=0.5), plain)
+
+
+def test_module_gives_the_ops_result(device: torch.device) -> None:
+    x, weight, A, B, bias = make_inputs(4, [20], torch.float32, device)
+    layer = NF4Linear(weight, bias)
+    y = layer.lora_forward(x.view(2, 2, K), A, B, 0.7)
+    torch.testing.assert_close(y.view(4, 20), nf4_lora_linear(x, weight, A, B, 0.7, bias))
+
+
+@pytest.mark.parametrize("M", [0, 3])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_operator_contract(M: int, dropout: float, device: torch.device) -> None:
+    sizes = [16, 4]
+    x, weight, A, B, bias = make_inputs(M, sizes, torch.float32, device)
+    stored = (weight.packed, weight.absmax)
+    seed = torch.tensor(5, device=device) if dropout else None
+    options = (seed, sizes, 0.7, dropout, 64, False, False)
+    grads = [t.requires_grad_() for t in (x, bias, A, B)]
+    args = (grads[0], *stored, *grads[1:], *options)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_lora_linear.default, args)
+    dy, s = torch.randn(M, 20, device=device), torch.randn(M, 2 * R, device=device)
+    args = (dy, x.detach(), s, *stored, A.detach(), B.detach(), *options, True, True)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_lora_linear_backward.default, args)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        pytest.param({"sizes": [16, 5]}, r"sizes must be positive and add up to 20, got", id="sum"),
+        pytest.param({"sizes": [20, 0]}, "sizes must be positive", id="empty-group"),
+        pytest.param(
+            {"lora_A": torch.zeros(4, K)}, r"lora_A must be \[6, 128\], got \[4, 128\]", id="A"
+        ),
+        pytest.param(
+            {"lora_B": torch.zeros(19, R)}, r"lora_B must be \[20, r\], got \[19, 3\]", id="B"
+        ),
+        pytest.param(
+            {"lora_B": torch.zeros(20, R, dtype=torch.float16)},
+            "must share dtype and device",
+            id="dtypes",
+        ),
+        pytest.param({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0", id="dropout"),
+        pytest.param({"seed": torch.zeros(1)}, "seed must be one int64", id="seed"),
+    ],
+)
+def test_wrong_argument_is_named_in_the_error(change: dict[str, Any], message: str) -> None:
+    x, weight, A, B, _ = make_inputs(2, [16, 4], torch.float32, torch.device("cpu"))
+    arguments = {"lora_A": A, "lora_B": B, "scaling": 1.0, "sizes": [16, 4]} | change
+    with pytest.raises(ValueError, match=message):
+        nf4_lora_linear(x, weight, **arguments)

@@ -1,0 +1,169 @@
+"""``tli_engine::nf4_linear`` and its gradient: schemas, shape rules, backends."""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from tli_engine import backends
+from tli_engine.nf4 import NF4Weight
+from tli_engine.ops.nf4_dequantize import check_devices
+from tli_engine.reference.nf4_linear import nf4_linear as _reference
+from tli_engine.reference.nf4_linear import tile as tile
+from tli_engine.reference.nf4_linear import untile as untile
+from tli_engine.reference.nf4_linear_dx import nf4_linear_dx as _reference_dx
+
+Numerics = Literal["exact", "fast"]
+
+_OP = "tli_engine::nf4_linear"
+_DX = "tli_engine::nf4_linear_dx"
+
+torch.library.define(
+    _OP,
+    "(Tensor x, Tensor packed, Tensor absmax, Tensor? bias, SymInt N, int block_size, "
+    "bool tiled, bool fast) -> Tensor",
+)
+torch.library.define(
+    _DX,
+    "(Tensor dy, Tensor packed, Tensor absmax, SymInt K, int block_size, bool tiled, "
+    "bool fast) -> Tensor",
+)
+
+
+@torch.library.register_fake(_OP)
+def _fake(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    N: int,
+    block_size: int,
+    tiled: bool,
+    fast: bool,
+) -> Tensor:
+    return x.new_empty(x.shape[0], N)
+
+
+@torch.library.register_fake(_DX)
+def _fake_dx(
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    K: int,
+    block_size: int,
+    tiled: bool,
+    fast: bool,
+) -> Tensor:
+    return dy.new_empty(dy.shape[0], K)
+
+
+torch.library.impl(_OP, "CPU")(_reference)
+torch.library.impl(_DX, "CPU")(_reference_dx)
+
+
+@torch.library.impl(_OP, "CUDA")
+def _cuda(*args: Any) -> Tensor:
+    return backends.resolve("nf4_linear")(*args)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_DX, "CUDA")
+def _cuda_dx(*args: Any) -> Tensor:
+    return backends.resolve("nf4_linear_dx")(*args)  # type: ignore[no-any-return]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, packed, absmax, _, _, *ctx.layout = inputs
+    ctx.save_for_backward(packed, absmax)
+    ctx.K = x.shape[1]
+
+
+def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    packed, absmax = ctx.saved_tensors
+    dx = dbias = None
+    if ctx.needs_input_grad[0]:
+        dx = torch.ops.tli_engine.nf4_linear_dx.default(dy, packed, absmax, ctx.K, *ctx.layout)
+    if ctx.needs_input_grad[3]:
+        dbias = dy.sum(0)
+    return dx, None, None, dbias, None, None, None, None
+
+
+def _setup_context_dx(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    dy, packed, absmax, _, *ctx.layout = inputs
+    ctx.save_for_backward(packed, absmax)
+    ctx.N = dy.shape[1]
+
+
+def _backward_dx(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, ...]:
+    packed, absmax = ctx.saved_tensors
+    ddy = None
+    if ctx.needs_input_grad[0]:
+        ddy = torch.ops.tli_engine.nf4_linear.default(ddx, packed, absmax, None, ctx.N, *ctx.layout)
+    return ddy, None, None, None, None, None, None
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+torch.library.register_autograd(_DX, _backward_dx, setup_context=_setup_context_dx)
+
+
+def check_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None, numerics: str) -> None:
+    """Raise ``ValueError`` unless the arguments fit together; see :func:`nf4_linear`."""
+    if len(weight.shape) != 2:
+        raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+    N, K = weight.shape
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., {K}] for a weight [{N}, {K}], got {list(x.shape)}")
+    if x.device != weight.device:
+        raise ValueError(f"x must be on {weight.device} as the weight, got {x.device}")
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be {x.dtype} [{N}], got {bias.dtype} {list(bias.shape)}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias must be on {x.device} as x, got {bias.device}")
+    if numerics not in ("exact", "fast"):
+        raise ValueError(f"numerics must be exact or fast, got {numerics!r}")
+    check_devices(weight)
+
+
+def nf4_linear(
+    x: Tensor,
+    weight: NF4Weight,
+    bias: Tensor | None = None,
+    *,
+    numerics: Numerics = "exact",
+) -> Tensor:
+    r"""Product with a frozen NF4 weight, and, backward, with its transpose.
+
+    .. math:: y = x\,W^\top + b, \qquad \mathrm{d}x = \mathrm{d}y\,W
+
+    summed in fp32. :math:`W` holds bitsandbytes' values in ``x``'s dtype, bit for bit
+    (``exact``); ``fast`` may instead round the codes and the absmax to that dtype and multiply.
+    A layer that is used again does better with :class:`tli_engine.nn.NF4Linear`, which decodes
+    a double quantised absmax once and lays the bytes out for the kernels.
+
+    Args:
+        x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or fp64.
+        weight: Frozen weight, ``[N, K]``.
+        bias: ``[N]`` of ``x``'s dtype, or None.
+        numerics: ``exact`` or ``fast``; they differ only where a fused kernel runs.
+
+    Returns:
+        The product, ``[..., N]``, contiguous, in ``x``'s dtype; NaN or infinity where an absmax is.
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above.
+
+    Source: Dettmers et al. 2023 (QLoRA), eq. 5.
+    """
+    check_linear(x, weight, bias, numerics)
+    y: Tensor = torch.ops.tli_engine.nf4_linear.default(
+        x.reshape(-1, weight.shape[1]),
+        weight.packed,
+        weight.absmax_fp32(),
+        bias,
+        weight.shape[0],
+        weight.block_size,
+        False,
+        numerics == "fast",
+    )
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,120 @@
+"""Everything a run needs, read and checked before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tli_engine.align.encode import encode
+from tli_engine.align.space import PairSpace, fit_space
+from tli_engine.config import RunConfig
+from tli_engine.data.check import leaks
+from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.models.adapters import add_lora
+from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.early import EarlyModel, load_early
+from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.models.peft_format import load_adapter
+from tli_engine.train.manifest import sha256
+from tli_engine.train.metrics import check_tensorboard
+from tli_engine.train.provenance import provenance
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A run ready to train.
+
+    Attributes:
+        config: As given, with device and dtype chosen.
+        files: The opened model.
+        splits: Tokenised pairs, the training ones first.
+        model: Early blocks with adapters.
+        space: Where the loss compares vectors, fp32.
+        provenance: What the run is made from.
+        warnings: Lines that the user should read, now and in the report.
+    """
+
+    config: RunConfig
+    files: ModelFiles
+    splits: list[Split]
+    model: EarlyModel
+    space: PairSpace
+    provenance: dict[str, Any]
+    warnings: list[str]
+
+
+def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
+    """Read pairs and model, fit the loss space, put the adapters on.
+
+    Args:
+        config: The run.
+        say: Called with a line that the user may want to know.
+
+    Raises:
+        UserError: Anything in the configuration, the pairs or the model that cannot work.
+    """
+    if config.train.tensorboard:
+        check_tensorboard()
+    pairs = read_run_pairs(config.data)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    files = open_model(config.model)
+    splits = tokenize_splits(pairs, files.tokenizer, config.words)
+    model = load_early(
+        files,
+        config.align.layer,
+        dtype=dtype,
+        device=device,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        token_ids=tokens_of(splits),
+    )
+    record = provenance(pairs, files, model)
+    space = _fit_space(model, splits[0], config)
+    if config.lora.init is None:
+        add_lora(model, config.lora, config.align.layer, config.seed)
+    else:
+        record["lora_init_sha256"] = _go_on_from(model, config, say)
+    chosen = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
+    return Prepared(
+        config.model_copy(update=chosen),
+        files,
+        splits,
+        model,
+        space,
+        record,
+        leak_warnings(splits),
+    )
+
+
+def leak_warnings(splits: list[Split]) -> list[str]:
+    """A line for each language whose control words are not all unseen."""
+    control = splits[1].pairs if len(splits) > 1 else None
+    return [
+        f"{len(words)} {language} control words are in training: these pairs are not unseen"
+        for language, words in leaks(splits[0].pairs, control).items()
+        if words
+    ]
+
+
+def _fit_space(model: EarlyModel, train: Split, config: RunConfig) -> PairSpace:
+    """The loss space, fitted on the base model's vectors of the distinct training words."""
+    sides = (
+        encode(model, list(dict.fromkeys(words)), [config.align.layer], config.align.pooling)[0]
+        for words in (train.source, train.target)
+    )
+    return fit_space(config.align.space, *sides).to(torch.float32)
+
+
+def _go_on_from(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> str:
+    """Put the adapter of ``lora.init`` on; return its digest."""
+    folder = Path(config.lora.init or "")
+    loaded = load_adapter(model, folder, config.lora.dropout)
+    say(
+        f"lora.init: going on from {folder}; its blocks, modules, r and alpha stand, not the recipe's"
+    )
+    if loaded.above:
+        say(f"lora.init: {len(loaded.above)} adapters above the loss are left out")
+    return sha256(folder / "adapter_model.safetensors")
