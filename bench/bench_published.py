@@ -105,7 +105,7 @@ def bench_scan(files: ModelFiles, split: Split, sample: int) -> list[Row]:
     providers = {
         "published": lambda: published_scan(full, files.tokenizer, split.pairs[:sample]),
         "tli-engine": lambda: scan(
-            early, files.name, split.pairs, split.source, split.target, "content"
+            early, files.name, split.pairs, split.source, split.target, "paper"
         ),
     }
     times = interleave(providers, {"published": 2, "tli-engine": 2}, warm_up=0)
@@ -131,8 +131,8 @@ def _rows(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--sample", type=int, default=3, help="pairs of the published scan")
-    parser.add_argument("--rounds", type=int, default=8, help="published steps to time")
+    parser.add_argument("--sample", type=int, default=8, help="pairs of the published scan")
+    parser.add_argument("--rounds", type=int, default=12, help="published steps to time")
     args = parser.parse_args()
     overrides = ["model=builtin:smollm2-135m", "quantize=none", "dtype=float32"]
     config = resolve_config(apply_overrides(read_recipe("paper"), overrides), "paper")

@@ -6,11 +6,15 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from tli_engine.cli import main
-from tli_engine.models.adapters import adapters
+from tli_engine.config import resolve_config
+from tli_engine.models.adapters import adapter_tensors
 from tli_engine.models.early import load_early
 from tli_engine.models.peft_format import load_adapter
+from tli_engine.train.loop import Trainer
+from tli_engine.train.prepare import prepare
 
 CPU = torch.device("cpu")
 
@@ -63,8 +67,12 @@ def test_one_seed_gives_one_adapter_and_leaves_the_base_alone(smollm2: Any, tmp_
     ]
     assert digests[0] == digests[1] != digests[2]
 
-    config = yaml.safe_load((tmp_path / "a/config.yaml").read_text())
-    early = load_early(smollm2, config["align"]["layer"], dtype=torch.float32, device=CPU)
-    load_adapter(early, runs[0])
-    assert adapters(early)
-    assert early.base_digest() == config["provenance"]["base_sha256"]
+    values = yaml.safe_load((tmp_path / "a/config.yaml").read_text())
+    prepared = prepare(resolve_config(values, "a"), print)
+    before = prepared.model.base_digest()
+    assert before == values["provenance"]["base_sha256"]
+    Trainer(prepared.model, prepared.config, prepared.splits[0], prepared.space).run()
+    assert prepared.model.base_digest() == before
+    stored = load_file(runs[0] / "adapter_model.safetensors")
+    for name, tensor in adapter_tensors(prepared.model).items():
+        assert torch.equal(tensor, stored[f"base_model.model.model.{name}"])

@@ -9,7 +9,7 @@ from tli_engine.cli._evaluate import report_alignment
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.cli.signals import Stop, stop_on_signals
 from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
-from tli_engine.errors import UserError
+from tli_engine.errors import TrainingError, UserError
 from tli_engine.evaluate.plots import plot_training
 from tli_engine.models.adapters import adapter_tensors
 from tli_engine.models.peft_format import save_adapter
@@ -114,6 +114,8 @@ def _run_steps(trainer: Trainer, metrics: MetricsLog, folder: Path, stop: Stop) 
 
 
 def _finish(run: Prepared, folder: Path, steps: list[dict[str, Any]], warnings: list[str]) -> None:
+    if run.model.base_digest() != run.provenance["base_sha256"]:
+        raise TrainingError("the frozen weights are not what they were before training")
     card = model_card(run.model, run.config, run.files, unseen=len(run.splits) > 1, notes=warnings)
     save_adapter(run.model, folder / "adapter", run.config.lora, run.files.hub_id, card)
     plot_training(steps, folder / "training.png")
