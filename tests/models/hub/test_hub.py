@@ -262,7 +262,8 @@ def test_a_server_that_fails(hub: FakeHub, model: Path) -> None:
     open_model(REPO)
     (shard, *_) = sorted(shards_of(model, 1))
     for status, code in ((403, ""), (500, "")):
-        prefix = f"/org/tiny/resolve/main/{shard}"
+        # weights come from the commit that the configuration came from
+        prefix = f"/org/tiny/resolve/{hub.commit(REPO, 'main')}/{shard}"
         hub.errors[prefix] = (status, code, "GET")
         message = refuses(shard, "the download failed: ", str(status), "run again")
         assert "failed: ;" not in message
