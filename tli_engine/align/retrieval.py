@@ -102,7 +102,7 @@ def measure_alignment(
     x, y = source.double(), target.double()
     x_groups = torch.tensor(source_groups, device=x.device)
     y_groups = torch.tensor(target_groups, device=x.device)
-    x_words, y_words = _distinct(x, x_groups), _distinct(y, y_groups)
+    x_words, y_words = distinct(x, x_groups), distinct(y, y_groups)
     x_hub, y_hub = _neighbourhood(x_words, y_words), _neighbourhood(y_words, x_words)
     rows = [slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)]
     true = torch.cat([cosine_similarity(x[r], y[r]).diagonal() for r in rows])
@@ -119,7 +119,8 @@ def chance_mrr(candidates: int) -> float:
     return sum(1 / rank for rank in range(1, candidates + 1)) / candidates
 
 
-def _distinct(vectors: Tensor, groups: Tensor) -> Tensor:
+def distinct(vectors: Tensor, groups: Tensor) -> Tensor:
+    """Vector of the first word of each group, ``[N, D]`` to ``[groups, D]``; groups are ``[N]``."""
     first = torch.full((int(groups.max()) + 1,), len(groups), device=groups.device)
     rows = torch.arange(len(groups), device=groups.device)
     return vectors[first.scatter_reduce(0, groups, rows, "amin")]

@@ -136,7 +136,8 @@ def propose_layer(layers: Sequence[Alignment], seed: int = 0) -> Proposal:
     enough = ranks.shape[1] >= _FEWEST_PAIRS
     found = enough and best > 0 and low > bar and gain > 0
     reason = (
-        f"with content pooling, two-way MRR is highest at layer {best}: {means[best]:.4f} [{low:.4f}, {high:.4f}]; "
+        f"with content pooling, two-way MRR is highest at layer {best}: {means[best]:.4f} "
+        f"[{low:.4f}, {high:.4f}]; "
         f"chance is {chance:.4f}, layer 0 has {means[0]:.4f}"
     )
     if not enough:

@@ -224,16 +224,16 @@ def read_splits(
     Raises:
         UserError: As :func:`read_pairs`, or a split that is neither ``train`` nor ``control``.
     """
-    for place, row in read_rows(file)[1]:
-        if _split_of(row) not in (None, "train", "control"):
-            raise UserError(
-                f"{file}: {place}: split {_split_of(row)!r} is neither train nor control"
-            )
-    train = read_pairs(file, languages, "train")
+    path, rows = read_rows(file)
+    splits = [_split_of(row) for _, row in rows]
+    for (place, _), split in zip(rows, splits, strict=True):
+        if split not in (None, "train", "control"):
+            raise UserError(f"{file}: {place}: split {split!r} is neither train nor control")
+    marked = [row for row, split in zip(rows, splits, strict=True) if split == "control"]
+    others = [row for row, split in zip(rows, splits, strict=True) if split != "control"]
+    train = _pair_list(path, others, languages, "train")
     if control is not None:
         return train, read_pairs(control, languages, "control")
-    path, rows = read_rows(file)
-    marked = [(place, row) for place, row in rows if _split_of(row) == "control"]
     return train, _pair_list(path, marked, languages, "control") if marked else None
 
 

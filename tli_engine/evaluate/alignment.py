@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.align.encode import encode
-from tli_engine.align.retrieval import Alignment, measure_alignment
+from tli_engine.align.retrieval import Alignment, distinct, measure_alignment
 from tli_engine.align.space import fit_space
 from tli_engine.config import Pooling, Presentation, Space
 from tli_engine.data.splits import Split
@@ -110,7 +110,7 @@ def alignment_rows(
 def distinct_sides(split: Split, stage: Tensor) -> tuple[Tensor, Tensor]:
     """Vectors of the distinct words on either side of a split."""
     first, second = (
-        side[[groups.index(g) for g in range(max(groups) + 1)]]
+        distinct(side, torch.tensor(groups, device=side.device))
         for side, groups in zip(stage.chunk(2), split.groups, strict=True)
     )
     return first, second

@@ -25,9 +25,10 @@ class LoRALinear(nn.Module):
         self, base_layer: nn.Linear | NF4Linear, r: int, alpha: float, rslora: bool, dropout: float
     ) -> None:
         super().__init__()
+        # once: an NF4 layer undoes the kernels' layout for it
+        weight = base_layer.weight
         # adapters are trained in fp32 beside bf16 weights, as PEFT does
-        dtype = torch.promote_types(base_layer.weight.dtype, torch.float32)
-        device = base_layer.weight.device
+        dtype, device = torch.promote_types(weight.dtype, torch.float32), weight.device
         self.base_layer = base_layer
         # nn.Linear's own values would be thrown away, and draw from the caller's random numbers
         options = {"bias": False, "device": device, "dtype": dtype}
