@@ -85,6 +85,7 @@ def _dequantize_tiled_kernel(
     weight_ptr,
     N,
     K,
+    stride_n,
     ROWS: tl.constexpr,
     TILES: tl.constexpr,
     PORTABLE: tl.constexpr,
@@ -100,7 +101,7 @@ def _dequantize_tiled_kernel(
     scale = load_scale(absmax_ptr, row, tile, keep, N, K, ROWS * TILES, True)
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     weight = decode_tile(word, scale, 0, ROWS * TILES, dtype, False, PORTABLE)
-    offs = row.to(tl.int64)[:, None] * K + (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
+    offs = row.to(tl.int64)[:, None] * stride_n + (tile * 128)[:, None] + tl.arange(0, 128)[None, :]
     tl.store(weight_ptr + offs, weight, mask=keep[:, None])
 
 
@@ -212,6 +213,13 @@ def dequantize_tiles(
         none = (None, None, None)
         return nf4_dequantize(packed, absmax, *none, [N, K], dtype, block_size, 256)
     weight = torch.empty(N, K, dtype=dtype, device=packed.device)
+    dequantize_tiles_into(weight, packed, absmax)
+    return weight
+
+
+def dequantize_tiles_into(weight: Tensor, packed: Tensor, absmax: Tensor) -> None:
+    """Fill ``weight``, ``[N, K]`` of 16 bits, its rows any distance apart, from tiled bytes."""
+    N, K = weight.shape
     # of 1-64 rows, 1-32 tiles and 1-8 warps on an H200; it writes in runs of 8 KB
     rows, tiles = 4, 32
     _dequantize_tiled_kernel[(triton.cdiv(N, rows), triton.cdiv(K // 128, tiles))](
@@ -220,12 +228,12 @@ def dequantize_tiles(
         weight,
         N,
         K,
+        weight.stride(0),
         ROWS=rows,
         TILES=tiles,
         PORTABLE=INTERPRET,
         num_warps=8,
     )
-    return weight
 
 
 def _untile(packed: Tensor, absmax: Tensor, N: int, K: int) -> tuple[Tensor, Tensor]:

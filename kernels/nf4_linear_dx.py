@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
 from tli_engine.kernels.nf4_dispatch import Tile, choose_tile, fast_table
 from tli_engine.kernels.nf4_linear import sum_parts
@@ -31,10 +32,14 @@ def _nf4_linear_dx_kernel(
     word_ptr,
     absmax_ptr,
     table_ptr,
+    lora_t_ptr,
+    lora_a_ptr,
     dx_ptr,
     M,
     N,
     K,
+    RANKS: tl.constexpr,
+    WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
@@ -57,7 +62,20 @@ def _nf4_linear_dx_kernel(
     t = table_ptr
     if FAST:
         t = load_table(table_ptr)
+    offs_k = tl.arange(0, 128)
+    if not TILED:
+        offs_k = column_to_k(offs_k)
+    offs_k += tile * 128
     acc = tl.zeros((BLOCK_M, 128), tl.float32)
+    if RANKS > 0:
+        rank = tl.arange(0, WIDTH)
+        offs_t = offs_m.to(tl.int64)[:, None] * RANKS + rank[None, :]
+        keep_t = keep_m[:, None] & (rank < RANKS)[None, :] & (part == 0)
+        lora_t = tl.load(lora_t_ptr + offs_t, mask=keep_t, other=0.0)
+        offs_a = rank[:, None] * K + offs_k[None, :]
+        lora_a = tl.load(lora_a_ptr + offs_a, mask=(rank < RANKS)[:, None], other=0.0)
+        lora_a = round_to(lora_a.to(tl.float32), dtype, PORTABLE)
+        acc = dot(lora_t, lora_a, acc, PORTABLE)
     for step in tl.range(first, last, num_stages=STAGES):
         offs_n = step * BLOCK_N + tl.arange(0, BLOCK_N)
         keep_n = offs_n < N
@@ -68,10 +86,7 @@ def _nf4_linear_dx_kernel(
         dy = tl.load(dy_ptr + offs_dy, mask=keep_m[:, None] & keep_n[None, :], other=0.0)
         w = decode_tile(word, scale, t, BLOCK_N, dtype, FAST, PORTABLE)
         acc = dot(dy, w, acc, PORTABLE)
-    offs_k = tl.arange(0, 128)
-    if not TILED:
-        offs_k = column_to_k(offs_k)
-    offs = offs_m.to(tl.int64)[:, None] * K + tile * 128 + offs_k[None, :]
+    offs = offs_m.to(tl.int64)[:, None] * K + offs_k[None, :]
     if SPLIT == 1:
         value = round_to(acc, dx_ptr.dtype.element_ty, PORTABLE)
         tl.store(dx_ptr + offs, value, mask=keep_m[:, None])
@@ -80,21 +95,34 @@ def _nf4_linear_dx_kernel(
 
 
 def fused_dx(
-    dy: Tensor, packed: Tensor, absmax: Tensor, K: int, tiled: bool, fast: bool, tile: Tile
+    dy: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    K: int,
+    tiled: bool,
+    fast: bool,
+    tile: Tile,
+    lora: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
-    """Launch the fused kernel."""
+    """Launch the fused kernel; ``lora`` is ``(t, A)``: it adds ``t @ A``."""
     M, N = dy.shape
     dx = torch.empty(M, K, dtype=dy.dtype, device=dy.device)
     out = dx if tile.split == 1 else dy.new_empty(tile.split, M, K, dtype=torch.float32)
+    lora_t, lora_a = lora or (dy, dy)
+    ranks = lora_t.shape[1] if lora else 0
     _nf4_linear_dx_kernel[(triton.cdiv(M, tile.block_m) * (K // 128), tile.split)](
         dy,
         packed.view(-1).view(torch.int32),
         absmax,
         fast_table(dy) if fast else dy,
+        lora_t,
+        lora_a,
         out,
         M,
         N,
         K,
+        RANKS=ranks,
+        WIDTH=width(ranks),
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         SPLIT=tile.split,

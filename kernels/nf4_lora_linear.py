@@ -1,17 +1,25 @@
-"""``x @ W.T + s * (x @ A.T) @ B.T``: the update rides in the accumulators of the frozen product.
+"""``x @ W.T + s * (x @ A.T) @ B.T``: the update costs no pass over the output of its own.
 
-Beside a fused product ``B`` is one more step of the tensor cores; beside cuBLAS the update is written
-first, and cuBLAS adds to it under its own arithmetic. Either way the output is written once more at
-most. Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagonal.
+Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagonal.
+
+- Beside a fused product ``B`` is one more step of the tensor cores, in the same accumulators.
+- Beside cuBLAS, where the output is by far the larger side, ``x @ A.T`` is appended to a copy of
+  ``x``, and ``B`` to the weight: the contraction is 64 longer.
+- Elsewhere the update is written first, and cuBLAS adds to it under its own arithmetic.
 """
 
 import torch
 from torch import Tensor
 
 from tli_engine.kernels.counter_dropout import counter_dropout
-from tli_engine.kernels.nf4_dequantize import dequantize_tiles
+from tli_engine.kernels.lora_down import is_few, is_narrow, lora_down
+from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear import fused_forward
+from tli_engine.kernels.widen import PAD, widen
+
+# rows from which cuBLAS' time hides a copy of its input
+_APPEND_FROM = 2048
 
 
 def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
@@ -44,15 +52,20 @@ def nf4_lora_linear(
     x = x.contiguous()
     M, K = x.shape
     N, rank = lora_B.shape
-    dropped = x if seed is None else counter_dropout(x, seed, dropout)
-    s = dropped @ scaled(lora_A, scaling, x.dtype).T
     if M == 0:
-        return x.new_empty(0, N), s
-    tile = choose_tile("fwd", x, M, N, K, block_size, absmax)
-    # wider, the update's operands would crowd the weights out of shared memory
-    if tile is not None and len(sizes) <= 3 and rank * len(sizes) <= 64:
+        return x.new_empty(0, N), x.new_empty(0, rank * len(sizes))
+    narrow = is_narrow(x, len(sizes), rank)
+    if narrow and is_few(M):
+        s = lora_down(x, lora_A, scaling, seed, dropout)
+    else:
+        dropped = x if seed is None else counter_dropout(x, seed, dropout)
+        s = dropped @ scaled(lora_A, scaling, x.dtype).T
+    tile = choose_tile("fwd", x, M, N, K, block_size, absmax) if narrow else None
+    if tile is not None:
         lora = (s, lora_B.contiguous(), sizes)
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
+    if narrow and tiled and pays_to_append(M, N, K):
+        return _append(x, s, packed, absmax, bias, lora_B, sizes), s
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     b = lora_B.to(x.dtype)
     for group, rows in enumerate(group_slices(sizes)):
@@ -63,3 +76,28 @@ def nf4_lora_linear(
             torch.addmm(bias[rows], part, b[rows].T, out=y[:, rows])
     weight = dequantize_tiles(packed, absmax, N, K, x.dtype, block_size, tiled)
     return y.addmm_(x, weight.T), s
+
+
+def pays_to_append(M: int, larger: int, smaller: int) -> bool:
+    """Whether copying the smaller side is cheaper than passing over the larger one once more."""
+    return M >= _APPEND_FROM and larger >= 2 * smaller
+
+
+def _append(
+    x: Tensor,
+    s: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    bias: Tensor | None,
+    lora_B: Tensor,
+    sizes: list[int],
+) -> Tensor:
+    """``[x | s | 0] @ [W | B | 0].T``, ``B`` block-diagonal."""
+    (N, rank), K = lora_B.shape, x.shape[1]
+    weight = torch.empty(N, K + PAD, dtype=x.dtype, device=x.device)
+    dequantize_tiles_into(weight[:, :K], packed, absmax)
+    weight[:, K:].zero_()
+    for group, rows in enumerate(group_slices(sizes)):
+        first = K + group * rank
+        weight[rows, first : first + rank].copy_(lora_B[rows])
+    return torch.nn.functional.linear(widen(x, s), weight, bias)

@@ -17,10 +17,14 @@ from triton.compiler import ASTSource
 
 from tli_engine.kernels import (
     counter_dropout,
+    lora_down,
+    lora_dx,
+    lora_up_backward,
     nf4_dequantize,
     nf4_linear,
     nf4_linear_dx,
     nf4_quantize,
+    widen,
 )
 from tli_engine.kernels.nf4_dispatch import default_tile
 
@@ -34,14 +38,19 @@ POINTERS = {
     "threshold_ptr": "*fp32",
     "part_ptr": "*fp32",
     "packed_ptr": "*u8",
+    "lora_a_ptr": "*fp32",
     "lora_b_ptr": "*fp32",
+    "db_ptr": "*fp32",
+    "da_ptr": "*fp32",
+    "lock_ptr": "*i32",
     "seed_ptr": "*i64",
 }
-SCALARS = {"scale": "fp32", "one": "fp32"}
+SCALARS = {"scale": "fp32", "keep_scale": "fp32", "scaling": "fp32", "one": "fp32"}
 # multiples of 16 in every model, which the launcher tells Triton too
-DIVISIBLE = {"N", "K", "numel"}
+DIVISIBLE = {"N", "K", "numel", "stride_n"}
 FLAGS = {"STAGES": 3, "SPLIT": 1, "TILED": True, "FAST": False, "PORTABLE": False}
 FORWARD = FLAGS | {"HAS_BIAS": True, "R": 16, "RANKS": 16}
+DX = FLAGS | {"RANKS": 16, "WIDTH": 16}
 
 
 def products(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]:
@@ -53,8 +62,8 @@ def products(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]
         *((f"fwd-{M}", forward, "bf16", FORWARD, M) for M in (16, 32, 64, 128)),
         ("fwd-fp16-plain", forward, "fp16", plain, 64),
         ("fwd-fast", forward, "bf16", FORWARD | {"FAST": True}, 64),
-        *((f"dx-{M}", dx, "bf16", FLAGS, M) for M in (16, 64, 128)),
-        ("dx-fp16-plain", dx, "fp16", FLAGS | {"TILED": False}, 64),
+        *((f"dx-{M}", dx, "bf16", DX, M) for M in (16, 64, 128)),
+        ("dx-fp16-plain", dx, "fp16", DX | {"TILED": False, "RANKS": 0}, 64),
     ):
         direction = name.partition("-")[0]
         tile = default_tile(direction, divmod(capability, 10), 132, M, 8192, 8192)
@@ -63,6 +72,32 @@ def products(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]
             sizes["STAGES"] = tile.num_stages
             found[name] = (kernel, dtype, flags | sizes, tile.num_warps)
     return found
+
+
+def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+    """The kernels of LoRA's narrow products: one adapter of rank 16, or three."""
+    down, up = lora_down._lora_down_kernel, lora_up_backward._lora_up_backward_kernel
+    plain = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 32, "BLOCK_K": 128, "SPLIT": 64, "DROPOUT": False}
+    three = {"R": 16, "RANKS": 48, "WIDTH": 64, "BLOCK_K": 64}
+    parts = {"R": 16, "RANKS": 16, "WIDTH": 16, "BLOCK_N": 64, "SPLIT": 128, "NEEDS_DB": True}
+    down_da = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 64, "BLOCK_K": 64, "DROPOUT": True}
+    found = {
+        "lora-down": (down, plain),
+        "lora-down-dropout": (down, plain | three | {"DROPOUT": True}),
+        "lora-down-backward": (lora_down._lora_down_backward_kernel, down_da),
+        **{f"lora-up-backward-{M}": (up, parts | {"BLOCK_M": M}) for M in (16, 64, 128)},
+        "lora-up-backward-three": (up, parts | three | {"BLOCK_M": 64}),
+        "lora-dx": (lora_dx._lora_dx_kernel, down_da | three | {"BLOCK_M": 32, "ADD": True}),
+    }
+    return {
+        name: (
+            kernel,
+            "bf16",
+            c | {"PORTABLE": False},
+            8 if "up" in name and c["BLOCK_M"] > 32 else 4,
+        )
+        for name, (kernel, c) in found.items()
+    }
 
 
 def streams() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
@@ -97,6 +132,12 @@ def streams() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
             nf4_linear._sum_parts_kernel,
             "bf16",
             {"SPLIT": 4, "BLOCK": 1024, "HAS_BIAS": True, "PORTABLE": False},
+            4,
+        ),
+        "widen": (
+            widen._widen_kernel,
+            "bf16",
+            {"RANKS": 16, "PAD": 64, "BLOCK_M": 4, "BLOCK_K": 1024},
             4,
         ),
         "dropout": (
@@ -148,7 +189,7 @@ def assembler_log(ptx: str, capability: int) -> str:
 def main() -> None:
     capability = int(sys.argv[1])
     report = {}
-    cases = products(capability) | streams()
+    cases = products(capability) | adapters() | streams()
     for name, (kernel, dtype, constants, warps) in cases.items():
         compiled = compile_case(kernel, dtype, constants, warps, capability)
         log = assembler_log(compiled.asm["ptx"], capability)

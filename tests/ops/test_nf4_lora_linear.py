@@ -7,11 +7,11 @@ from torch import Tensor
 from tli_engine import nf4_lora_linear
 from tli_engine.nf4 import NF4Weight, quantize
 from tli_engine.nn import NF4Linear
+from tli_engine.ops.nf4_linear import tile
 from tli_engine.reference.counter_dropout import counter_dropout
 from tli_engine.testing import assert_within_error_budget
 
 pytest.importorskip("triton")
-from tli_engine.kernels.counter_dropout import counter_dropout as triton_counter_dropout
 from tli_engine.kernels.nf4_lora_linear import nf4_lora_linear as triton_nf4_lora_linear
 from tli_engine.kernels.nf4_lora_linear_backward import (
     nf4_lora_linear_backward as triton_nf4_lora_linear_backward,
@@ -116,27 +116,6 @@ def test_gradient(sizes: list[int], dropout: float, device: torch.device) -> Non
         )
 
 
-@pytest.mark.parametrize("seed", [0, 7, 2**40 + 3, -5])
-@pytest.mark.parametrize(("M", "width"), [(1, 1), (5, 700)])
-def test_dropout_kernel_regenerates_the_reference_mask(
-    M: int, width: int, seed: int, device: torch.device
-) -> None:
-    x = torch.randn(M, width, device=device)
-    state = torch.tensor(seed, device=device)
-    assert torch.equal(triton_counter_dropout(x, state, 0.3), counter_dropout(x, state, 0.3))
-
-
-def test_dropout_keeps_its_share_and_the_mean(device: torch.device) -> None:
-    x = torch.ones(200, 500, device=device)
-    dropped = counter_dropout(x, torch.tensor(1, device=device), 0.25)
-    # 5 standard deviations of 100000 draws
-    assert abs((dropped == 0).float().mean().item() - 0.25) < 5 * (0.25 * 0.75 / 1e5) ** 0.5
-    assert abs(dropped.mean().item() - 1) < 0.01
-    other = counter_dropout(x, torch.tensor(2, device=device), 0.25)
-    agree = ((dropped == 0) == (other == 0)).float().mean().item()
-    assert abs(agree - (0.25**2 + 0.75**2)) < 0.01
-
-
 def test_dropout_without_a_seed_drops_nothing(device: torch.device) -> None:
     x, weight, A, B, bias = make_inputs(2, [20], torch.float32, device)
     plain = nf4_lora_linear(x, weight, A, B, 0.7, bias)
@@ -175,7 +154,9 @@ def test_operator_contract(M: int, dropout: float, device: torch.device) -> None
             {"lora_A": torch.zeros(4, K)}, r"lora_A must be \[6, 128\], got \[4, 128\]", id="A"
         ),
         pytest.param(
-            {"lora_B": torch.zeros(19, R)}, r"lora_B must be \[20, r\], got \[19, 3\]", id="B"
+            {"lora_B": torch.zeros(19, R)},
+            r"lora_B must be \[20, r\] with r > 0, got \[19, 3\]",
+            id="B",
         ),
         pytest.param(
             {"lora_B": torch.zeros(20, R, dtype=torch.float16)},
@@ -191,3 +172,72 @@ def test_wrong_argument_is_named_in_the_error(change: dict[str, Any], message: s
     arguments = {"lora_A": A, "lora_B": B, "scaling": 1.0, "sizes": [16, 4]} | change
     with pytest.raises(ValueError, match=message):
         nf4_lora_linear(x, weight, **arguments)
+
+
+PATHS = [  # M, N, K, groups
+    pytest.param(5, [64], 1280, id="split-contraction-down"),
+    pytest.param(20, [1024, 512, 512], 128, id="split-contraction-up"),
+    pytest.param(70, [64, 32, 32], 128, id="one-pass-over-dy"),
+    pytest.param(130, [128], 128, id="cublas-adds"),
+    pytest.param(140, [192, 64], 128, id="appended-to-x"),
+    pytest.param(140, [64], 128, id="appended-to-dy"),
+]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("M", "sizes", "width"), PATHS)
+def test_every_path_through_tiled_bytes(
+    M: int,
+    sizes: list[int],
+    width: int,
+    dropout: float,
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tli_engine.kernels.nf4_lora_linear._APPEND_FROM", 140)
+    N, rank, dtype = sum(sizes), 16, torch.float16
+    weight = quantize(torch.randn(N, width, device=device) * 0.05)
+    x = torch.randn(M, width, device=device).to(dtype)
+    dy = torch.randn(M, N, device=device).to(dtype)
+    bias = torch.randn(N, device=device).to(dtype)
+    A = torch.randn(len(sizes) * rank, width, device=device) * 0.1
+    B = torch.randn(N, rank, device=device) * 0.1
+    seed = torch.tensor(3, device=device) if dropout else None
+    options = (seed, sizes, 2.0, dropout, 64, True, False)
+    stored = tile(weight.packed, weight.absmax, N, width)
+    y, s = triton_nf4_lora_linear(x, *stored, bias, A, B, *options)
+    again, _ = triton_nf4_lora_linear(x, *stored, bias, A, B, *options)
+    assert torch.equal(y, again)
+    # truth: fp64 of the weight's values in x's dtype
+    dense = weight.dequantize(dtype)
+    stored64 = (dense.double(), x.double(), dy.double(), A.double(), B.double())
+    exact = _dense_lora(*stored64, bias.double(), seed, sizes, dropout)
+    plain = _dense_lora(dense, x, dy, A, B, bias, seed, sizes, dropout)
+    needs = (True, True)
+    got = triton_nf4_lora_linear_backward(dy, x, s, *stored, A, B, *options, *needs)
+    for actual, same, truth in zip((y, *got), plain, exact, strict=True):
+        error = (actual.double() - truth).norm() / truth.norm()
+        bound = 3 * (same.double() - truth).norm() / truth.norm() + 1e-3
+        assert error <= bound, f"{error:.1e} over {bound:.1e}"
+
+
+def _dense_lora(
+    W: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    A: Tensor,
+    B: Tensor,
+    bias: Tensor,
+    seed: Tensor | None,
+    sizes: list[int],
+    dropout: float,
+) -> tuple[Tensor, ...]:
+    """Output and the gradients of x, A and B by autograd, group by group."""
+    x, A, B = (t.detach().requires_grad_() for t in (x, A, B))
+    dropped = x if seed is None else counter_dropout(x, seed, dropout)
+    s = dropped @ A.to(x.dtype).T * 2.0
+    parts = [
+        p @ b.to(x.dtype).T for p, b in zip(s.split(B.shape[1], 1), B.split(sizes), strict=True)
+    ]
+    y = torch.nn.functional.linear(x, W, bias) + torch.cat(parts, 1)
+    return y.detach(), *torch.autograd.grad(y, (x, A, B), dy)

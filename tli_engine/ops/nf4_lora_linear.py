@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.nf4 import NF4Weight
+from tli_engine.ops.counter_dropout import check_seed
 from tli_engine.ops.nf4_linear import Numerics, check_linear
 from tli_engine.reference.nf4_lora_linear import nf4_lora_linear as _reference
 from tli_engine.reference.nf4_lora_linear_backward import (
@@ -64,9 +65,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, packed, absmax, _, lora_A, lora_B, seed, *ctx.options = inputs
     ctx.save_for_backward(x, output[1], packed, absmax, lora_A, lora_B, seed)
     ctx.mark_non_differentiable(output[1])
+    # no zeros for s, which has no gradient
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dy: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 13
     needs = ctx.needs_input_grad
     needs_lora = needs[4] or needs[5]
     dx, dA, dB = torch.ops.tli_engine.nf4_lora_linear_backward.default(
@@ -92,22 +97,24 @@ def check_lora(
     seed: Tensor | None,
 ) -> None:
     """Raise ``ValueError`` unless the adapter fits the weight; see :func:`nf4_lora_linear`."""
-    if sum(sizes) != N or min(sizes) < 1:
+    if not sizes or sum(sizes) != N or min(sizes) < 1:
         raise ValueError(f"sizes must be positive and add up to {N}, got {list(sizes)}")
-    if lora_B.ndim != 2 or lora_B.shape[0] != N:
-        raise ValueError(f"lora_B must be [{N}, r], got {list(lora_B.shape)}")
+    if lora_B.ndim != 2 or lora_B.shape[0] != N or lora_B.shape[1] == 0:
+        raise ValueError(f"lora_B must be [{N}, r] with r > 0, got {list(lora_B.shape)}")
     rows, K = len(sizes) * lora_B.shape[1], x.shape[-1]
     if lora_A.shape != (rows, K):
         raise ValueError(f"lora_A must be [{rows}, {K}], got {list(lora_A.shape)}")
     if lora_A.dtype != lora_B.dtype or lora_A.device != lora_B.device:
         got = f"{lora_A.dtype} on {lora_A.device} and {lora_B.dtype} on {lora_B.device}"
         raise ValueError(f"lora_A and lora_B must share dtype and device, got {got}")
+    if not lora_A.is_floating_point():
+        raise ValueError(f"lora_A and lora_B must be floating point, got {lora_A.dtype}")
     if lora_A.device != x.device:
         raise ValueError(f"lora_A must be on {x.device} as x, got {lora_A.device}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
-    if seed is not None and (seed.dtype != torch.int64 or seed.numel() != 1):
-        raise ValueError(f"seed must be one int64, got {seed.dtype} {list(seed.shape)}")
+    if seed is not None:
+        check_seed(seed, x.device)
 
 
 def nf4_lora_linear(
@@ -131,7 +138,7 @@ def nf4_lora_linear(
     dropout :math:`D` too: a function of ``seed``, never stored.
 
     Args:
-        x: Input, ``[..., K]``; bf16, fp16, fp32 or fp64.
+        x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or, on a CPU, fp64.
         weight: Frozen weights of all groups, ``[N, K]``, one below the other.
         lora_A: ``[groups * r, K]``, floating point; rounded to ``x``'s dtype in the product.
         lora_B: ``[N, r]`` of ``lora_A``'s dtype; rounded to ``x``'s dtype in the product.

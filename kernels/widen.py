@@ -1,0 +1,53 @@
+"""``[x | narrow | 0]``: an input that takes a narrow product along through a matmul's contraction."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+# columns more: a stage of cuBLAS' contraction
+PAD = 64
+
+
+@triton.jit(do_not_specialize=["M"])
+def _widen_kernel(
+    x_ptr,
+    narrow_ptr,
+    wide_ptr,
+    M,
+    K,
+    RANKS: tl.constexpr,
+    PAD: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, keep_m = offs_m.to(tl.int64)[:, None], (offs_m < M)[:, None]
+    offs_k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    keep = keep_m & (offs_k < K)
+    x = tl.load(x_ptr + row * K + offs_k, mask=keep, other=0.0)
+    tl.store(wide_ptr + row * (K + PAD) + offs_k, x, mask=keep)
+    if tl.program_id(1) == 0:
+        rank = tl.arange(0, PAD)[None, :]
+        narrow = tl.load(narrow_ptr + row * RANKS + rank, mask=keep_m & (rank < RANKS), other=0.0)
+        tl.store(wide_ptr + row * (K + PAD) + K + rank, narrow, mask=keep_m)
+
+
+def widen(x: Tensor, narrow: Tensor) -> Tensor:
+    """Return ``[M, K + PAD]`` in one pass; ``x`` and ``narrow`` contiguous, of one dtype."""
+    M, K = x.shape
+    wide = torch.empty(M, K + PAD, dtype=x.dtype, device=x.device)
+    block_m, block_k = 4, 1024
+    _widen_kernel[(triton.cdiv(M, block_m), triton.cdiv(K, block_k))](
+        x,
+        narrow,
+        wide,
+        M,
+        K,
+        RANKS=narrow.shape[1],
+        PAD=PAD,
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=4,
+    )
+    return wide
