@@ -6,8 +6,11 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tli_engine.nf4 import NF4Weight
-from tli_engine.ops.nf4_linear import Numerics, tile, untile
+from tli_engine.nf4 import DTYPES, NF4Weight
+from tli_engine.ops.counter_dropout import counter_dropout
+from tli_engine.ops.nf4_dequantize import check_stored
+from tli_engine.ops.nf4_linear import Numerics, check_input, tile, untile
+from tli_engine.ops.nf4_lora_linear import check_lora
 
 Residency = Literal["nf4", "bf16", "auto"]
 
@@ -18,12 +21,17 @@ class NF4Linear(nn.Module):
     On a GPU the bytes are laid out for the kernels, losslessly, and a double quantised absmax is
     decoded to fp32 once: 0.06 bytes a weight instead of 0.016. :attr:`weight` gives bitsandbytes' bytes.
 
+    The weight stays where it was built: ``.to(device)`` moves the bias alone, and the next call says so.
+
     Attributes:
-        bias: ``[N]`` in the model's dtype, or ``None``.
+        bias: ``[N]`` in the model's dtype, cast to the input's, or ``None``.
         numerics: ``exact`` multiplies by bitsandbytes' values bit for bit; ``fast`` may round twice.
         weight_residency: ``nf4`` keeps no other copy. ``bf16`` keeps the weight in the input's
             dtype from the first call on: 2 bytes more a weight, and cuBLAS alone for any number of
             rows. ``auto`` does so while a quarter of the GPU's memory stays free.
+
+    Raises:
+        ValueError: An option is not as above, or the weight's parts, or its bias, do not fit.
     """
 
     bias: Tensor | None
@@ -45,6 +53,10 @@ class NF4Linear(nn.Module):
             raise ValueError(
                 f"weight_residency must be nf4, bf16 or auto, got {weight_residency!r}"
             )
+        check_stored(weight)
+        if bias is not None and (bias.shape != weight.shape[:1] or not bias.is_floating_point()):
+            got = f"{bias.dtype} {list(bias.shape)}"
+            raise ValueError(f"bias must be floating point [{weight.shape[0]}], got {got}")
         self.out_features, self.in_features = weight.shape
         self.numerics, self.weight_residency = numerics, weight_residency
         self._source = weight
@@ -67,6 +79,11 @@ class NF4Linear(nn.Module):
         if self._source.nested is not None:
             absmax = self._source.absmax
         return replace(self._source, packed=packed, absmax=absmax)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the weight was quantised from."""
+        return self._source.dtype
 
     @property
     def device(self) -> torch.device:
@@ -108,23 +125,36 @@ class NF4Linear(nn.Module):
         dropout: float = 0.0,
         seed: Tensor | None = None,
     ) -> Tensor:
-        """Return the adapted projection; see :func:`tli_engine.ops.nf4_lora_linear`."""
+        """Return the adapted projection; arguments as :func:`tli_engine.ops.nf4_lora_linear`.
+
+        Beside a resident weight, the update is added to cuBLAS' result, with the same dropout.
+        """
         self._check(x)
-        y: Tensor = torch.ops.tli_engine.nf4_lora_linear.default(
-            x.reshape(-1, self.in_features),
-            self._packed,
-            self._absmax,
-            None if self.bias is None else self.bias.to(x.dtype),
-            lora_A,
-            lora_B,
-            seed if dropout > 0 else None,
-            [self.out_features],
-            scaling,
-            dropout,
-            self._source.block_size,
-            self._tiled,
-            self.numerics == "fast",
-        )[0]
+        check_lora(x, lora_A, lora_B, self.out_features, [self.out_features], dropout, seed)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        used = seed if dropout > 0 else None
+        rows, dense = x.reshape(-1, self.in_features), self._resident(x)
+        if dense is not None:
+            dropped = rows if used is None else counter_dropout(rows, used, dropout)
+            s = dropped @ (lora_A * scaling).to(x.dtype).T
+            base = nn.functional.linear(rows, dense, bias)
+            y = torch.addmm(base, s, lora_B.to(x.dtype).T)
+        else:
+            y = torch.ops.tli_engine.nf4_lora_linear.default(
+                rows,
+                self._packed,
+                self._absmax,
+                bias,
+                lora_A,
+                lora_B,
+                used,
+                [self.out_features],
+                scaling,
+                dropout,
+                self._source.block_size,
+                self._tiled,
+                self.numerics == "fast",
+            )[0]
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -134,12 +164,12 @@ class NF4Linear(nn.Module):
         return f"{sizes}, {options}, nbytes={self.nbytes}"
 
     def _check(self, x: Tensor) -> None:
-        K = self.in_features
-        if not x.is_floating_point() or x.ndim == 0 or x.shape[-1] != K:
-            got = f"{x.dtype} {list(x.shape)}"
-            raise ValueError(f"x must be floating point [..., {K}], got {got}")
-        if x.device != self.device:
-            raise ValueError(f"x must be on {self.device} as the weight, got {x.device}")
+        check_input(x, self.out_features, self.in_features, self.device)
+        if self.bias is not None and self.bias.device != self.device:
+            raise ValueError(
+                f"bias must be on {self.device} as the weight, got {self.bias.device}; to move a "
+                f"layer, build it anew of weight.to(device)"
+            )
 
     def _resident(self, x: Tensor) -> Tensor | None:
         """The weight in ``x``'s dtype, if it is to be kept."""
@@ -151,7 +181,11 @@ class NF4Linear(nn.Module):
             # decided once: a layer must not change its arithmetic half-way through a run
             self.weight_residency = "nf4"
             return None
-        self._dense = self.weight.dequantize(x.dtype)
+        # fp64 holds the fp32 values
+        dtype = x.dtype if x.dtype in DTYPES else torch.float32
+        # kept for training too, if the first call is one of inference
+        with torch.inference_mode(False):
+            self._dense = self.weight.dequantize(dtype).to(x.dtype)
         return self._dense
 
     def _fits(self, x: Tensor) -> bool:

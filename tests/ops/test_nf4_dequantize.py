@@ -83,6 +83,23 @@ def test_operator_contract(double_quant: bool, device: torch.device) -> None:
     torch.library.opcheck(torch.ops.tli_engine.nf4_dequantize.default, args)
 
 
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_there_is_no_gradient(double_quant: bool, device: torch.device) -> None:
+    """Neither of the op, whatever its inputs ask for, nor by the public function, which says so."""
+    weight = quantize(torch.randn(3, 70, device=device), double_quant=double_quant)
+    nested = weight.nested
+    statistics = (nested.absmax, nested.code, nested.offset) if nested else (None,) * 3
+    asking = weight.absmax if nested is None else nested.absmax
+    asking.requires_grad_()
+    args = (weight.packed, weight.absmax, *statistics, [3, 70], torch.bfloat16, 64, 256)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_dequantize.default, args)
+    assert not torch.ops.tli_engine.nf4_dequantize.default(*args).requires_grad
+    with pytest.raises(ValueError, match=r"absmax must not require a gradient.*; detach it"):
+        nf4_dequantize(weight)
+    asking.requires_grad_(False)
+    assert not nf4_dequantize(weight).requires_grad
+
+
 def test_wrong_dtype_is_named_in_the_error(device: torch.device) -> None:
     with pytest.raises(ValueError, match=r"dtype must be one of .* got torch\.int8"):
         nf4_dequantize(quantize(torch.randn(2, 64, device=device)), torch.int8)

@@ -93,6 +93,35 @@ def test_operator_contract(shape: tuple[int, int], device: torch.device) -> None
     torch.library.opcheck(torch.ops.tli_engine.nf4_quantize.default, (dense, 64))
 
 
+def test_there_is_no_gradient(device: torch.device) -> None:
+    dense = torch.randn(3, 70, device=device, requires_grad=True)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_quantize.default, (dense, 64))
+    results = torch.ops.tli_engine.nf4_quantize.default(dense, 64)
+    assert [t.requires_grad for t in results] == [False, False]
+    weight = nf4_quantize(dense, double_quant=True)
+    nested = weight.nested
+    assert nested is not None
+    parts = (weight.packed, weight.absmax, nested.absmax, nested.code, nested.offset)
+    assert not any(t.requires_grad for t in parts)
+    assert torch.equal(weight.packed, nf4.quantize(dense).packed)
+
+
+@pytest.mark.gpu
+def test_elements_past_32_bits() -> None:
+    rows = 2**25 + 1
+    dense = torch.zeros(rows, 64, device="cuda", dtype=torch.float16)
+    dense[0].normal_()
+    dense[-1].normal_()
+    assert dense.numel() > 2**31
+    weight = nf4_quantize(dense)
+    for row in (0, rows - 1):
+        expected = nf4.quantize(dense[row])
+        assert torch.equal(weight.packed[row * 32 : (row + 1) * 32], expected.packed)
+        assert weight.absmax[row] == expected.absmax[0]
+    # the code of zero in both halves
+    assert torch.equal(weight.packed[32:-32].unique().cpu(), torch.tensor([0x77]).byte())
+
+
 def test_wrong_argument_is_named_in_the_error(device: torch.device) -> None:
     with pytest.raises(ValueError, match="block_size must be one of"):
         nf4_quantize(torch.randn(2, 64, device=device), block_size=48)

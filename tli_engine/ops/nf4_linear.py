@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from tli_engine import backends
-from tli_engine.nf4 import NF4Weight
-from tli_engine.ops.nf4_dequantize import check_devices
+from tli_engine.nf4 import DTYPES, NF4Weight
+from tli_engine.ops.nf4_dequantize import check_stored
 from tli_engine.reference.nf4_linear import nf4_linear as _reference
 from tli_engine.reference.nf4_linear import tile as tile
 from tli_engine.reference.nf4_linear import untile as untile
@@ -105,24 +105,39 @@ torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
 torch.library.register_autograd(_DX, _backward_dx, setup_context=_setup_context_dx)
 
 
+def check_dtype(x: Tensor) -> None:
+    """Raise ``ValueError`` unless the backends of ``x``'s device take its dtype."""
+    if not x.is_floating_point():
+        raise ValueError(f"x must be floating point, got {x.dtype}")
+    if x.is_cuda and x.dtype not in DTYPES:
+        known = "bf16, fp16 or fp32 on a GPU"
+        raise ValueError(f"x must be {known}, got {x.dtype}; fp64 is for a CPU")
+    if x.dtype not in (*DTYPES, torch.float64):
+        raise ValueError(f"x must be bf16, fp16, fp32 or fp64, got {x.dtype}")
+
+
+def check_input(x: Tensor, N: int, K: int, device: torch.device) -> None:
+    """Raise ``ValueError`` unless ``x`` suits a weight ``[N, K]`` on ``device``."""
+    check_dtype(x)
+    if x.ndim == 0 or x.shape[-1] != K:
+        raise ValueError(f"x must be [..., {K}] for a weight [{N}, {K}], got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"x must be on {device} as the weight, got {x.device}")
+
+
 def check_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None, numerics: str) -> None:
     """Raise ``ValueError`` unless the arguments fit together; see :func:`nf4_linear`."""
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
+    check_stored(weight)
     N, K = weight.shape
-    if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
-    if x.ndim == 0 or x.shape[-1] != K:
-        raise ValueError(f"x must be [..., {K}] for a weight [{N}, {K}], got {list(x.shape)}")
-    if x.device != weight.device:
-        raise ValueError(f"x must be on {weight.device} as the weight, got {x.device}")
+    check_input(x, N, K, weight.device)
     if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
         raise ValueError(f"bias must be {x.dtype} [{N}], got {bias.dtype} {list(bias.shape)}")
     if bias is not None and bias.device != x.device:
         raise ValueError(f"bias must be on {x.device} as x, got {bias.device}")
     if numerics not in ("exact", "fast"):
         raise ValueError(f"numerics must be exact or fast, got {numerics!r}")
-    check_devices(weight)
 
 
 def nf4_linear(
@@ -142,13 +157,15 @@ def nf4_linear(
     a double quantised absmax once and lays the bytes out for the kernels.
 
     Args:
-        x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or fp64.
-        weight: Frozen weight, ``[N, K]``.
+        x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or, on a
+            CPU, fp64.
+        weight: Frozen weight, ``[N, K]``; K need be no multiple of the block size.
         bias: ``[N]`` of ``x``'s dtype, or None.
         numerics: ``exact`` or ``fast``; they differ only where a fused kernel runs.
 
     Returns:
-        The product, ``[..., N]``, contiguous, in ``x``'s dtype; NaN or infinity where an absmax is.
+        The product, ``[..., N]``, contiguous, in ``x``'s dtype; NaN or infinity in the rows of the
+        weight where an absmax is, and in those alone.
 
     Raises:
         ValueError: A shape, dtype or device is not as above.

@@ -1,5 +1,7 @@
 """``tli_engine::nf4_quantize``: schema, shape rules and backends."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,10 +30,20 @@ def _cuda(weight: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     return backends.resolve("nf4_quantize")(weight, block_size)  # type: ignore[no-any-return]
 
 
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    # codes are steps, and the absmax alone is not the weight: the backward below is never called
+    ctx.mark_non_differentiable(*output)
+
+
+torch.library.register_autograd(_OP, lambda *_: None, setup_context=_setup_context)
+
+
 def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False) -> NF4Weight:
     r"""Quantise a weight to NF4, with the bits of :func:`tli_engine.nf4.quantize`.
 
     .. math:: q_i = \arg\min_j |c_j - w_i / a|, \qquad a = \max_i |w_i| \text{ over a block}
+
+    There is no gradient: a weight that requires one is read as it is, and detached.
 
     Args:
         weight: Weight of any shape but ``[]`` and not empty; fp32, fp16 or bf16.
@@ -39,7 +51,8 @@ def nf4_quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = F
         double_quant: Whether to store absmax in 8 bits.
 
     Returns:
-        The quantised weight, on ``weight``'s device; an all-zero block has code 7.
+        The quantised weight, on ``weight``'s device, none of it requires a gradient; an all-zero
+        block has code 7.
 
     Raises:
         ValueError: An argument is not as above, or the weight holds NaN or infinity.
