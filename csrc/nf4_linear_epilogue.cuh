@@ -1,0 +1,189 @@
+// From accumulators to the output. A tile that several CTAs share passes through the workspace; partial
+// sums are added in a fixed order, so that equal inputs give equal bits.
+
+#pragma once
+
+#include "nf4_linear_sm90.cuh"
+
+namespace tli_engine::nf4 {
+
+// accumulators of a thread in groups of four, as the workspace holds them: [group][thread]
+template <class C>
+constexpr int GROUPS = C::BLOCKS * C::ACCUMULATORS / 4;
+
+template <class C>
+__device__ __forceinline__ float4* partial_sums(const Problem& p, int cta) {
+    return reinterpret_cast<float4*>(p.workspace) + static_cast<int64_t>(cta) * GROUPS<C> * C::CONSUMERS;
+}
+
+template <class C>
+__device__ __forceinline__ void sync_consumers() {
+    hopper::sync_threads<C::CONSUMERS>(1);
+}
+
+template <class T>
+__device__ __forceinline__ float load_bias(const void* bias, int row, int rows) {
+    return bias != nullptr && row < rows ? static_cast<float>(static_cast<const T*>(bias)[row]) : 0.f;
+}
+
+template <class C>
+__device__ __forceinline__ void store_partial(
+    const float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, int cta) {
+    float4* sums = partial_sums<C>(p, cta) + threadIdx.x;
+#pragma unroll
+    for (int g = 0; g < GROUPS<C>; g++) {
+        const float* v = &acc[g / (C::ACCUMULATORS / 4)][g % (C::ACCUMULATORS / 4) * 4];
+        __stcg(sums + g * C::CONSUMERS, make_float4(v[0], v[1], v[2], v[3]));
+    }
+    __threadfence();
+    sync_consumers<C>();
+}
+
+// The owner of a tile's first part adds the others, in order, and resets their flags.
+template <class C>
+__device__ __forceinline__ void add_partials(
+    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist& work, const Part& part) {
+    const int end = (part.tile - p.whole_tiles + 1) * p.steps;
+    int done = part.last - part.first;
+    for (int cta = Worklist::cta() + 1; done < p.steps; cta++) {
+        const int first = work.share(cta), last = min(work.share(cta + 1), end);
+        // with fewer steps than CTAs, some have none, and raise no flag
+        if (first >= last) continue;
+        if (threadIdx.x == 0) {
+            while (hopper::load_acquire(p.flags + cta) == 0) {
+            }
+            p.flags[cta] = 0;
+        }
+        sync_consumers<C>();
+        __threadfence();
+        const float4* sums = partial_sums<C>(p, cta) + threadIdx.x;
+#pragma unroll
+        for (int g = 0; g < GROUPS<C>; g++) {
+            const float4 v = __ldcg(sums + g * C::CONSUMERS);
+            float* sum = &acc[g / (C::ACCUMULATORS / 4)][g % (C::ACCUMULATORS / 4) * 4];
+            sum[0] += v.x;
+            sum[1] += v.y;
+            sum[2] += v.z;
+            sum[3] += v.w;
+        }
+        done += last - first;
+    }
+}
+
+// Waits until all parts of a tile are stored. The low half of the tile's flag counts the CTAs that came,
+// the high half those that have seen all come; the last of these resets it.
+__device__ __forceinline__ void meet(unsigned* flag, unsigned ctas) {
+    atomicAdd(flag, 1u);
+    while ((hopper::load_acquire(flag) & 0xffff) < ctas) {
+    }
+    if (atomicAdd(flag, 1u << 16) >> 16 == ctas - 1) atomicExch(flag, 0u);
+}
+
+// Each of a tile's CTAs adds up and stores an equal slice of its groups.
+template <class C>
+__device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part) {
+    using T = typename C::T;
+    if (threadIdx.x == 0) meet(p.flags + part.tile, p.split);
+    sync_consumers<C>();
+    __threadfence();
+    const int first_cta = part.tile * p.split, own = Worklist::cta() - first_cta;
+    const int thread = threadIdx.x & 127, lane = thread & 31;
+    for (int g = GROUPS<C> * own / p.split; g < GROUPS<C> * (own + 1) / p.split; g++) {
+        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
+        for (int i = 0; i < p.split; i++) {
+            const float4 v = __ldcg(partial_sums<C>(p, first_cta + i) + g * C::CONSUMERS + threadIdx.x);
+            sum.x += v.x;
+            sum.y += v.y;
+            sum.z += v.z;
+            sum.w += v.w;
+        }
+        const int block = (threadIdx.x >> 7) * C::BLOCKS + g / (C::ACCUMULATORS / 4);
+        const int row = part.tile / p.tiles_m * C::BLOCK_ROWS + block * 64 + thread / 32 * 16 + lane / 4;
+        const int m = part.tile % p.tiles_m * C::BLOCK_M + g % (C::ACCUMULATORS / 4) * 8 + lane % 4 * 2;
+        // rows come in 64s: either both of the thread's are there or neither
+        if (row >= p.rows) continue;
+        const float bias[2] = {load_bias<T>(p.bias, row, p.rows), load_bias<T>(p.bias, row + 8, p.rows)};
+        T* out = static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.rows + row;
+        if (m < p.m) {
+            out[0] = static_cast<T>(sum.x + bias[0]);
+            out[8] = static_cast<T>(sum.z + bias[1]);
+        }
+        if (m + 1 < p.m) {
+            out[p.rows] = static_cast<T>(sum.y + bias[0]);
+            out[p.rows + 8] = static_cast<T>(sum.w + bias[1]);
+        }
+    }
+}
+
+// Writes a tile, transposed on the way, each warpgroup through 128-byte rows of its own.
+template <class C>
+__device__ __forceinline__ void store_tile(
+    const float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Part& part) {
+    using namespace hopper;
+    using T = typename C::T;
+    // with EXACT the staging is apart; without it, in the second halves of the table's rows
+    constexpr int STRIDE = C::EXACT ? 128 : 256;
+    constexpr int STAGING_ROWS = C::EXACT ? 32 : 256 / C::WARPGROUPS;
+    constexpr int CHUNK = STAGING_ROWS < C::BLOCK_M ? STAGING_ROWS : C::BLOCK_M;
+    const int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = thread & 31;
+    const uint32_t staging = (C::EXACT ? C::STAGING : TABLE + 128) + warpgroup * STAGING_ROWS * STRIDE;
+    // 16-byte column `chunk` of a row, swizzled against bank conflicts
+    auto place = [&](int row, int chunk) { return staging + row * STRIDE + ((chunk ^ (row & 7)) << 4); };
+#pragma unroll
+    for (int b = 0; b < C::BLOCKS; b++) {
+        const int first_row =
+            part.tile / p.tiles_m * C::BLOCK_ROWS + (warpgroup * C::BLOCKS + b) * 64;
+        const int row = first_row + thread / 32 * 16 + lane / 4;
+        const float bias[2] = {load_bias<T>(p.bias, row, p.rows), load_bias<T>(p.bias, row + 8, p.rows)};
+#pragma unroll
+        for (int start = 0; start < C::BLOCK_M; start += CHUNK) {
+            sync_threads<128>(2 + warpgroup);
+#pragma unroll
+            for (int t = 0; t < CHUNK; t += 16) {
+                // 16 m by 16 rows, this warp's; matrix 2 (half of the m) + (half of the rows)
+                uint32_t v[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float* pair = &acc[b][((start + t) / 8 + (i >> 1)) * 4 + (i & 1) * 2];
+                    v[i] = round_pair<T>(pair[0] + bias[i & 1], pair[1] + bias[i & 1]);
+                }
+                const int matrix = lane >> 3;
+                const int m = t + (matrix >> 1) * 8 + (lane & 7);
+                store_matrices_transposed(place(m, thread / 32 * 2 + (matrix & 1)), v);
+            }
+            sync_threads<128>(2 + warpgroup);
+#pragma unroll
+            for (int t = 0; t < CHUNK; t += 16) {
+                const int staged = t + thread / 8, chunk = thread & 7;
+                const int m = part.tile % p.tiles_m * C::BLOCK_M + start + staged;
+                const uint4 v = load_uint4(place(staged, chunk));
+                if (m < p.m && first_row < p.rows) {
+                    T* out = static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.rows + first_row;
+                    *reinterpret_cast<uint4*>(out + chunk * 8) = v;
+                }
+            }
+        }
+    }
+}
+
+// Hands a part's sums on to whoever stores them, or stores the tile.
+template <class C>
+__device__ __forceinline__ void finish_part(
+    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist& work, const Part& part) {
+    // before the first write: the kernel before may still read what is overwritten
+    hopper::wait_for_previous_kernel();
+    if (p.split > 1) {
+        store_partial<C>(acc, p, Worklist::cta());
+        reduce_slice<C>(p, part);
+        return;
+    }
+    if (part.first != 0) {
+        store_partial<C>(acc, p, Worklist::cta());
+        if (threadIdx.x == 0) atomicExch(p.flags + Worklist::cta(), 1u);
+        return;
+    }
+    if (part.last != p.steps) add_partials<C>(acc, p, work, part);
+    store_tile<C>(acc, p, part);
+}
+
+}  // namespace tli_engine::nf4

@@ -1,0 +1,140 @@
+// The kernel, and the choice among its tiles.
+
+#pragma once
+
+#include <atomic>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "nf4_linear_epilogue.cuh"
+
+namespace tli_engine::nf4 {
+
+template <class C>
+__global__ void __launch_bounds__(C::THREADS, C::CTAS) nf4_linear_kernel(
+    const __grid_constant__ CUtensorMap x_map,
+    const __grid_constant__ CUtensorMap low_rank_map,
+    const __grid_constant__ Problem p) {
+    using namespace hopper;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    if (shared_address(shared) != TABLE) __trap();
+    if (threadIdx.x == 0) {
+        Slot<C> slot;
+        for (int i = 0; i < C::STAGES; i++, slot.advance()) {
+            barrier_init(slot.full(), 1);
+            // a lane of each warp that reads
+            barrier_init(slot.empty(), 4 * C::WARPGROUPS);
+        }
+        barrier_init_fence();
+        prefetch_map(x_map);
+    }
+    __syncthreads();
+    allow_next_kernel();
+    if (threadIdx.x >= C::CONSUMERS) {
+        give_registers_back<C::PRODUCER_REGISTERS>();
+        if (threadIdx.x == C::CONSUMERS) produce<C>(x_map, low_rank_map, p);
+        return;
+    }
+    take_registers<C::CONSUMER_REGISTERS>();
+    fill_table<typename C::T, C::EXACT, C::CONSUMERS>(threadIdx.x);
+    sync_consumers<C>();
+    float acc[C::BLOCKS][C::ACCUMULATORS];
+    Worklist work(p);
+    Part part;
+    Slot<C> slot;
+    while (work.next(part)) {
+        multiply_part<C>(acc, slot, part);
+        if (p.low_rank.width > 0 && part.first == 0) {
+            const int block = part.tile / p.tiles_m * C::ROW_BLOCKS + (threadIdx.x >> 7) * C::BLOCKS;
+            add_low_rank<C>(acc, slot, p, block * 64);
+        }
+        finish_part<C>(acc, p, work, part);
+    }
+}
+
+inline void check(cudaError_t status, const char* what) {
+    if (status != cudaSuccess) {
+        throw std::runtime_error(std::string("nf4_linear_sm90: ") + what + ": " + cudaGetErrorString(status));
+    }
+}
+
+// A kernel must be allowed its shared memory once on each device.
+template <class C>
+void allow_shared_memory() {
+    static std::atomic<uint64_t> allowed{0};
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    const uint64_t bit = device < 64 ? 1ull << device : 0;
+    if (allowed.load() & bit) return;
+    check(
+        cudaFuncSetAttribute(
+            nf4_linear_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED_BYTES),
+        "shared memory");
+    allowed.fetch_or(bit);
+}
+
+template <class C>
+void launch(const Call& call) {
+    constexpr bool BF16 = std::is_same_v<typename C::T, __nv_bfloat16>;
+    const CUtensorMap x_map = make_map(call.x, BF16, call.m, call.contraction, C::BLOCK_M);
+    const CUtensorMap low_rank_map =
+        call.low_rank.width > 0
+            ? make_map(call.lora_x, BF16, call.m, call.low_rank.width, C::BLOCK_M)
+            : x_map;
+    const Problem problem{
+        call.records,
+        call.out,
+        call.bias,
+        call.workspace,
+        call.flags,
+        call.m,
+        call.rows,
+        (call.contraction + 127) / 128,
+        call.plan.tiles_m,
+        call.plan.tiles,
+        call.plan.whole_tiles,
+        call.tile.split,
+        call.low_rank,
+    };
+    allow_shared_memory<C>();
+    cudaLaunchAttribute overlap{};
+    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = call.plan.grid;
+    config.blockDim = C::THREADS;
+    config.dynamicSmemBytes = C::SHARED_BYTES;
+    config.stream = call.stream;
+    config.attrs = &overlap;
+    config.numAttrs = 1;
+    check(cudaLaunchKernelEx(&config, nf4_linear_kernel<C>, x_map, low_rank_map, problem), "launch");
+}
+
+// block_m, blocks_per_warpgroup, warpgroups, ctas_per_sm: the best of a sweep for some shape (H100)
+#define TLI_TILES(F) \
+    F(16, 1, 4, 1)   \
+    F(16, 1, 2, 1)   \
+    F(16, 1, 2, 2)   \
+    F(32, 1, 4, 1)   \
+    F(64, 1, 2, 1)   \
+    F(64, 1, 4, 1)   \
+    F(128, 1, 2, 1)  \
+    F(128, 2, 2, 1)  \
+    F(256, 1, 2, 1)
+
+template <class T, bool TRANSPOSED>
+void launch_tile(const Call& call) {
+    const Tile& t = call.tile;
+#define TLI_LAUNCH(M, BLOCKS, WARPGROUPS, CTAS)                                          \
+    if (t.block_m == M && t.blocks_per_warpgroup == BLOCKS && t.warpgroups == WARPGROUPS \
+        && t.ctas_per_sm == CTAS) {                                                      \
+        return call.exact ? launch<Config<T, M, BLOCKS, WARPGROUPS, CTAS, TRANSPOSED, true>>(call) \
+                          : launch<Config<T, M, BLOCKS, WARPGROUPS, CTAS, TRANSPOSED, false>>(call); \
+    }
+    TLI_TILES(TLI_LAUNCH)
+#undef TLI_LAUNCH
+    throw std::runtime_error("nf4_linear_sm90: no kernel was compiled for this tile");
+}
+
+}  // namespace tli_engine::nf4

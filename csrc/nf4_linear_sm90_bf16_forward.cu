@@ -1,0 +1,7 @@
+#include "nf4_linear_launch.cuh"
+
+namespace tli_engine::nf4 {
+
+void launch_bf16_forward(const Call& call) { launch_tile<__nv_bfloat16, false>(call); }
+
+}  // namespace tli_engine::nf4

@@ -1,0 +1,145 @@
+"""The CUDA extension builds with no GPU: no spills, no serialised products; and a torch for CPUs loads it."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+NVCC = shutil.which("nvcc")
+TILES = 9
+KERNELS = TILES * 8  # two dtypes, two directions, exact and fast
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(NVCC is None, reason="needs nvcc on the path"),
+]
+
+
+@dataclass(frozen=True)
+class Build:
+    library: Path
+    log: str
+
+
+@pytest.fixture(scope="module")
+def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
+    folder = tmp_path_factory.mktemp("extension")
+    command = [sys.executable, "setup.py", "build_ext"]
+    command += ["--build-lib", str(folder / "lib"), "--build-temp", str(folder / "temp")]
+    environment = os.environ | {"TLI_ENGINE_CUDA": "1", "NVCC_APPEND_FLAGS": "-Xptxas=-v"}
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    log = result.stdout + result.stderr
+    assert result.returncode == 0, log[-3000:]
+    return Build(folder / "lib/tli_engine/_C.so", log)
+
+
+def disassembler() -> str | None:
+    """The toolkit's cuobjdump, or the one that Triton brings."""
+    if found := shutil.which("cuobjdump"):
+        return found
+    triton = pytest.importorskip("triton")
+    path = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return str(path) if path.is_file() else None
+
+
+def launch_registers(kernel: str) -> int:
+    """Registers a thread that the launch bounds leave; setmaxnreg's budgets rest on them."""
+    numbers = re.search(r"Li\d+ELi\d+ELi(\d+)ELi(\d+)E", kernel)
+    assert numbers, kernel
+    warpgroups, ctas = (int(n) for n in numbers.groups())
+    return 65536 // ctas // (128 * warpgroups + 128) // 8 * 8
+
+
+def test_ptxas_serialises_nothing(build: Build) -> None:
+    """C7510 to C7515: it waits for every product, e.g. because of a call in the loop."""
+    assert re.findall(r".*C75\d\d.*", build.log) == []
+    assert "warning" not in build.log
+
+
+def test_nothing_spills_and_the_register_pool_is_as_planned(build: Build) -> None:
+    properties = re.findall(
+        r"Function properties for (\S+)\s+(\d+) bytes stack frame, (\d+) bytes spill stores, "
+        r"(\d+) bytes spill loads\s+ptxas info\s*: Used (\d+) registers",
+        build.log,
+    )
+    assert len(properties) == KERNELS
+    for kernel, stack, stores, loads, registers in properties:
+        assert (stack, stores, loads) == ("0", "0", "0"), kernel
+        assert int(registers) == launch_registers(kernel), kernel
+
+
+def test_machine_code_is_what_was_meant(build: Build) -> None:
+    tool = disassembler()
+    if tool is None:
+        pytest.skip("no cuobjdump in the toolkit, nor in Triton")
+    text = subprocess.run(
+        [tool, "-sass", str(build.library)], capture_output=True, text=True, check=True
+    ).stdout
+    kernels = text.split("Function : ")[1:]
+    assert len(kernels) == KERNELS
+    for code in kernels:
+        name = code.split()[0]
+        assert not re.search(r"\b(LDL|STL)\b", code), f"{name} uses local memory"
+        assert "CALL" not in code, f"{name} calls a function"
+        # one product runs while the next block is decoded, in each half of the loop
+        assert len(re.findall(r"DEPBAR\.LE gsb0, 0x1", code)) >= 2, (
+            f"{name} waits for every product"
+        )
+        assert re.search(r"HGMMA\S* R\d+, R\d+, gdesc", code), f"{name} multiplies from memory"
+        (taken,) = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, (0x[0-9a-f]+)", code)
+        used = max(int(n) for n in re.findall(r"\bR(\d+)\b", code))
+        assert used < int(taken, 16), f"{name} uses R{used} of {int(taken, 16)}"
+
+
+def test_torch_without_cuda_loads_it(build: Build) -> None:
+    """In a process of its own: an op can be registered only once."""
+    program = f"""
+import torch
+from pathlib import Path
+from torch._subclasses.fake_tensor import FakeTensorMode
+from tli_engine import extension
+extension._LIBRARY = Path({str(build.library)!r})
+assert extension.load(), extension.status()
+assert extension.status() == "loaded from _C.so"
+assert extension.load()
+ops = torch.ops.tli_engine
+print(ops.nf4_linear_sm90.default._schema)
+print(ops.nf4_linear_sm90_workspace(4096, 64, [64, 1, 2, 1, 1, 4, 0], 132))
+print(ops.nf4_linear_sm90_workspace(28672, 16, [16, 1, 4, 1, 0, 1, 0], 132))
+print(ops.nf4_linear_sm90_workspace(4096, 128, [64, 1, 2, 1, 0, 1, 128], 132))
+with FakeTensorMode():
+    x = torch.empty(3, 64, dtype=torch.float16, device="cuda")
+    records = torch.empty(2, 2, 2304, dtype=torch.uint8, device="cuda")
+    w, f = torch.empty(0, device="cuda"), torch.empty(0, dtype=torch.int32, device="cuda")
+    y = ops.nf4_linear_sm90(
+        x, records, None, None, None, [], 128, 64, False, True, [16, 1, 4, 1, 0, 1, 0], w, f
+    )
+print(tuple(y.shape), y.dtype)
+try:
+    ops.nf4_linear_sm90_workspace(4096, 64, [64, 1, 2, 1, 1, 9, 0], 132)
+except RuntimeError as e:
+    print(e)
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    schema, *rest = result.stdout.strip().splitlines()
+    assert schema.startswith("tli_engine::nf4_linear_sm90(Tensor x, Tensor records, Tensor? bias")
+    assert schema.endswith("Tensor(a!) workspace, Tensor(b!) flags) -> Tensor")
+    assert rest == [
+        # split-K: 32 tiles of 64 x 128 for each of 4 CTAs
+        f"({32 * 4 * 64 * 128}, 128)",
+        "(0, 0)",
+        f"({128 * 64 * 128}, 128)",
+        "(3, 128) torch.float16",
+        "nf4_linear_sm90: 288 CTAs do not fit on 132 SMs at once",
+    ]
