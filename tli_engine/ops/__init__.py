@@ -6,6 +6,7 @@ from tli_engine.ops.nf4_linear import nf4_linear
 from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
 from tli_engine.ops.nf4_quantize import nf4_quantize
 from tli_engine.ops.segment_mean import segment_mean
+from tli_engine.ops.word_attention import word_attention, word_bounds
 
 __all__ = [
     "cosine_similarity",
@@ -14,4 +15,6 @@ __all__ = [
     "nf4_lora_linear",
     "nf4_quantize",
     "segment_mean",
+    "word_attention",
+    "word_bounds",
 ]

@@ -1,0 +1,105 @@
+"""Compile the attention kernels for one architecture with no GPU; print what came out, as JSON.
+
+Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from compile_nf4 import assembler_log
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tli_engine.kernels import word_attention, word_attention_backward
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+SHAPES = [  # head dimension, query heads that share a key head, dtype
+    (128, 4, "bf16"),  # Llama-3.1-8B
+    (128, 8, "bf16"),  # Qwen2-72B
+    (64, 3, "bf16"),  # SmolLM2-135M
+    (64, 1, "fp16"),
+    (96, 1, "bf16"),
+    (256, 4, "bf16"),  # Gemma-3-1B
+    (64, 3, "fp32"),
+    (128, 4, "fp32"),
+    (256, 1, "fp32"),
+]
+
+
+def cases() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+    """Kernel, dtype, constants and warps, with the tiles that the launchers choose."""
+    found = {}
+    for D, group, name in SHAPES:
+        for direction, kernel, choose in (
+            ("fwd", word_attention._word_attention_fwd_kernel, word_attention.forward_tile),
+            (
+                "bwd",
+                word_attention_backward._word_attention_bwd_kernel,
+                word_attention_backward.backward_tile,
+            ),
+        ):
+            tile = choose(D, group, DTYPES[name])
+            constants = {
+                "D": D,
+                "HALF": word_attention.half_of(D),
+                "GROUP": group,
+                "HEADS": tile.heads,
+                "STEP": tile.step,
+                "WINDOW": tile.window,
+                "PORTABLE": False,
+            }
+            found[f"{direction}-{D}-{group}-{name}"] = (kernel, name, constants, tile.num_warps)
+    return found
+
+
+def compile_case(
+    kernel: Any, dtype: str, constants: dict[str, Any], warps: int, capability: int
+) -> Any:
+    """Compile as the launcher would on that architecture."""
+    types = {"bound_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "score_scale": "fp32"}
+    signature = {
+        name: "constexpr" if name in constants
+        else types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }  # fmt: skip
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+        # strides are multiples of 16 in every model, which the launcher tells Triton too
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(kernel.arg_names)
+            if name.endswith("_ptr") or name.startswith("stride_")
+        },
+    )
+    return triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
+    )
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    for name, (kernel, dtype, constants, warps) in cases().items():
+        compiled = compile_case(kernel, dtype, constants, warps, capability)
+        log = assembler_log(compiled.asm["ptx"], capability)
+        waits = re.findall(r"wgmma\.wait_group\S*\s+(\d+)", compiled.asm["ptx"])
+        report[name] = {
+            "shared": compiled.metadata.shared,
+            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
+            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+            "serialised": bool(re.search(r"C75\d\d", log)),
+            # products still in flight when the loop goes on, their operands open to being overwritten
+            "in_flight": max([int(n) for n in waits], default=0),
+            "log": log if "Used" not in log else "",
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
