@@ -7,9 +7,11 @@ import torch
 from bench.harness import Row, copy_bandwidth, print_gpu_rows, time_graphs, write_results
 from bench.nf4_shapes import SHAPES, bnb_weight, copies, random_nf4, rotate, rows_of
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
+from tli_engine.kernels.nf4_records import dequantize_records
+from tli_engine.layouts import PortableWeight
 from tli_engine.nf4 import NF4Weight, quantize
-from tli_engine.nn import NF4Linear
 from tli_engine.ops import nf4_dequantize
+from tli_engine.reference.nf4_records import to_records
 
 PEERS = ["bitsandbytes"]
 
@@ -18,7 +20,8 @@ def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
     plain = [random_nf4(N, K, seed) for seed in range(copies(N, K, 0.5625))]
-    layers = [NF4Linear(w) for w in plain]
+    tiles = [PortableWeight(w) for w in plain]
+    records = [to_records(w.packed, w.absmax, N, K, False) for w in plain]
     dense = plain[0].dequantize(torch.bfloat16)
     nested = quantize(dense, double_quant=True)
     packed, state = quantize_4bit(dense, blocksize=64, quant_type="nf4", compress_statistics=True)
@@ -34,14 +37,17 @@ def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
         for w in plain
     ]
 
-    def tiled(layer: NF4Linear) -> torch.Tensor:
-        return dequantize_tiles(layer._packed, layer._absmax, N, K, torch.bfloat16, 64, True)
+    def tiled(weight: PortableWeight) -> torch.Tensor:
+        return dequantize_tiles(weight.packed, weight.absmax, N, K, torch.bfloat16, 64, True)
 
     cases = {
         "dequantize": {
             "bitsandbytes": rotate(dequantize_4bit, *zip(*bnb_plain, strict=True)),
             "tli-engine": rotate(nf4_dequantize, plain),
-            "tli-engine:tiled": rotate(tiled, layers),
+            "tli-engine:tiled": rotate(tiled, tiles),
+            "tli-engine:records": rotate(
+                lambda r: dequantize_records(r, N, K, torch.bfloat16), records
+            ),
         },
         "dequantize-double": {
             "bitsandbytes": rotate(dequantize_4bit, *zip(*bnb_double, strict=True)),

@@ -7,6 +7,7 @@ bf16 weight, 3.6 times the bytes.
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -20,24 +21,31 @@ from bench.harness import (
     write_results,
 )
 from bench.nf4_shapes import SHAPES, Weights, check, make_weights, rotate, rows_of
+from tli_engine.layouts import PortableWeight, RecordedWeight
 
 M_VALUES = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
 PEERS = ["bitsandbytes"]
+
+
+def product(
+    x: Tensor, direction: str, fast: bool, stored: PortableWeight | RecordedWeight
+) -> Tensor:
+    """The op of the weight's layout, forward or dX, without autograd."""
+    if direction == "fwd":
+        return stored.product(x, None, fast)
+    ops = torch.ops.tli_engine
+    if isinstance(stored, PortableWeight):
+        args = (stored.packed, stored.absmax, stored.K, 64, True, fast)
+        return ops.nf4_linear_dx.default(x, *args)
+    none = x.new_empty(x.shape[0], 0)
+    args = (stored.records, stored.transposed, None, None, None, [], 1.0, 0.0, stored.K, fast)
+    return ops.nf4_linear_records_backward.default(x, None, none, *args, True, False)[0]
 
 
 def providers(weights: Weights, x: Tensor, direction: str) -> dict[str, list[Callable[[], object]]]:
     """Each provider's calls on a rotation of weights."""
     import bitsandbytes
     from bitsandbytes.functional import dequantize_4bit
-
-    ops = torch.ops.tli_engine
-
-    def engine(layer: object, fast: bool) -> Tensor:
-        args = (layer._packed, layer._absmax)  # type: ignore[attr-defined]
-        if direction == "fwd":
-            N: int = layer.out_features  # type: ignore[attr-defined]
-            return ops.nf4_linear.default(x, *args, None, N, 64, True, fast)
-        return ops.nf4_linear_dx.default(x, *args, layer.in_features, 64, True, fast)  # type: ignore[attr-defined]
 
     def bnb(packed: Tensor, state: object) -> Tensor:
         if direction == "fwd":
@@ -48,12 +56,19 @@ def providers(weights: Weights, x: Tensor, direction: str) -> dict[str, list[Cal
     def cublas(weight: Tensor) -> Tensor:
         return torch.nn.functional.linear(x, weight) if direction == "fwd" else x @ weight
 
-    return {
+    stored = [layer._stored for layer in weights.nf4]
+    found = {
         "cublas-bf16": rotate(cublas, weights.dense),
         "bitsandbytes": rotate(bnb, *zip(*weights.bnb, strict=True)),
-        "tli-engine": rotate(lambda layer: engine(layer, False), weights.nf4),
-        "tli-engine:fast": rotate(lambda layer: engine(layer, True), weights.nf4),
+        "tli-engine": rotate(partial(product, x, direction, False), stored),
+        "tli-engine:fast": rotate(partial(product, x, direction, True), stored),
     }
+    if isinstance(stored[0], RecordedWeight):
+        # what a GPU without the extension's kernels runs
+        tiled = weights.tiled
+        found["tli-engine:triton"] = rotate(partial(product, x, direction, False), tiled)
+        found["tli-engine:triton-fast"] = rotate(partial(product, x, direction, True), tiled)
+    return found
 
 
 def bench_shape(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.harness import Row, quantiles_ms
+from tli_engine.layouts import PortableWeight
 from tli_engine.nf4 import NF4Weight, quantize
 from tli_engine.nn import NF4Linear
 
@@ -42,6 +43,7 @@ class Weights:
     """One shape's weights in every provider's format; each list is a rotation."""
 
     nf4: list[NF4Linear]
+    tiled: list[PortableWeight]
     dense: list[Tensor]
     bnb: list[tuple[Tensor, Any]]
 
@@ -50,7 +52,11 @@ def make_weights(N: int, K: int) -> Weights:
     """Random weights; bitsandbytes gets the very bytes."""
     sources = [random_nf4(N, K, seed) for seed in range(copies(N, K, 0.5625))]
     dense = [w.dequantize(torch.bfloat16) for w in sources[: copies(N, K, 2)]]
-    return Weights([NF4Linear(w) for w in sources], dense, [bnb_weight(w) for w in sources])
+    layers = [NF4Linear(w) for w in sources]
+    for layer in layers:
+        layer.add_transposed_copy()
+    tiled = [PortableWeight(w) for w in sources]
+    return Weights(layers, tiled, dense, [bnb_weight(w) for w in sources])
 
 
 def bnb_weight(weight: NF4Weight) -> tuple[Tensor, Any]:

@@ -22,7 +22,7 @@ from tli_engine.kernels.nf4_dispatch import Tile
 from tli_engine.kernels.nf4_linear import fused_forward
 from tli_engine.kernels.nf4_linear_dx import fused_dx
 from tli_engine.kernels.nf4_tuned import TUNED
-from tli_engine.nn import NF4Linear
+from tli_engine.layouts import PortableWeight
 
 TARGET = Path(nf4_dispatch.__file__).resolve().parent / "nf4_tuned.py"
 BUCKETS = (16, 32, 64, 128, 256)
@@ -70,27 +70,25 @@ def candidates(direction: str, M: int, N: int, K: int) -> list[Tile]:
     return found
 
 
-def call(direction: str, x: torch.Tensor, layer: NF4Linear, tile: Tile) -> torch.Tensor:
+def call(direction: str, x: torch.Tensor, weight: PortableWeight, tile: Tile) -> torch.Tensor:
     if direction == "fwd":
-        return fused_forward(
-            x, layer._packed, layer._absmax, None, layer.out_features, True, False, tile
-        )
-    return fused_dx(x, layer._packed, layer._absmax, layer.in_features, True, False, tile)
+        return fused_forward(x, weight.packed, weight.absmax, None, weight.N, True, False, tile)
+    return fused_dx(x, weight.packed, weight.absmax, weight.K, True, False, tile)
 
 
-def dequantize_first(direction: str, x: torch.Tensor, layer: NF4Linear) -> torch.Tensor:
+def dequantize_first(direction: str, x: torch.Tensor, weight: PortableWeight) -> torch.Tensor:
     """What dispatch does where no tile is chosen."""
-    N, K = layer.out_features, layer.in_features
-    weight = dequantize_tiles(layer._packed, layer._absmax, N, K, x.dtype, 64, True)
-    return x @ weight.T if direction == "fwd" else x @ weight
+    stored = (weight.packed, weight.absmax, weight.N, weight.K)
+    dense = dequantize_tiles(*stored, x.dtype, 64, True)
+    return x @ dense.T if direction == "fwd" else x @ dense
 
 
 def compile_and_check(job: tuple[str, Tile]) -> tuple[str, Tile, float]:
     """Run one tile on a small weight, in a process of its own; the relative error."""
     direction, tile = job
     N, K, M = (512, 2048, 2 * tile.block_m) if direction == "fwd" else (4096, 256, 2 * tile.block_m)
-    layer = NF4Linear(random_nf4(N, K, 0))
-    weight = layer.weight.dequantize(torch.bfloat16).double()
+    layer = PortableWeight(random_nf4(N, K, 0))
+    weight = layer.weight().dequantize(torch.bfloat16).double()
     x = torch.randn(M, K if direction == "fwd" else N, device="cuda", dtype=torch.bfloat16)
     exact = x.double() @ (weight.T if direction == "fwd" else weight)
     try:
@@ -105,7 +103,7 @@ def tune_shape(
     N: int, K: int, working: set[tuple[str, Tile]]
 ) -> dict[tuple[str, int], Tile | None]:
     """The best tile by direction and bucket; None where dequantising first is faster."""
-    layers = [NF4Linear(random_nf4(N, K, seed)) for seed in range(copies(N, K, 0.5625))]
+    layers = [PortableWeight(random_nf4(N, K, seed)) for seed in range(copies(N, K, 0.5625))]
     best: dict[tuple[str, int], Tile | None] = {}
     for direction in ("fwd", "dx"):
         for M in BUCKETS:

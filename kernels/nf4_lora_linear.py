@@ -11,8 +11,8 @@ Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagona
 import torch
 from torch import Tensor
 
-from tli_engine.kernels.counter_dropout import counter_dropout
-from tli_engine.kernels.lora_down import is_few, is_narrow, lora_down
+from tli_engine.kernels.lora_down import is_narrow
+from tli_engine.kernels.lora_products import down, group_slices, up
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear import fused_forward
@@ -20,17 +20,6 @@ from tli_engine.kernels.widen import PAD, widen
 
 # rows from which cuBLAS' time hides a copy of its input
 _APPEND_FROM = 2048
-
-
-def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    """``tensor * scaling``, rounded once, in one launch."""
-    return torch.mul(tensor, scaling, out=torch.empty_like(tensor, dtype=dtype))
-
-
-def group_slices(sizes: list[int]) -> list[slice]:
-    """Rows of each group."""
-    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
-    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
 
 
 def nf4_lora_linear(
@@ -54,28 +43,16 @@ def nf4_lora_linear(
     N, rank = lora_B.shape
     if M == 0:
         return x.new_empty(0, N), x.new_empty(0, rank * len(sizes))
+    s = down(x, lora_A, len(sizes), scaling, seed, dropout)
     narrow = is_narrow(x, len(sizes), rank)
-    if narrow and is_few(M):
-        s = lora_down(x, lora_A, scaling, seed, dropout)
-    else:
-        dropped = x if seed is None else counter_dropout(x, seed, dropout)
-        s = dropped @ scaled(lora_A, scaling, x.dtype).T
     tile = choose_tile("fwd", x, M, N, K, block_size, absmax) if narrow else None
     if tile is not None:
         lora = (s, lora_B.contiguous(), sizes)
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
     if narrow and tiled and pays_to_append(M, N, K):
         return _append(x, s, packed, absmax, bias, lora_B, sizes), s
-    y = torch.empty(M, N, dtype=x.dtype, device=x.device)
-    b = lora_B.to(x.dtype)
-    for group, rows in enumerate(group_slices(sizes)):
-        part = s[:, group * rank : (group + 1) * rank]
-        if bias is None:
-            torch.mm(part, b[rows].T, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], part, b[rows].T, out=y[:, rows])
     weight = dequantize_tiles(packed, absmax, N, K, x.dtype, block_size, tiled)
-    return y.addmm_(x, weight.T), s
+    return up(s, lora_B, bias, sizes).addmm_(x, weight.T), s
 
 
 def pays_to_append(M: int, larger: int, smaller: int) -> bool:

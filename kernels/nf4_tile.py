@@ -19,7 +19,7 @@ import struct
 import triton
 import triton.language as tl
 
-_CODE = [
+CODES = [
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
     *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
@@ -53,7 +53,7 @@ def _look_up(low: list[str], high: list[str], finish: str) -> list[str]:
 
 def _exact_asm(pair: str) -> str:
     """PTX: words $8, $9 and the absmax $10 of their block to eight pairs of weights, $0 to $7."""
-    literal = [f"0f{struct.unpack('<I', struct.pack('<f', code))[0]:08X}" for code in _CODE]
+    literal = [f"0f{struct.unpack('<I', struct.pack('<f', code))[0]:08X}" for code in CODES]
     names = [f"{plane}{i}" for plane in "rlh" for i in range(8 if plane == "r" else 4)]
     lines = [_REGISTERS, f".reg .b32 {', '.join(names)};"]
     for i in range(8):

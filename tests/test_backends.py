@@ -103,7 +103,8 @@ def test_a_chosen_backend_that_cannot_run_raises_and_is_not_replaced(
 def test_an_unknown_backend_is_named_with_those_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(ENV, "tritn")
     with pytest.raises(
-        BackendUnavailableError, match="TLI_ENGINE_BACKEND=tritn: not one of triton, reference"
+        BackendUnavailableError,
+        match="TLI_ENGINE_BACKEND=tritn: not one of cuda, triton, reference",
     ):
         resolve("segment_mean")
 

@@ -1,4 +1,7 @@
-"""Which implementation runs an op on an accelerator: ``triton`` or ``reference``."""
+"""Which implementation runs an op on an accelerator: ``cuda``, ``triton`` or ``reference``.
+
+``cuda`` is the extension, of which some ops have a kernel; beside it, all others run on Triton.
+"""
 
 import importlib
 import logging
@@ -7,12 +10,18 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import torch
+
+from tli_engine import extension
+
 # in order of preference
 _MODULES = {
+    "cuda": "tli_engine.kernels.{op}_sm90",
     "triton": "tli_engine.kernels.{op}",
     "reference": "tli_engine.reference.{op}",
 }
 _ENV = "TLI_ENGINE_BACKEND"
+_CUDA_OPS = ("nf4_linear_records", "nf4_linear_records_backward")
 
 
 class BackendUnavailableError(RuntimeError):
@@ -23,6 +32,8 @@ def _load(op: str, backend: str) -> Callable[..., Any]:
     if backend not in _MODULES:
         raise BackendUnavailableError(f"{_ENV}={backend}: not one of {', '.join(_MODULES)}")
     name = _MODULES[backend].format(op=op)
+    if backend == "cuda" and not extension.load():
+        raise BackendUnavailableError(f"cuda: the extension is {extension.status()}")
     try:
         implementation: Callable[..., Any] = getattr(importlib.import_module(name), op)
     except ModuleNotFoundError as e:
@@ -37,7 +48,13 @@ def _load(op: str, backend: str) -> Callable[..., Any]:
 @cache
 def _resolve(op: str, choice: str | None) -> tuple[str, Callable[..., Any], tuple[str, ...]]:
     reasons: list[str] = []
-    for backend in (choice,) if choice else _MODULES:
+    # an op without a CUDA C++ kernel has its only one in Triton
+    chosen = ("cuda", "triton") if choice == "cuda" else (choice,) if choice else tuple(_MODULES)
+    if choice == "cuda" and not extension.load():
+        raise BackendUnavailableError(f"{_ENV}=cuda: the extension is {extension.status()}")
+    for backend in chosen:
+        if backend == "cuda" and op not in _CUDA_OPS:
+            continue
         try:
             return backend, _load(op, backend), tuple(reasons)
         except BackendUnavailableError as e:
@@ -64,3 +81,19 @@ def explain(op: str) -> tuple[str, tuple[str, ...]]:
     """Return the backend that an accelerator runs ``op`` on, and why not each better one."""
     backend, _, reasons = _resolve(op, os.environ.get(_ENV) or None)
     return backend, reasons
+
+
+def has_extension(device: torch.device) -> bool:
+    """Whether the CUDA extension's kernels run on ``device`` and are not ruled out by choice.
+
+    Raises:
+        BackendUnavailableError: ``$TLI_ENGINE_BACKEND`` asks for them, and they do not run there.
+    """
+    choice = os.environ.get(_ENV) or None
+    if device.type != "cuda" or choice not in (None, "cuda"):
+        return False
+    hopper = torch.cuda.get_device_capability(device) == (9, 0)
+    if choice == "cuda" and not (hopper and extension.load()):
+        why = f"the extension is {extension.status()}" if hopper else "the GPU is no Hopper GPU"
+        raise BackendUnavailableError(f"{_ENV}=cuda: {why}")
+    return hopper and extension.load()

@@ -1,15 +1,16 @@
 """Modules over the ops: linear layers whose frozen weight is NF4."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
+from tli_engine.layouts import Adapter, lay_out
 from tli_engine.nf4 import DTYPES, NF4Weight
 from tli_engine.ops.counter_dropout import counter_dropout
 from tli_engine.ops.nf4_dequantize import check_stored
-from tli_engine.ops.nf4_linear import Numerics, check_input, tile, untile
+from tli_engine.ops.nf4_linear import Numerics, check_input
 from tli_engine.ops.nf4_lora_linear import check_lora
 
 Residency = Literal["nf4", "bf16", "auto"]
@@ -20,10 +21,13 @@ class NF4Linear(nn.Module):
 
     On a GPU the bytes are laid out for the kernels, losslessly, and a double quantised absmax is
     decoded to fp32 once: 0.06 bytes a weight instead of 0.016. :attr:`weight` gives bitsandbytes' bytes.
+    Where the CUDA extension runs, the way back is as fast as the way there with a transposed copy,
+    see :meth:`add_transposed_copy`; else the weight is decoded in full for it.
 
     The weight stays where it was built: ``.to(device)`` moves the bias alone, and the next call says so.
 
     Attributes:
+        dtype: What the weight was quantised from.
         bias: ``[N]`` in the model's dtype, cast to the input's, or ``None``.
         numerics: ``exact`` multiplies by bitsandbytes' values bit for bit; ``fast`` may round twice.
         weight_residency: ``nf4`` keeps no other copy. ``bf16`` keeps the weight in the input's
@@ -59,42 +63,38 @@ class NF4Linear(nn.Module):
             raise ValueError(f"bias must be floating point [{weight.shape[0]}], got {got}")
         self.out_features, self.in_features = weight.shape
         self.numerics, self.weight_residency = numerics, weight_residency
-        self._source = weight
-        self._packed, self._absmax = weight.packed, weight.absmax_fp32()
-        self._tiled = _is_tileable(weight)
-        if self._tiled:
-            self._packed, self._absmax = tile(self._packed, self._absmax, *weight.shape)
-            # the only copy of the bytes is the tiled one; of the statistics, what it lacks
-            absmax = self._absmax if weight.nested is None else weight.absmax
-            self._source = replace(weight, packed=self._packed, absmax=absmax)
+        self.dtype = weight.dtype
+        self._stored = lay_out(weight)
         self._dense: Tensor | None = None
         self.register_buffer("bias", bias)
 
     @property
     def weight(self) -> NF4Weight:
         """The weight, bitsandbytes' own bytes; a copy where they are laid out for the kernels."""
-        if not self._tiled:
-            return self._source
-        packed, absmax = untile(self._packed, self._absmax, self.out_features, self.in_features)
-        if self._source.nested is not None:
-            absmax = self._source.absmax
-        return replace(self._source, packed=packed, absmax=absmax)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What the weight was quantised from."""
-        return self._source.dtype
+        return self._stored.weight()
 
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self._packed.device
+        return self._stored.device
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the weight as it is held, a resident copy included."""
-        decoded = self._absmax.nbytes if self._source.nested is not None else 0
-        return self._source.nbytes + decoded + (0 if self._dense is None else self._dense.nbytes)
+        """Bytes of the weight as it is held, a transposed and a resident copy included."""
+        return self._stored.nbytes + (0 if self._dense is None else self._dense.nbytes)
+
+    @property
+    def transposed_nbytes(self) -> int:
+        """Bytes of the transposed copy; 0 without."""
+        return self._stored.transposed_nbytes
+
+    def add_transposed_copy(self) -> None:
+        """Hold the weight a second time, in NF4, for the gradient of the input.
+
+        For a layer whose input needs one, on a GPU where the CUDA extension runs; elsewhere the
+        kernels read one copy in both directions, and this does nothing.
+        """
+        self._stored.add_transposed_copy()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype."""
@@ -103,16 +103,8 @@ class NF4Linear(nn.Module):
         dense = self._resident(x)
         if dense is not None:
             return nn.functional.linear(x, dense, bias)
-        y: Tensor = torch.ops.tli_engine.nf4_linear.default(
-            x.reshape(-1, self.in_features),
-            self._packed,
-            self._absmax,
-            bias,
-            self.out_features,
-            self._source.block_size,
-            self._tiled,
-            self.numerics == "fast",
-        )
+        rows = x.reshape(-1, self.in_features)
+        y = self._stored.product(rows, bias, self.numerics == "fast")
         return y.view(*x.shape[:-1], self.out_features)
 
     def lora_forward(
@@ -122,6 +114,7 @@ class NF4Linear(nn.Module):
         lora_B: Tensor,
         scaling: float,
         *,
+        sizes: Sequence[int] | None = None,
         dropout: float = 0.0,
         seed: Tensor | None = None,
     ) -> Tensor:
@@ -130,38 +123,29 @@ class NF4Linear(nn.Module):
         Beside a resident weight, the update is added to cuBLAS' result, with the same dropout.
         """
         self._check(x)
-        check_lora(x, lora_A, lora_B, self.out_features, [self.out_features], dropout, seed)
+        groups = [self.out_features] if sizes is None else list(sizes)
+        check_lora(x, lora_A, lora_B, self.out_features, groups, dropout, seed)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         used = seed if dropout > 0 else None
         rows, dense = x.reshape(-1, self.in_features), self._resident(x)
-        if dense is not None:
+        if dense is None:
+            adapter = Adapter(lora_A, lora_B, used, groups, scaling, dropout)
+            y = self._stored.adapted(rows, bias, adapter, self.numerics == "fast")
+        else:
             dropped = rows if used is None else counter_dropout(rows, used, dropout)
             s = dropped @ (lora_A * scaling).to(x.dtype).T
-            base = nn.functional.linear(rows, dense, bias)
-            y = torch.addmm(base, s, lora_B.to(x.dtype).T)
-        else:
-            y = torch.ops.tli_engine.nf4_lora_linear.default(
-                rows,
-                self._packed,
-                self._absmax,
-                bias,
-                lora_A,
-                lora_B,
-                used,
-                [self.out_features],
-                scaling,
-                dropout,
-                self._source.block_size,
-                self._tiled,
-                self.numerics == "fast",
-            )[0]
+            b_parts = torch.split(lora_B.to(x.dtype), groups)
+            parts = zip(torch.split(s, lora_B.shape[1], 1), b_parts, strict=True)
+            update = torch.cat([part @ b.T for part, b in parts], 1)
+            y = nn.functional.linear(rows, dense, bias) + update
         return y.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"
         options = f"numerics={self.numerics}, weight_residency={self.weight_residency}"
-        return f"{sizes}, {options}, nbytes={self.nbytes}"
+        nbytes = f"nbytes={self.nbytes}, transposed_nbytes={self.transposed_nbytes}"
+        return f"{sizes}, {options}, {nbytes}"
 
     def _check(self, x: Tensor) -> None:
         check_input(x, self.out_features, self.in_features, self.device)
@@ -195,7 +179,3 @@ class NF4Linear(nn.Module):
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         needed = self.out_features * self.in_features * x.element_size()
         return free + unused - needed > total // 4
-
-
-def _is_tileable(weight: NF4Weight) -> bool:
-    return weight.device.type == "cuda" and weight.block_size == 64 and weight.shape[1] % 128 == 0

@@ -6,7 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from tli_engine import nf4, nf4_dequantize, nf4_linear, nf4_lora_linear, nf4_quantize
+from tli_engine import (
+    backends,
+    extension,
+    nf4,
+    nf4_dequantize,
+    nf4_linear,
+    nf4_lora_linear,
+    nf4_quantize,
+)
+from tli_engine.layouts import PortableWeight
 from tli_engine.nf4 import NestedAbsmax, NF4Weight
 from tli_engine.nn import NF4Linear
 from tli_engine.reference.nf4_linear import nf4_linear as reference
@@ -17,6 +26,9 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+EXTENSION = torch.cuda.is_available() and backends.has_extension(torch.device("cuda"))
+# tiles for Triton; records for csrc/, alone and with those of the transpose
+LAYOUTS = ["tiled", "records", "transposed"]
 HALF = [torch.bfloat16, torch.float16]
 SHAPES = [  # M, N, K
     pytest.param(1, 64, 128, id="one-token"),
@@ -42,16 +54,32 @@ def inputs(M: int, N: int, K: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, 
     return x, bias, torch.randn(M, N, device="cuda").to(dtype)
 
 
-@pytest.mark.parametrize("layer", ["op", "module", "fast"])
+def make_layer(weight: NF4Weight, bias: Tensor | None, layout: str, **options: Any) -> NF4Linear:
+    """A layer whose weight lies for the Triton kernels or for the CUDA C++ one."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TLI_ENGINE_BACKEND", "triton" if layout == "tiled" else "cuda")
+        if layout != "tiled" and not EXTENSION:
+            pytest.skip(f"needs a Hopper GPU, and the extension, which is {extension.status()}")
+        layer = NF4Linear(weight, bias, **options)
+    if layout == "transposed":
+        layer.add_transposed_copy()
+        assert layer.transposed_nbytes <= layer.nbytes // 2
+    return layer
+
+
+@pytest.mark.parametrize("numerics", ["exact", "fast"])
+@pytest.mark.parametrize("layout", ["op", *LAYOUTS])
 @pytest.mark.parametrize("dtype", [*HALF, torch.float32], ids=str)
 @pytest.mark.parametrize(("M", "N", "K"), SHAPES)
-def test_linear_and_its_gradients(M: int, N: int, K: int, dtype: torch.dtype, layer: str) -> None:
+def test_linear_and_its_gradients(
+    M: int, N: int, K: int, dtype: torch.dtype, layout: str, numerics: Any
+) -> None:
     weight = make_weight(N, K, dtype)
     x, bias, dy = inputs(M, N, K, dtype)
-    if layer == "op":
-        y = nf4_linear(x, weight, bias)
+    if layout == "op":
+        y = nf4_linear(x, weight, bias, numerics=numerics)
     else:
-        module = NF4Linear(weight, bias, numerics="fast" if layer == "fast" else "exact")
+        module = make_layer(weight, bias, layout, numerics=numerics)
         assert torch.equal(module.weight.packed, weight.packed)
         assert torch.equal(module.weight.absmax, weight.absmax)
         y = module(x)
@@ -59,18 +87,19 @@ def test_linear_and_its_gradients(M: int, N: int, K: int, dtype: torch.dtype, la
     plain = torch.nn.functional.linear(x, W, bias)
     exact = x.double() @ W.double().T + bias.double()
     # two more roundings of each weight: as much again as the rounding of the result
-    factor = 6.0 if layer == "fast" else 2.0
+    factor = 6.0 if numerics == "fast" else 2.0
     assert_within_error_budget(y, plain, exact, factor=factor, floor=1e-5)
     (dx,) = torch.autograd.grad(y, x, dy)
     assert_within_error_budget(dx, dy @ W, dy.double() @ W.double(), factor=factor, floor=1e-5)
 
 
+@pytest.mark.parametrize("layout", ["tiled", "records"])
 @pytest.mark.parametrize("numerics", ["exact", "fast"])
 @pytest.mark.parametrize("M", [16, 64, 128])
-def test_no_step_overwrites_the_operands_of_the_last(M: int, numerics: Any) -> None:
+def test_no_step_overwrites_the_operands_of_the_last(M: int, numerics: Any, layout: str) -> None:
     """A long contraction keeps the tensor cores behind the decoder: what is in flight must be safe."""
     weight = make_weight(28672, 4096, torch.bfloat16)
-    layer = NF4Linear(weight, numerics=numerics)
+    layer = make_layer(weight, None, layout, numerics=numerics)
     x = torch.randn(M, 4096, device="cuda", dtype=torch.bfloat16)
     exact = x.float() @ weight.dequantize(torch.float32).T
     first = layer(x)
@@ -82,8 +111,9 @@ def test_no_step_overwrites_the_operands_of_the_last(M: int, numerics: Any) -> N
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 @pytest.mark.parametrize("M", [1, 48, 128, 600])
 @pytest.mark.parametrize("sizes", [[512], [256, 128, 128], [384, 128]], ids=str)
+@pytest.mark.parametrize("layout", ["op", *LAYOUTS])
 def test_lora_and_its_gradients(
-    sizes: list[int], M: int, dtype: torch.dtype, dropout: float
+    layout: str, sizes: list[int], M: int, dtype: torch.dtype, dropout: float
 ) -> None:
     N, K, r = sum(sizes), 640, 8
     weight = make_weight(N, K, dtype)
@@ -92,9 +122,12 @@ def test_lora_and_its_gradients(
     lora_B = (torch.randn(N, r, device="cuda") * 0.05).requires_grad_()
     seed = torch.tensor(11, device="cuda") if dropout else None
     arguments = (weight.packed, weight.absmax)
-    y = nf4_lora_linear(
-        x, weight, lora_A, lora_B, 2.0, bias, sizes=sizes, dropout=dropout, seed=seed
-    )
+    adapter = {"sizes": sizes, "dropout": dropout, "seed": seed}
+    if layout == "op":
+        y = nf4_lora_linear(x, weight, lora_A, lora_B, 2.0, bias, **adapter)
+    else:
+        layer = make_layer(weight, bias, layout)
+        y = layer.lora_forward(x, lora_A, lora_B, 2.0, **adapter)
     wanted = (x, lora_A, lora_B, bias)
     actual = torch.autograd.grad(y, wanted, dy)
     options = (seed, sizes, 2.0, dropout, 64, False, False)
@@ -156,9 +189,10 @@ def test_dequantises_as_bitsandbytes_does(compressed: bool) -> None:
     assert torch.equal(layer(eye), functional.dequantize_4bit(packed, state).T[:64])
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("M", [16, 600])
-def test_step_replays_from_a_graph_bit_for_bit(M: int) -> None:
-    layer = NF4Linear(make_weight(512, 640, torch.bfloat16))
+def test_step_replays_from_a_graph_bit_for_bit(M: int, layout: str) -> None:
+    layer = make_layer(make_weight(512, 640, torch.bfloat16), None, layout)
     x, _, dy = inputs(M, 512, 640, torch.bfloat16)
     lora_A = (torch.randn(8, 640, device="cuda") * 0.05).requires_grad_()
     lora_B = (torch.randn(512, 8, device="cuda") * 0.05).requires_grad_()
@@ -223,9 +257,9 @@ def test_sizes_past_32_bits() -> None:
             y[:, -64:].float(), x.float() @ last.float().T, rtol=2e-2, atol=1e-2
         )
     y = torch.randn(16, N, device="cuda", dtype=torch.bfloat16)
-    layer = NF4Linear(weight)
+    tiled = PortableWeight(weight)
     dx = torch.ops.tli_engine.nf4_linear_dx.default(
-        y, layer._packed, layer._absmax, K, 64, True, False
+        y, tiled.packed, tiled.absmax, K, 64, True, False
     )
     exact = y @ dense
     assert (dx - exact).float().norm() / exact.float().norm() < 1e-2

@@ -1,6 +1,7 @@
 """LoRA on chosen blocks and projections of an ``EarlyModel``."""
 
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,9 @@ from tli_engine.config import LoraConfig
 from tli_engine.errors import UserError
 from tli_engine.models.early import EarlyModel
 from tli_engine.nn import NF4Linear
+
+# the layers of a block that read its input, adapted or not
+_READS_INPUT = re.compile(r"\.[qkv]_proj(\.base_layer)?$")
 
 
 class LoRALinear(nn.Module):
@@ -167,6 +171,23 @@ def add_lora(model: EarlyModel, lora: LoraConfig, loss_layer: int, seed: int) ->
 def adapters(model: EarlyModel) -> dict[str, LoRALinear]:
     """The adapters by the name of the linear layer they adapt, within ``model.decoder``."""
     return {n: m for n, m in model.decoder.named_modules() if isinstance(m, LoRALinear)}
+
+
+def add_transposed_copies(model: EarlyModel) -> tuple[int, int]:
+    """Hold the NF4 layers that gradients pass a second time, transposed, where kernels can use it.
+
+    Returns:
+        Bytes of all NF4 layers, and of the copies among them.
+    """
+    layers = {n: m for n, m in model.decoder.named_modules() if isinstance(m, NF4Linear)}
+    blocks = {name: int(name.split(".")[1]) for name in layers if name.startswith("layers.")}
+    first = min((int(name.split(".")[1]) for name in adapters(model)), default=len(model.blocks))
+    for name, block in blocks.items():
+        # nothing below the first adapted block is trained: its input needs no gradient
+        if block > first or (block == first and not _READS_INPUT.search(name)):
+            layers[name].add_transposed_copy()
+    nbytes = sum(layer.nbytes for layer in layers.values())
+    return nbytes, sum(layer.transposed_nbytes for layer in layers.values())
 
 
 def adapter_tensors(model: EarlyModel) -> dict[str, nn.Parameter]:

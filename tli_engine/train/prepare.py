@@ -12,7 +12,7 @@ from tli_engine.align.space import PairSpace, fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.check import leaks
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
-from tli_engine.models.adapters import add_lora
+from tli_engine.models.adapters import add_lora, add_transposed_copies
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
@@ -77,6 +77,9 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         add_lora(model, config.lora, config.align.layer, config.seed)
     else:
         record["lora_init_sha256"] = _go_on_from(model, config, say)
+    nbytes, copies = add_transposed_copies(model)
+    if copies:
+        say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
     chosen = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return Prepared(
         config.model_copy(update=chosen),

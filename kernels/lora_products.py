@@ -1,0 +1,80 @@
+"""LoRA's narrow products beside any frozen product: their own kernels for few rows, cuBLAS for many."""
+
+import torch
+from torch import Tensor
+
+from tli_engine.kernels.counter_dropout import counter_dropout
+from tli_engine.kernels.lora_down import is_few, is_narrow, lora_down, lora_down_backward
+from tli_engine.kernels.lora_up_backward import is_short, lora_up_backward
+
+
+def scaled(tensor: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
+    """``tensor * scaling``, rounded once, in one launch."""
+    return torch.mul(tensor, scaling, out=torch.empty_like(tensor, dtype=dtype))
+
+
+def group_slices(sizes: list[int]) -> list[slice]:
+    """Rows of each group."""
+    ends = [sum(sizes[: i + 1]) for i in range(len(sizes))]
+    return [slice(end - size, end) for size, end in zip(sizes, ends, strict=True)]
+
+
+def down(
+    x: Tensor,
+    lora_A: Tensor,
+    groups: int,
+    scaling: float,
+    seed: Tensor | None,
+    dropout: float,
+) -> Tensor:
+    """Return ``D(x) @ (scaling * A).T``, ``[M, ranks]``, in ``x``'s dtype."""
+    if is_narrow(x, groups, lora_A.shape[0] // groups) and is_few(x.shape[0]):
+        return lora_down(x, lora_A, scaling, seed, dropout)
+    dropped = x if seed is None else counter_dropout(x, seed, dropout)
+    return dropped @ scaled(lora_A, scaling, x.dtype).T
+
+
+def down_backward(
+    x: Tensor, t: Tensor, groups: int, seed: Tensor | None, dropout: float, dtype: torch.dtype
+) -> Tensor:
+    """Return ``t.T @ D(x)``, ``[ranks, K]``, the gradient of ``A``, in its ``dtype``."""
+    if is_narrow(x, groups, t.shape[1] // groups) and is_few(x.shape[0]):
+        return lora_down_backward(x, t, seed, dropout, dtype)
+    return _product(t.T, x if seed is None else counter_dropout(x, seed, dropout), dtype)
+
+
+def up(s: Tensor, lora_B: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
+    """Return ``s @ B.T + bias``, ``[M, N]``, ``B`` block-diagonal over the groups."""
+    rank = lora_B.shape[1]
+    y = torch.empty(s.shape[0], lora_B.shape[0], dtype=s.dtype, device=s.device)
+    b = lora_B.to(s.dtype)
+    for group, rows in enumerate(group_slices(sizes)):
+        part = s[:, group * rank : (group + 1) * rank]
+        if bias is None:
+            torch.mm(part, b[rows].T, out=y[:, rows])
+        else:
+            torch.addmm(bias[rows], part, b[rows].T, out=y[:, rows])
+    return y
+
+
+def up_backward(
+    dy: Tensor, lora_B: Tensor, s: Tensor, sizes: list[int], scaling: float, needs_db: bool
+) -> tuple[Tensor, Tensor]:
+    """Return ``scaling * dy @ B``, ``[M, ranks]``, and ``dy.T @ s``, the gradient of ``B``."""
+    rank = lora_B.shape[1]
+    if is_narrow(dy, len(sizes), rank) and is_short(dy.shape[0], s.shape[1]):
+        return lora_up_backward(dy, lora_B, s, sizes, scaling, needs_db)
+    b, t, dB = scaled(lora_B, scaling, dy.dtype), torch.empty_like(s), []
+    for group, rows in enumerate(group_slices(sizes)):
+        columns = slice(group * rank, (group + 1) * rank)
+        torch.mm(dy[:, rows], b[rows], out=t[:, columns])
+        if needs_db:
+            dB.append(_product(dy[:, rows].T, s[:, columns], lora_B.dtype))
+    return t, torch.cat(dB) if needs_db else lora_B.new_empty(0)
+
+
+def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` in the adapter's dtype: an fp32 gradient is not rounded to 16 bits first."""
+    if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)

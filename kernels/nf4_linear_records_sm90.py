@@ -1,0 +1,107 @@
+"""The CUDA C++ product for Hopper (``csrc/``) behind the op on records, with its adapter's narrow products.
+
+An adapter's update is one more step of the tensor cores in the same launch. Where measurements say
+so, many rows go to cuBLAS, which reads the weight decoded into a buffer.
+"""
+
+import torch
+from torch import Tensor
+
+from tli_engine.kernels.counter_dropout import counter_dropout
+from tli_engine.kernels.lora_dx import lora_dx
+from tli_engine.kernels.lora_products import down, up
+from tli_engine.kernels.nf4_records import dequantize_records
+from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
+
+
+def rides_along(ranks: int, sizes: list[int]) -> bool:
+    """Whether the product takes this adapter into its own launch."""
+    whole_blocks = all(size % 64 == 0 for size in sizes)
+    return ranks <= MAX_RANKS and ranks % 8 == 0 and len(sizes) <= MAX_GROUPS and whole_blocks
+
+
+def nf4_linear_records(
+    x: Tensor,
+    records: Tensor,
+    transposed: Tensor | None,
+    bias: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    seed: Tensor | None,
+    sizes: list[int],
+    scaling: float,
+    dropout: float,
+    N: int,
+    fast: bool,
+) -> tuple[Tensor, Tensor]:
+    """Launch; arguments are those of ``tli_engine::nf4_linear_records``."""
+    x = x.contiguous()
+    M = x.shape[0]
+    if M == 0:
+        return x.new_empty(0, N), x.new_empty(0, 0 if lora_A is None else lora_A.shape[0])
+    s = x.new_empty(M, 0)
+    if lora_A is None or lora_B is None:
+        return _forward(x, records, N, fast, bias), s
+    s = down(x, lora_A, len(sizes), scaling, seed, dropout)
+    if x.dtype != torch.float32 and rides_along(s.shape[1], sizes):
+        return _forward(x, records, N, fast, bias, (s, lora_B, sizes)), s
+    return _forward(x, records, N, fast, bias).add_(up(s, lora_B, None, sizes)), s
+
+
+def _forward(
+    x: Tensor,
+    records: Tensor,
+    N: int,
+    fast: bool,
+    bias: Tensor | None,
+    lora: tuple[Tensor, Tensor, list[int]] | None = None,
+) -> Tensor:
+    (M, K), dense = x.shape, x.dtype == torch.float32
+    if not dense and choose_tile("fwd", M, N, K, fast, x.device) is not None:
+        if lora is not None:
+            lora = (lora[0], adapter_operand(lora[1], x.dtype), lora[2])
+        return launch(x, records, N, False, fast, bias, lora)
+    weight = dequantize_records(records, N, K, x.dtype)
+    if lora is None:
+        return torch.nn.functional.linear(x, weight, bias)
+    return up(lora[0], lora[1], bias, lora[2]).addmm_(x, weight.T)
+
+
+def adapter_operand(lora: Tensor, dtype: torch.dtype) -> Tensor:
+    """An adapter's weight as the product reads it: fp32, or in the input's dtype."""
+    return lora.contiguous() if lora.dtype in (torch.float32, dtype) else lora.to(dtype)
+
+
+def product_dx(
+    dy: Tensor,
+    records: Tensor,
+    transposed: Tensor | None,
+    K: int,
+    fast: bool,
+    lora: tuple[Tensor, Tensor, Tensor | None, float] | None,
+) -> Tensor:
+    """Return ``dy @ W``, and ``D(t @ A)`` on top for ``lora``: ``(t, A, seed, dropout)``."""
+    M, N = dy.shape
+    fused = dy.dtype != torch.float32 and choose_tile("dx", M, K, N, fast, dy.device) is not None
+    if transposed is not None and fused:
+        if lora is None:
+            return launch(dy, transposed, K, True, fast)
+        t, lora_A, seed, dropout = lora
+        # with dropout the update has a mask of its own and cannot share the product's sums
+        if seed is None and rides_along(t.shape[1], []):
+            operand = adapter_operand(lora_A, dy.dtype)
+            return launch(dy, transposed, K, True, fast, lora=(t, operand, [K]))
+        dx = launch(dy, transposed, K, True, fast)
+        return dx.add_(_update(t, lora_A, seed, dropout))
+    weight = dequantize_records(records, N, K, dy.dtype)
+    if lora is None:
+        return dy @ weight
+    return _update(*lora).addmm_(dy, weight)
+
+
+def _update(t: Tensor, lora_A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
+    """``D(t @ A)``."""
+    if seed is not None and t.dtype != torch.float32 and t.shape[1] <= MAX_RANKS:
+        return lora_dx(t, lora_A, seed, dropout)
+    dx = t @ lora_A.to(t.dtype)
+    return dx if seed is None else counter_dropout(dx, seed, dropout)

@@ -1,0 +1,102 @@
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tli_engine.layouts import Adapter, PortableWeight, RecordedWeight
+from tli_engine.nf4 import quantize
+
+pytest.importorskip("triton")
+from tli_engine.kernels.nf4_records import dequantize_records
+
+N, K, R = 192, 320, 8
+CPU = torch.device("cpu")
+
+
+def make_layouts(**options: Any) -> tuple[PortableWeight, RecordedWeight]:
+    weight = quantize(torch.randn(N, K) * 0.05, **options)
+    return PortableWeight(weight), RecordedWeight(weight)
+
+
+def make_adapter(groups: list[int], dropout: float = 0.0) -> Adapter:
+    A, B = torch.randn(len(groups) * R, K) * 0.1, torch.randn(N, R) * 0.1
+    seed = torch.tensor(3) if dropout else None
+    return Adapter(A.requires_grad_(), B.requires_grad_(), seed, groups, 2.0, dropout)
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_records_give_the_weight_back_and_count_their_bytes(double_quant: bool) -> None:
+    weight = quantize(torch.randn(N, K) * 0.05, double_quant=double_quant)
+    stored = RecordedWeight(weight)
+    alone = stored.nbytes
+    stored.add_transposed_copy()
+    back = stored.weight()
+    assert torch.equal(back.packed, weight.packed)
+    assert torch.equal(back.absmax, weight.absmax)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    # K is filled up to 384, N to 256: 2304 bytes for 64 x 64
+    assert stored.transposed_nbytes == 5 * 4 * 2304
+    assert stored.nbytes == alone + stored.transposed_nbytes
+    assert alone - (weight.nbytes if double_quant else 0) >= 3 * 6 * 2304 - weight.packed.nbytes
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("groups", [[N], [64, 128]], ids=str)
+@pytest.mark.parametrize("transposed", [False, True])
+def test_same_function_and_gradients_as_the_portable_layout(
+    transposed: bool, groups: list[int], dropout: float
+) -> None:
+    portable, recorded = make_layouts()
+    if transposed:
+        recorded.add_transposed_copy()
+    adapter, bias = make_adapter(groups, dropout), torch.randn(N).requires_grad_()
+    x, dy = torch.randn(5, K).requires_grad_(), torch.randn(5, N)
+    wanted: tuple[Tensor, ...] = (x, adapter.lora_A, adapter.lora_B, bias)
+    results = []
+    for stored in (portable, recorded):
+        y = stored.adapted(x, bias, adapter, False)
+        results.append((y.detach(), *torch.autograd.grad(y, wanted, dy)))
+        plain = stored.product(x, bias, False)
+        results[-1] += (plain.detach(), *torch.autograd.grad(plain, (x, bias), dy))
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("M", [0, 3])
+def test_operator_contract(M: int, adapted: bool) -> None:
+    _, recorded = make_layouts()
+    recorded.add_transposed_copy()
+    A, B, _, sizes, *_ = make_adapter([64, 128])
+    x, bias = torch.randn(M, K).requires_grad_(), torch.randn(N).requires_grad_()
+    adapter = (
+        (A, B, torch.tensor(5), sizes, 0.7, 0.3) if adapted else (None, None, None, [], 1.0, 0.0)
+    )
+    args = (x, recorded.records, recorded.transposed, bias, *adapter, N, False)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_linear_records.default, args)
+    s = torch.randn(M, 2 * R if adapted else 0)
+    detached = tuple(t.detach() if isinstance(t, Tensor) else t for t in adapter)
+    kept = x.detach() if adapted else None
+    args = (torch.randn(M, N), kept, s, recorded.records, None, *detached, K, False, True, adapted)
+    torch.library.opcheck(torch.ops.tli_engine.nf4_linear_records_backward.default, args)
+
+
+def test_gradients_of_the_definition() -> None:
+    _, recorded = make_layouts()
+    adapter = make_adapter([64, 128], 0.3)
+    A, B = (t.detach().double().requires_grad_() for t in adapter[:2])
+    x = torch.randn(2, K, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(
+        lambda x, A, B: recorded.adapted(x, None, Adapter(A, B, *adapter[2:]), False),
+        (x, A, B),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_records_decode_to_the_weight_bit_for_bit(dtype: torch.dtype, device: torch.device) -> None:
+    weight = quantize(torch.randn(128, K, device=device) * 0.05)
+    recorded = RecordedWeight(weight)
+    dense = dequantize_records(recorded.records, 128, K, dtype)
+    assert torch.equal(dense, weight.dequantize(dtype))

@@ -1,0 +1,150 @@
+"""How a frozen NF4 weight lies in memory, and the ops that run on it.
+
+Each layout holds bitsandbytes' bytes once, permuted without loss, and gives them back. Records may
+be held a second time, transposed, for the gradient of the input.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tli_engine import backends
+from tli_engine.nf4 import NF4Weight
+from tli_engine.ops.nf4_linear import tile, untile
+from tli_engine.ops.nf4_linear_records import from_records, to_records
+
+
+class Adapter(NamedTuple):
+    """A LoRA update as the ops take it; see :func:`tli_engine.ops.nf4_lora_linear`."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    seed: Tensor | None
+    sizes: list[int]
+    scaling: float
+    dropout: float
+
+
+class PortableWeight:
+    """bitsandbytes' own bytes, or on a GPU tiles of them for the Triton kernels."""
+
+    transposed_nbytes = 0
+
+    def __init__(self, weight: NF4Weight) -> None:
+        self.N, self.K = weight.shape
+        self.packed, self.absmax = weight.packed, weight.absmax_fp32()
+        self.tiled = weight.device.type == "cuda" and weight.block_size == 64 and self.K % 128 == 0
+        if self.tiled:
+            self.packed, self.absmax = tile(self.packed, self.absmax, self.N, self.K)
+        # the only copy of the bytes is this one; of the statistics, what it lacks
+        absmax = self.absmax if weight.nested is None else weight.absmax
+        self._source = replace(weight, packed=self.packed, absmax=absmax)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the bytes are."""
+        return self.packed.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held."""
+        decoded = self.absmax.nbytes if self._source.nested is not None else 0
+        return self._source.nbytes + decoded
+
+    def weight(self) -> NF4Weight:
+        """Return the weight, bitsandbytes' bytes; a copy where they are tiled."""
+        if not self.tiled:
+            return self._source
+        packed, absmax = untile(self.packed, self.absmax, self.N, self.K)
+        if self._source.nested is not None:
+            absmax = self._source.absmax
+        return replace(self._source, packed=packed, absmax=absmax)
+
+    def product(self, x: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
+        """Return ``x @ W.T + bias``, ``[M, N]``."""
+        stored = (self.packed, self.absmax, bias, self.N)
+        options = (self._source.block_size, self.tiled, fast)
+        y: Tensor = torch.ops.tli_engine.nf4_linear.default(x, *stored, *options)
+        return y
+
+    def adapted(self, x: Tensor, bias: Tensor | None, adapter: Adapter, fast: bool) -> Tensor:
+        """Return the product and the adapter's update, ``[M, N]``."""
+        stored = (self.packed, self.absmax, bias, *adapter)
+        options = (self._source.block_size, self.tiled, fast)
+        y: Tensor = torch.ops.tli_engine.nf4_lora_linear.default(x, *stored, *options)[0]
+        return y
+
+    def add_transposed_copy(self) -> None:
+        """Do nothing: these kernels read one copy in both directions."""
+
+
+class RecordedWeight:
+    """Records for the CUDA C++ kernel, and on demand those of the transpose for the way back."""
+
+    def __init__(self, weight: NF4Weight) -> None:
+        self.N, self.K = weight.shape
+        # of double quantised statistics, the records hold the decoded ones
+        held = weight.absmax if weight.nested else weight.absmax.new_empty(0)
+        self._source = replace(weight, packed=weight.packed.new_empty(0), absmax=held)
+        self.records = to_records(weight.packed, weight.absmax_fp32(), self.N, self.K, False)
+        self.transposed: Tensor | None = None
+        self._settle()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the records are."""
+        return self.records.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held, the transposed copy among them."""
+        return self._source.nbytes + self.records.nbytes + self.transposed_nbytes
+
+    @property
+    def transposed_nbytes(self) -> int:
+        """Bytes of the transposed copy."""
+        return 0 if self.transposed is None else self.transposed.nbytes
+
+    def weight(self) -> NF4Weight:
+        """Return the weight, a copy of bitsandbytes' bytes."""
+        packed, absmax = from_records(self.records, self.N, self.K, False)
+        absmax = absmax if self._source.nested is None else self._source.absmax
+        return replace(self._source, packed=packed, absmax=absmax)
+
+    def product(self, x: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
+        """Return ``x @ W.T + bias``, ``[M, N]``."""
+        stored = (self.records, self.transposed, bias)
+        y: Tensor = torch.ops.tli_engine.nf4_linear_records.default(
+            x, *stored, None, None, None, [], 1.0, 0.0, self.N, fast
+        )[0]
+        return y
+
+    def adapted(self, x: Tensor, bias: Tensor | None, adapter: Adapter, fast: bool) -> Tensor:
+        """Return the product and the adapter's update, ``[M, N]``."""
+        y: Tensor = torch.ops.tli_engine.nf4_linear_records.default(
+            x, self.records, self.transposed, bias, *adapter, self.N, fast
+        )[0]
+        return y
+
+    def add_transposed_copy(self) -> None:
+        """Hold the transpose too: the gradient of the input takes the fused kernel, for as many bytes."""
+        if self.transposed is None:
+            packed, absmax = from_records(self.records, self.N, self.K, False)
+            self.transposed = to_records(packed, absmax, self.N, self.K, True)
+            self._settle()
+
+    def _settle(self) -> None:
+        # the kernel fetches records before it waits for the kernel before it: none may write them
+        if self.device.type == "cuda":
+            torch.cuda.current_stream(self.device).synchronize()
+
+
+def lay_out(weight: NF4Weight) -> PortableWeight | RecordedWeight:
+    """Choose the layout of the fastest kernels that run here: records, where the extension does."""
+    N, K = weight.shape
+    fits = weight.block_size == 64 and N % 64 == 0 and K % 64 == 0 and N > 0 and K > 0
+    if fits and backends.has_extension(weight.device):
+        return RecordedWeight(weight)
+    return PortableWeight(weight)

@@ -1,0 +1,95 @@
+"""``tli_engine::nf4_linear_records`` and its gradients: schemas, shape rules, backends.
+
+The op of :class:`tli_engine.nn.NF4Linear` where the CUDA extension runs: the weight is laid out for
+the Hopper kernel, and the same op carries the LoRA update.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tli_engine import backends
+from tli_engine.reference.nf4_linear_records import nf4_linear_records as _reference
+from tli_engine.reference.nf4_linear_records_backward import (
+    nf4_linear_records_backward as _reference_backward,
+)
+from tli_engine.reference.nf4_records import from_records as from_records
+from tli_engine.reference.nf4_records import to_records as to_records
+
+_OP = "tli_engine::nf4_linear_records"
+_BACKWARD = "tli_engine::nf4_linear_records_backward"
+_SHARED = (
+    "Tensor records, Tensor? transposed, {bias}Tensor? lora_A, Tensor? lora_B, Tensor? seed, "
+    "int[] sizes, float scaling, float dropout"
+)
+
+torch.library.define(
+    _OP,
+    f"(Tensor x, {_SHARED.format(bias='Tensor? bias, ')}, SymInt N, bool fast) -> (Tensor, Tensor)",
+)
+torch.library.define(
+    _BACKWARD,
+    f"(Tensor dy, Tensor? x, Tensor s, {_SHARED.format(bias='')}, SymInt K, bool fast, "
+    "bool needs_dx, bool needs_lora) -> (Tensor, Tensor, Tensor)",
+)
+
+
+@torch.library.register_fake(_OP)
+def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+    lora_A, N = args[3], args[-2]
+    ranks = 0 if lora_A is None else lora_A.shape[0]
+    return x.new_empty(x.shape[0], N), x.new_empty(x.shape[0], ranks)
+
+
+@torch.library.register_fake(_BACKWARD)
+def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    lora_A, lora_B = args[4], args[5]
+    K, _, needs_dx, needs_lora = args[-4:]
+    dx = dy.new_empty((dy.shape[0], K) if needs_dx else (0,))
+    if lora_A is None:
+        return dx, dy.new_empty(0), dy.new_empty(0)
+    dA = lora_A.new_empty(lora_A.shape if needs_lora else (0,))
+    return dx, dA, lora_B.new_empty(lora_B.shape if needs_lora else (0,))
+
+
+torch.library.impl(_OP, "CPU")(_reference)
+torch.library.impl(_BACKWARD, "CPU")(_reference_backward)
+
+
+@torch.library.impl(_OP, "CUDA")
+def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    return backends.resolve("nf4_linear_records")(*args)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_BACKWARD, "CUDA")
+def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return backends.resolve("nf4_linear_records_backward")(*args)  # type: ignore[no-any-return]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    x, records, transposed, _, lora_A, lora_B, seed, *ctx.adapter, _, ctx.fast = inputs
+    # without an adapter nothing of the input is needed
+    kept = None if lora_A is None else x
+    ctx.save_for_backward(kept, output[1], records, transposed, lora_A, lora_B, seed)
+    ctx.K = x.shape[1]
+    ctx.mark_non_differentiable(output[1])
+    # no zeros for s, which has no gradient
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    needs = ctx.needs_input_grad
+    dx, dA, dB = torch.ops.tli_engine.nf4_linear_records_backward.default(
+        dy, *ctx.saved_tensors, *ctx.adapter, ctx.K, ctx.fast, needs[0], needs[4] or needs[5]
+    )
+    return (
+        *(dx if needs[0] else None, None, None, dy.sum(0) if needs[3] else None),
+        *(dA if needs[4] else None, dB if needs[5] else None),
+        *(None,) * 6,
+    )
+
+
+torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
