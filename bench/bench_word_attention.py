@@ -10,6 +10,7 @@ python -m bench word_attention [--shapes NAME ...] [--tokens T ...] [--sweep]
 """
 
 import argparse
+import inspect
 import itertools
 import random
 import statistics
@@ -99,11 +100,14 @@ def peers(case: Case) -> dict[str, Attention]:
     def varlen(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
-            *(q, k, v, case.offsets, case.offsets, longest, longest),
-            window_size=(-1, 0),
-            enable_gqa=group > 1,
-        )
+        # older ones take as many heads of k and v as of q, and a flag for causal
+        options = inspect.signature(varlen_attn).parameters
+        if "enable_gqa" not in options:
+            k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+        gqa = {"enable_gqa": group > 1} if "enable_gqa" in options else {}
+        causal = {"window_size": (-1, 0)} if "window_size" in options else {"is_causal": True}
+        lengths = (case.offsets, case.offsets, longest, longest)
+        return varlen_attn(q, k, v, *lengths, **gqa, **causal)
 
     return {"padded": padded, "masked": masked, "varlen": varlen}
 
@@ -125,7 +129,7 @@ def providers(case: Case) -> dict[str, Attention]:
     for name, attention in peers(case).items():
         try:
             attention(*case.qkv)
-        except (ImportError, RuntimeError, ValueError) as error:
+        except (ImportError, RuntimeError, TypeError, ValueError) as error:
             print(f"{name}: not timed: {type(error).__name__}: {str(error)[:80]}")
             continue
         found[name] = rotated(attention, case)

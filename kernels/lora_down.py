@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tli_engine.kernels.counter_dropout import drop, threshold_and_scale
 from tli_engine.kernels.nf4_tile import dot, round_to
+from tli_engine.kernels.overlap import follow, overlap
 from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -39,8 +40,10 @@ def _lora_down_kernel(
     BLOCK_K: tl.constexpr,
     SPLIT: tl.constexpr,
     DROPOUT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
+    follow(OVERLAP)
     part = tl.program_id(1)
     steps = tl.cdiv(K, BLOCK_K)
     offs_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -82,8 +85,10 @@ def _lora_down_backward_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     DROPOUT: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
+    follow(OVERLAP)
     offs_k = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     keep_k = (offs_k < K)[None, :]
     rank = tl.arange(0, WIDTH)
@@ -153,6 +158,7 @@ def lora_down(
         DROPOUT=seed is not None,
         PORTABLE=INTERPRET,
         num_warps=4,
+        **overlap(x.device),
     )
     return s
 
@@ -179,5 +185,6 @@ def lora_down_backward(
         DROPOUT=seed is not None,
         PORTABLE=INTERPRET,
         num_warps=4,
+        **overlap(x.device),
     )
     return da

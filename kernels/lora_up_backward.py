@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.nf4_tile import dot, round_to
+from tli_engine.kernels.overlap import follow, overlap
 from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
@@ -39,8 +40,10 @@ def _lora_up_backward_kernel(
     BLOCK_N: tl.constexpr,
     SPLIT: tl.constexpr,
     NEEDS_DB: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
+    follow(OVERLAP)
     part = tl.program_id(0)
     steps = tl.cdiv(N, BLOCK_N)
     dtype: tl.constexpr = dy_ptr.dtype.element_ty
@@ -77,7 +80,7 @@ def group_ends(sizes: list[int]) -> tuple[int, int]:
 
 def is_short(M: int, ranks: int) -> bool:
     """Whether one program takes all rows, and the kernel therefore the whole."""
-    return M <= 128 and max(16, triton.next_power_of_2(M)) * width(ranks) <= _MAX_SUMS
+    return M <= 256 and max(16, triton.next_power_of_2(M)) * width(ranks) <= _MAX_SUMS
 
 
 def lora_up_backward(
@@ -120,5 +123,6 @@ def lora_up_backward(
         PORTABLE=INTERPRET,
         # 4 would spill
         num_warps=8 if M * width(ranks) > 512 else 4,
+        **overlap(dy.device),
     )
     return t, db

@@ -22,6 +22,7 @@ from tli_engine.kernels.nf4_tile import (
     round_to,
     word_offsets,
 )
+from tli_engine.kernels.overlap import follow, overlap
 
 INTERPRET = bool(triton.knobs.runtime.interpret)
 
@@ -120,8 +121,10 @@ def _sum_parts_kernel(
     SPLIT: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    OVERLAP: tl.constexpr,
     PORTABLE: tl.constexpr,
 ):
+    follow(OVERLAP)
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     keep = offs < numel
     total = tl.load(part_ptr + offs, mask=keep, other=0.0)
@@ -146,6 +149,7 @@ def sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
         HAS_BIAS=bias is not None,
         PORTABLE=INTERPRET,
         num_warps=4,
+        **overlap(y.device),
     )
 
 

@@ -85,7 +85,7 @@ def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
         "lora-down": (down, plain),
         "lora-down-dropout": (down, plain | three | {"DROPOUT": True}),
         "lora-down-backward": (lora_down._lora_down_backward_kernel, down_da),
-        **{f"lora-up-backward-{M}": (up, parts | {"BLOCK_M": M}) for M in (16, 64, 128)},
+        **{f"lora-up-backward-{M}": (up, parts | {"BLOCK_M": M}) for M in (16, 64, 128, 256)},
         "lora-up-backward-three": (up, parts | three | {"BLOCK_M": 64}),
         "lora-dx": (lora_dx._lora_dx_kernel, down_da | three | {"BLOCK_M": 32, "ADD": True}),
     }
@@ -151,6 +151,7 @@ def compile_case(
 ) -> Any:
     """Compile as the launcher would on that architecture."""
     names = kernel.arg_names
+    constants = constants | {"OVERLAP": capability >= 90}
     constants = {name: constants[name] for name in names if name in constants}
     nested = constants.get("NESTED", False)
     signature = {
@@ -167,9 +168,8 @@ def compile_case(
         constexprs={(names.index(name),): value for name, value in constants.items()},
         attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
     )
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-    )
+    options = {"num_warps": warps, "launch_pdl": constants.get("OVERLAP", False)}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def assembler_log(ptx: str, capability: int) -> str:
