@@ -136,6 +136,12 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
 
 // ---- loads and stores of shared memory
 
+__device__ __forceinline__ float load_float(uint32_t address) {
+    float v;
+    asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(address));
+    return v;
+}
+
 __device__ __forceinline__ float2 load_float2(uint32_t address) {
     float2 v;
     asm volatile("ld.shared.v2.f32 {%0,%1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(address));
@@ -156,6 +162,10 @@ __device__ __forceinline__ uint4 load_uint4(uint32_t address) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
                  : "r"(address));
     return v;
+}
+
+__device__ __forceinline__ void store_float(uint32_t address, float v) {
+    asm volatile("st.shared.f32 [%0], %1;" ::"r"(address), "f"(v));
 }
 
 __device__ __forceinline__ void store_twice(uint32_t address, uint32_t a, uint32_t b) {

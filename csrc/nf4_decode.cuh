@@ -83,10 +83,10 @@ __device__ __forceinline__ float code(int nibble) {
     return value;
 }
 
-// EXACT: a row is 32 pairs of fp32; else 32 pairs of T, and its second half is free for other use
-template <class T, bool EXACT, int THREADS>
+// EXACT: a row is 32 pairs of fp32, or 16, one for two lanes: halves of a warp load 8 bytes a lane one
+// after the other. Else it is 32 pairs of T. The second half of a shorter row is free for other use.
+template <class T, bool EXACT, int THREADS, int CHUNKS = EXACT ? 16 : 8>
 __device__ __forceinline__ void fill_table(int thread) {
-    constexpr int CHUNKS = EXACT ? 16 : 8;
     for (int byte = thread; byte < 256; byte += THREADS) {
         const float high = code(byte >> 4), low = code(byte & 15);
         const uint32_t pair = round_pair<T>(high, low);

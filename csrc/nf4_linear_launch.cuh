@@ -2,11 +2,10 @@
 
 #pragma once
 
-#include <atomic>
 #include <stdexcept>
-#include <string>
 #include <type_traits>
 
+#include "launch.cuh"
 #include "nf4_linear_epilogue.cuh"
 
 namespace tli_engine::nf4 {
@@ -53,27 +52,6 @@ __global__ void __launch_bounds__(C::THREADS, C::CTAS) nf4_linear_kernel(
     }
 }
 
-inline void check(cudaError_t status, const char* what) {
-    if (status != cudaSuccess) {
-        throw std::runtime_error(std::string("nf4_linear_sm90: ") + what + ": " + cudaGetErrorString(status));
-    }
-}
-
-// A kernel must be allowed its shared memory once on each device.
-template <class C>
-void allow_shared_memory() {
-    static std::atomic<uint64_t> allowed{0};
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    const uint64_t bit = device < 64 ? 1ull << device : 0;
-    if (allowed.load() & bit) return;
-    check(
-        cudaFuncSetAttribute(
-            nf4_linear_kernel<C>, cudaFuncAttributeMaxDynamicSharedMemorySize, C::SHARED_BYTES),
-        "shared memory");
-    allowed.fetch_or(bit);
-}
-
 template <class C>
 void launch(const Call& call) {
     constexpr bool BF16 = std::is_same_v<typename C::T, __nv_bfloat16>;
@@ -97,18 +75,8 @@ void launch(const Call& call) {
         call.tile.split,
         call.low_rank,
     };
-    allow_shared_memory<C>();
-    cudaLaunchAttribute overlap{};
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config{};
-    config.gridDim = call.plan.grid;
-    config.blockDim = C::THREADS;
-    config.dynamicSmemBytes = C::SHARED_BYTES;
-    config.stream = call.stream;
-    config.attrs = &overlap;
-    config.numAttrs = 1;
-    check(cudaLaunchKernelEx(&config, nf4_linear_kernel<C>, x_map, low_rank_map, problem), "launch");
+    const Launch to{call.plan.grid, C::THREADS, C::SHARED_BYTES, call.stream, "nf4_linear_sm90"};
+    launch_overlapping<C>(to, nf4_linear_kernel<C>, x_map, low_rank_map, problem);
 }
 
 // block_m, blocks_per_warpgroup, warpgroups, ctas_per_sm: the best of a sweep for some shape (H100)
