@@ -37,7 +37,7 @@ MAY_IMPORT = {
     "evaluate": {"integrations", "align", "models", "data", "nn", "ops"},
     "cli": {
         *{"train", "evaluate", "integrations", "align", "models", "data", "nn", "ops"},
-        *{"backends", "nf4", "nf4_checkpoint"},
+        *{"backends", "extension", "nf4", "nf4_checkpoint"},
     },
     "__main__": {"cli"},
     # shipped for users' tests; no part of the engine needs it

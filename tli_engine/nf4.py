@@ -25,6 +25,7 @@ CPU, bit for bit. Where it differs from itself, the choices here are:
   65536 bins, coarser than the codes around zero.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -199,6 +200,40 @@ def quantize(weight: Tensor, *, block_size: int = 64, double_quant: bool = False
     if double_quant:
         absmax, nested = nest_absmax(absmax)
     return NF4Weight(packed[:, None], absmax, tuple(weight.shape), weight.dtype, block_size, nested)
+
+
+def concatenate(weights: Sequence[NF4Weight]) -> NF4Weight:
+    """Put linear layers' weights one below the other: projections of one input run as one.
+
+    Args:
+        weights: ``[N_g, K]`` each, of one K, dtype, block size and device.
+
+    Returns:
+        ``[sum of N_g, K]``, bit for bit the same values; its absmax in fp32.
+
+    Raises:
+        ValueError: None are given, they do not fit together, or a block reaches into the next row
+            at a weight's end.
+    """
+    if not weights:
+        raise ValueError("weights must not be empty")
+    first = weights[0]
+    common = (first.shape[1:], first.dtype, first.block_size, first.device)
+    for weight in weights:
+        if (weight.shape[1:], weight.dtype, weight.block_size, weight.device) != common:
+            got = f"{list(weight.shape)} {weight.dtype}, blocks of {weight.block_size}"
+            raise ValueError(
+                f"weights must share all but their first size with the first, got {got}"
+            )
+        if len(weight.shape) != 2 or weight.shape[0] * weight.shape[1] % weight.block_size:
+            raise ValueError(
+                f"weights must be [N, K], N * K a multiple of the block size {weight.block_size}, "
+                f"got {list(weight.shape)}"
+            )
+    packed = torch.cat([w.packed for w in weights])
+    absmax = torch.cat([w.absmax_fp32() for w in weights])
+    rows = sum(w.shape[0] for w in weights)
+    return NF4Weight(packed, absmax, (rows, *first.shape[1:]), first.dtype, first.block_size)
 
 
 def check_weight(weight: Tensor, block_size: int) -> None:

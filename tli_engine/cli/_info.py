@@ -4,10 +4,14 @@ from typing import Any
 
 import torch
 
-from tli_engine import backends, ops
+from tli_engine import backends, extension, ops
 from tli_engine.models.builtin import cache_folder, names
 from tli_engine.models.files import FAMILIES
 from tli_engine.train.provenance import versions
+
+
+# the public ones, and the one that a layer takes where the extension runs
+_OPS = [*(op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)), "nf4_linear_records"]
 
 
 def collect() -> dict[str, Any]:
@@ -15,7 +19,8 @@ def collect() -> dict[str, Any]:
     return {
         "versions": versions(),
         "devices": _devices(),
-        "ops": {op: _backends(op) for op in ops.__all__},
+        "extension": extension.status(),
+        "ops": {op: _backends(op) for op in _OPS},
         "families": list(FAMILIES),
         "builtin_models": names(),
         "cache": str(cache_folder()),
@@ -54,6 +59,7 @@ def print_info(facts: dict[str, Any]) -> None:
             "device     "
             + ", ".join(f"{v}" if k == "name" else f"{k} {v}" for k, v in device.items())
         )
+    print(f"extension  CUDA C++ for Hopper GPUs: {facts['extension']}")
     for op, backend in facts["ops"].items():
         why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""
         print(f"op         {op}: {backend['cpu']} on a CPU, {backend['gpu']} on a GPU{why}")
