@@ -207,10 +207,11 @@ struct GemvLowRank {
             const float first = __uint_as_float(bits[i][0]), second = __uint_as_float(bits[i][1]);
             a[i] = b.fp32 ? round_pair<typename C::T>(first, second) : bits[i][0] | bits[i][1] << 16;
         }
+        float update[4] = {};
+        multiply_step<typename C::T>(update, a, x);
+        // to multiply into the accumulators of a quarter would put all into local memory
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            if (quarter == i) multiply_step<typename C::T>(acc[i], a, x);
-        }
+        for (int i = 0; i < 16; i++) acc[i >> 2][i & 3] += quarter == i >> 2 ? update[i & 3] : 0.f;
     }
 
 private:

@@ -3,9 +3,7 @@
 Written by ``python -m bench.tune_sm90`` on one H200; None: dequantising, then cuBLAS, was faster.
 """
 
-TUNED: dict[
-    tuple[str, int, int, int, bool], tuple[int, int, int, int, int, int, int] | None
-] = {
+TUNED: dict[tuple[str, int, int, int, bool], tuple[int, int, int, int, int, int, int] | None] = {
     ("dx", 4096, 4096, 8, False): (16, 1, 2, 2, 1, 8, 0),
     ("dx", 4096, 4096, 8, True): (16, 1, 2, 2, 1, 8, 0),
     ("dx", 4096, 4096, 16, False): (16, 1, 2, 2, 1, 8, 0),
