@@ -6,13 +6,19 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),constraints-cuda.txt,constraints.txt)
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS)
 
-.PHONY: train test lint types
+.PHONY: train test cuda lint types
 
 train: $(VENV)/.installed
 	$(BIN)/tli-engine train --recipe demo
 
 test: $(VENV)/.installed-dev lint types
 	$(BIN)/python -m pytest
+
+# the CUDA C++ kernels for Hopper GPUs; needs nvcc
+cuda: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet 'setuptools>=77'
+	TLI_ENGINE_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
+	$(BIN)/tli-engine info
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -7,13 +7,14 @@ namespace tli_engine::nf4 {
 template <class C>
 __global__ void __launch_bounds__(C::THREADS, 1)
     nf4_gemv_kernel(const __grid_constant__ GemvProblem p) {
+    using T = typename C::T;
     extern __shared__ __align__(1024) uint8_t shared[];
     if (hopper::shared_address(shared) != TABLE) __trap();
     const GemvShare<C> share(p);
     // the weights do not depend on the kernel before
     Ring<C> ring(p, share);
     hopper::allow_next_kernel();
-    fill_table<typename C::T, C::EXACT, C::THREADS, 8>(threadIdx.x);
+    fill_table<T, C::EXACT, C::THREADS, 8>(threadIdx.x);
     hopper::wait_for_previous_kernel();
     const int lane = threadIdx.x & 31;
     uint32_t x[C::COLUMNS][4][2];
@@ -27,8 +28,11 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     }
     GemvLowRank<C> low_rank(p, share.part);
     __syncthreads();
+    const int m = threadIdx.x >> 6, row = threadIdx.x & 63;
     for (int block = share.first_block; block < share.last_block; block++) {
         float acc[4][4] = {};
+        // asked for ahead of the records, needed after them
+        const T bias = load_bias<T>(p, block * 64 + row);
         low_rank.load(p.low_rank, block);
 #pragma unroll
         for (int i = 0; i < C::COLUMNS; i++) {
@@ -40,10 +44,9 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         }
         low_rank.add(acc, p.low_rank);
         const float sum = add_warps<C>(acc, p.m);
-        const int m = threadIdx.x >> 6, row = threadIdx.x & 63;
         if (m >= p.m) continue;
         if (p.plan.split == 1) {
-            store_sum<typename C::T>(p, m, block * 64 + row, sum);
+            store_sum<T>(p, m, block * 64 + row, sum, bias);
         } else {
             const int64_t place = static_cast<int64_t>(share.part) * (p.rows / 64) + block;
             __stcg(p.workspace + (place * p.m + m) * 64 + row, sum);

@@ -267,15 +267,21 @@ __device__ __forceinline__ float add_warps(const float (&acc)[4][4], int m_end) 
 }
 
 template <class T>
-__device__ __forceinline__ void store_sum(const GemvProblem& p, int m, int row, float sum) {
-    const float bias = p.bias != nullptr ? static_cast<float>(static_cast<const T*>(p.bias)[row]) : 0.f;
-    static_cast<T*>(p.out)[static_cast<int64_t>(m) * p.rows + row] = static_cast<T>(sum + bias);
+__device__ __forceinline__ T load_bias(const GemvProblem& p, int row) {
+    return p.bias != nullptr ? static_cast<const T*>(p.bias)[row] : static_cast<T>(0.f);
+}
+
+template <class T>
+__device__ __forceinline__ void store_sum(const GemvProblem& p, int m, int row, float sum, T bias) {
+    const float biased = sum + static_cast<float>(bias);
+    static_cast<T*>(p.out)[static_cast<int64_t>(m) * p.rows + row] = static_cast<T>(biased);
 }
 
 // Of the CTAs that share row blocks, the last one to come adds the parts, in order, and resets the flag:
 // none waits for another.
 template <class C>
 __device__ __forceinline__ void add_parts(const GemvProblem& p, const GemvShare<C>& share) {
+    using T = typename C::T;
     __syncthreads();
     bool last = false;
     if (threadIdx.x == 0) {
@@ -291,10 +297,11 @@ __device__ __forceinline__ void add_parts(const GemvProblem& p, const GemvShare<
     for (int i = threadIdx.x; i < end; i += C::THREADS) {
         const int block = share.first_block + i / width, m = i % width >> 6, row = i & 63;
         const float* sums = p.workspace + static_cast<int64_t>(share.first_block) * width + i;
+        const T bias = load_bias<T>(p, block * 64 + row);
         float sum = 0.f;
 #pragma unroll 8
         for (int part = 0; part < p.plan.split; part++) sum += __ldcg(sums + part * part_stride);
-        store_sum<typename C::T>(p, m, block * 64 + row, sum);
+        store_sum<T>(p, m, block * 64 + row, sum, bias);
     }
 }
 

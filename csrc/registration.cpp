@@ -14,6 +14,7 @@
 #include <tuple>
 #include <vector>
 
+#include "nf4_gemv.h"
 #include "nf4_linear_sm90.h"
 
 namespace tli_engine {
@@ -33,16 +34,16 @@ cudaStream_t current_stream(int32_t device) {
         return reinterpret_cast<Function>(
             library == nullptr ? nullptr : dlsym(library, "aoti_torch_get_current_cuda_stream"));
     }();
-    STD_TORCH_CHECK(function != nullptr, "nf4_linear_sm90: this torch has no CUDA");
+    STD_TORCH_CHECK(function != nullptr, "this torch has no CUDA");
     void* stream = nullptr;
-    STD_TORCH_CHECK(function(device, &stream) == 0, "nf4_linear_sm90: no current stream");
+    STD_TORCH_CHECK(function(device, &stream) == 0, "no current stream");
     return static_cast<cudaStream_t>(stream);
 }
 
 int device_attribute(cudaDeviceAttr attribute, int device) {
     int value = 0;
     const cudaError_t status = cudaDeviceGetAttribute(&value, attribute, device);
-    STD_TORCH_CHECK(status == cudaSuccess, "nf4_linear_sm90: ", cudaGetErrorString(status));
+    STD_TORCH_CHECK(status == cudaSuccess, "device attribute: ", cudaGetErrorString(status));
     return value;
 }
 
@@ -84,6 +85,37 @@ void check_product(const Tensor& x, const Tensor& records, int64_t rows, int64_t
         "records must be [", rows / 64, ", ", columns, ", ", RECORD_BYTES, "]");
     // the kernel's offsets are 32-bit
     STD_TORCH_CHECK(records.numel() < int64_t{1} << 32, "records must be under 4 GB");
+}
+
+void check_device(int device) {
+    STD_TORCH_CHECK(
+        device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9
+            && device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0,
+        "products with records need a GPU of compute capability 9.0");
+}
+
+void check_rest(
+    const Tensor& x,
+    const std::optional<Tensor>& bias,
+    const Tensor& workspace,
+    const Tensor& flags,
+    int64_t rows) {
+    if (bias.has_value()) {
+        check_tensor(*bias, x, x.scalar_type(), "bias");
+        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows, "bias must be [", rows, "]");
+    }
+    check_tensor(workspace, x, ScalarType::Float, "workspace");
+    check_tensor(flags, x, ScalarType::Int, "flags");
+}
+
+void check_scratch(const Tensor& workspace, const Tensor& flags, int64_t floats, int64_t flag_count) {
+    STD_TORCH_CHECK(
+        workspace.numel() >= floats && flags.numel() >= flag_count,
+        "workspace and flags must hold ", floats, " and ", flag_count, " elements");
+}
+
+const void* data_or_null(const std::optional<Tensor>& t) {
+    return t.has_value() ? t->const_data_ptr() : nullptr;
 }
 
 nf4::LowRank to_low_rank(
@@ -145,22 +177,14 @@ Tensor nf4_linear_sm90(
     Tensor flags) {
     check_product(x, records, rows, contraction);
     const nf4::LowRank low_rank = to_low_rank(x, lora_x, lora_b, sizes, rows, transposed);
-    if (bias.has_value()) {
-        check_tensor(*bias, x, x.scalar_type(), "bias");
-        STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == rows, "bias must be [", rows, "]");
-    }
-    check_tensor(workspace, x, ScalarType::Float, "workspace");
-    check_tensor(flags, x, ScalarType::Int, "flags");
+    check_rest(x, bias, workspace, flags, rows);
 
     const int64_t m = x.size(0);
     Tensor out = torch::stable::new_empty(x, {m, rows});
     if (m == 0) return out;
     const int device = x.get_device_index();
     const torch::stable::accelerator::DeviceGuard guard(device);
-    STD_TORCH_CHECK(
-        device_attribute(cudaDevAttrComputeCapabilityMajor, device) == 9
-            && device_attribute(cudaDevAttrComputeCapabilityMinor, device) == 0,
-        "nf4_linear_sm90 needs a GPU of compute capability 9.0");
+    check_device(device);
     const int sm_count = device_attribute(cudaDevAttrMultiProcessorCount, device);
     const nf4::Tile cut = to_tile(tile);
     const nf4::Plan plan = nf4::make_plan(static_cast<int>(rows), static_cast<int>(m), cut, sm_count);
@@ -168,15 +192,13 @@ Tensor nf4_linear_sm90(
     STD_TORCH_CHECK(cut.split <= steps, "split must be at most ", steps, ", got ", cut.split);
     STD_TORCH_CHECK(
         (plan.tiles - plan.whole_tiles) * steps * plan.grid < INT_LIMIT, "too many steps are shared");
-    STD_TORCH_CHECK(
-        workspace.numel() >= plan.workspace_floats && flags.numel() >= plan.flags,
-        "workspace and flags must hold ", plan.workspace_floats, " and ", plan.flags, " elements");
+    check_scratch(workspace, flags, plan.workspace_floats, plan.flags);
 
     const nf4::Call call{
         x.const_data_ptr(),
         static_cast<const uint8_t*>(records.const_data_ptr()),
-        bias.has_value() ? bias->const_data_ptr() : nullptr,
-        lora_x.has_value() ? lora_x->const_data_ptr() : nullptr,
+        data_or_null(bias),
+        data_or_null(lora_x),
         out.mutable_data_ptr(),
         static_cast<float*>(workspace.mutable_data_ptr()),
         static_cast<unsigned*>(flags.mutable_data_ptr()),
@@ -197,6 +219,63 @@ Tensor nf4_linear_sm90(
     return out;
 }
 
+Tensor nf4_gemv_sm90(
+    Tensor x,
+    Tensor records,
+    std::optional<Tensor> bias,
+    std::optional<Tensor> lora_x,
+    std::optional<Tensor> lora_b,
+    std::vector<int64_t> sizes,
+    int64_t rows,
+    int64_t contraction,
+    bool transposed,
+    bool exact,
+    std::vector<int64_t> plan,
+    Tensor workspace,
+    Tensor flags) {
+    check_product(x, records, rows, contraction);
+    const nf4::LowRank low_rank = to_low_rank(x, lora_x, lora_b, sizes, rows, transposed);
+    check_rest(x, bias, workspace, flags, rows);
+    const int64_t m = x.size(0), blocks = rows / 64, columns = contraction / 64;
+    STD_TORCH_CHECK(m <= nf4::GEMV_M, "x must have at most ", nf4::GEMV_M, " rows, got ", m);
+    STD_TORCH_CHECK(plan.size() == 2, "plan must have 2 numbers, got ", plan.size());
+    const int64_t split = plan[0], groups = plan[1], least = (columns - 1) / nf4::GEMV_COLUMNS + 1;
+    STD_TORCH_CHECK(
+        split >= least && split <= columns, "split must be ", least, " to ", columns, ", got ", split);
+    STD_TORCH_CHECK(
+        groups >= 1 && groups <= blocks, "groups must be 1 to ", blocks, ", got ", groups);
+    STD_TORCH_CHECK(
+        split * columns < INT_LIMIT && groups * blocks < INT_LIMIT && split * groups < INT_LIMIT,
+        "split and groups are too large");
+    const bool shared = split > 1;
+    check_scratch(workspace, flags, shared ? split * rows * m : 0, shared ? groups : 0);
+
+    Tensor out = torch::stable::new_empty(x, {m, rows});
+    if (m == 0) return out;
+    const int device = x.get_device_index();
+    const torch::stable::accelerator::DeviceGuard guard(device);
+    check_device(device);
+    nf4::launch_gemv({
+        x.const_data_ptr(),
+        static_cast<const uint8_t*>(records.const_data_ptr()),
+        data_or_null(bias),
+        data_or_null(lora_x),
+        out.mutable_data_ptr(),
+        static_cast<float*>(workspace.mutable_data_ptr()),
+        static_cast<unsigned*>(flags.mutable_data_ptr()),
+        static_cast<int>(m),
+        static_cast<int>(rows),
+        static_cast<int>(contraction),
+        x.scalar_type() == ScalarType::BFloat16,
+        transposed,
+        exact,
+        low_rank,
+        {static_cast<int>(split), static_cast<int>(groups)},
+        current_stream(device),
+    });
+    return out;
+}
+
 std::tuple<int64_t, int64_t> nf4_linear_sm90_workspace(
     int64_t rows, int64_t m, std::vector<int64_t> tile, int64_t sm_count) {
     STD_TORCH_CHECK(rows < INT_LIMIT && m < INT_LIMIT && sm_count < INT_LIMIT, "sizes are too large");
@@ -213,11 +292,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tli_engine, library) {
         "int[] sizes, int rows, int contraction, bool transposed, bool exact, int[] tile, "
         "Tensor(a!) workspace, Tensor(b!) flags) -> Tensor");
     library.def(
+        "nf4_gemv_sm90(Tensor x, Tensor records, Tensor? bias, Tensor? lora_x, Tensor? lora_b, "
+        "int[] sizes, int rows, int contraction, bool transposed, bool exact, int[] plan, "
+        "Tensor(a!) workspace, Tensor(b!) flags) -> Tensor");
+    library.def(
         "nf4_linear_sm90_workspace(int rows, int m, int[] tile, int sm_count) -> (int, int)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tli_engine, CUDA, library) {
     library.impl("nf4_linear_sm90", TORCH_BOX(&tli_engine::nf4_linear_sm90));
+    library.impl("nf4_gemv_sm90", TORCH_BOX(&tli_engine::nf4_gemv_sm90));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tli_engine, CompositeExplicitAutograd, library) {

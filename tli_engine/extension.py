@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 _LIBRARY = Path(__file__).with_name("_C.so")
-_OP = "tli_engine::nf4_linear_sm90"
+# with arguments of the same kinds
+_OPS = ("tli_engine::nf4_linear_sm90", "tli_engine::nf4_gemv_sm90")
 
 
 def load() -> bool:
@@ -30,7 +31,8 @@ def _load() -> str | None:
     except (OSError, RuntimeError) as e:
         # the first line names the missing symbol or library; a backtrace may follow
         return f"cannot be loaded: {str(e).splitlines()[0]}"
-    torch.library.register_fake(_OP, _fake)
+    for op in _OPS:
+        torch.library.register_fake(op, _fake)
     return None
 
 
@@ -45,7 +47,7 @@ def _fake(
     contraction: int,
     transposed: bool,
     exact: bool,
-    tile: list[int],
+    plan: list[int],
     workspace: Tensor,
     flags: Tensor,
 ) -> Tensor:

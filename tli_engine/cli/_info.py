@@ -9,7 +9,6 @@ from tli_engine.models.builtin import cache_folder, names
 from tli_engine.models.files import FAMILIES
 from tli_engine.train.provenance import versions
 
-
 # the public ones, and the one that a layer takes where the extension runs
 _OPS = [*(op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)), "nf4_linear_records"]
 
