@@ -1,4 +1,4 @@
-"""NF4 dequantisation, plain and double quantised: microseconds against bitsandbytes."""
+"""NF4 dequantisation, plain and double quantised: microseconds against bitsandbytes, Unsloth."""
 
 import argparse
 
@@ -6,6 +6,7 @@ import torch
 
 from bench.harness import Row, copy_bandwidth, print_gpu_rows, time_graphs, write_results
 from bench.nf4_shapes import SHAPES, bnb_weight, copies, random_nf4, rotate, rows_of
+from bench.peers import load_unsloth
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
 from tli_engine.kernels.nf4_records import dequantize_records
 from tli_engine.layouts import PortableWeight
@@ -13,7 +14,7 @@ from tli_engine.nf4 import NF4Weight, quantize
 from tli_engine.ops import nf4_dequantize
 from tli_engine.reference.nf4_records import to_records
 
-PEERS = ["bitsandbytes"]
+PEERS = ["bitsandbytes", "unsloth"]
 
 
 def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
@@ -54,6 +55,11 @@ def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
             "tli-engine": rotate(nf4_dequantize, doubles),
         },
     }
+    if unsloth := load_unsloth():
+        for case, states in (("dequantize", bnb_plain), ("dequantize-double", bnb_double)):
+            if not torch.equal(unsloth.dequantize(*states[0]), dequantize_4bit(*states[0])):
+                raise SystemExit(f"{name} {case}: unsloth: not the bits of bitsandbytes; not timed")
+            cases[case]["unsloth"] = rotate(unsloth.dequantize, *zip(*states, strict=True))
     rows = []
     for case, calls in cases.items():
         times = time_graphs(calls, max(8, len(plain)))

@@ -1,4 +1,4 @@
-"""NF4 linear layer, forward and dX: microseconds against cuBLAS in bf16 and bitsandbytes.
+"""NF4 linear layer, forward and dX: microseconds against cuBLAS in bf16, bitsandbytes, Unsloth.
 
 The floor is the larger of bytes (0.5625 a weight, input and output once) over the copy bandwidth
 and operations over the rate of an 8192^3 product, both measured in the same run. cuBLAS reads a
@@ -21,10 +21,11 @@ from bench.harness import (
     write_results,
 )
 from bench.nf4_shapes import SHAPES, Weights, check, make_weights, rotate, rows_of
+from bench.peers import load_unsloth
 from tli_engine.layouts import PortableWeight, RecordedWeight
 
 M_VALUES = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
-PEERS = ["bitsandbytes"]
+PEERS = ["bitsandbytes", "unsloth"]
 
 
 def product(
@@ -63,6 +64,9 @@ def providers(weights: Weights, x: Tensor, direction: str) -> dict[str, list[Cal
         "tli-engine": rotate(partial(product, x, direction, False), stored),
         "tli-engine:fast": rotate(partial(product, x, direction, True), stored),
     }
+    if unsloth := load_unsloth():
+        theirs = unsloth.forward if direction == "fwd" else unsloth.input_gradient
+        found["unsloth"] = rotate(partial(theirs, x), *zip(*weights.bnb, strict=True))
     if isinstance(stored[0], RecordedWeight):
         # what a GPU without the extension's kernels runs
         tiled = weights.tiled

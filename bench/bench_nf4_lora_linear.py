@@ -1,7 +1,8 @@
 """NF4 linear layer with LoRA, forward and backward (dX, dA, dB): what the update costs on top.
 
 ``frozen`` is the same layer without an adapter, forward and dX. PEFT is measured as its users run
-it on bitsandbytes' layer, with the adapter in bf16 and, its default, in fp32.
+it on bitsandbytes' layer, with the adapter in bf16 and, its default, in fp32; so is Unsloth's
+autograd function of one adapted layer. All hold the same bytes, the absmax in fp32.
 """
 
 import argparse
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Row, print_gpu_rows, quantiles_ms, time_graphs, write_results
-from bench.nf4_shapes import SHAPES, Weights, make_weights
+from bench.nf4_shapes import SHAPES, Weights, check, make_weights
+from bench.peers import load_unsloth
 from tli_engine.nn import NF4Linear
 
-PEERS = ["bitsandbytes", "peft"]
+PEERS = ["bitsandbytes", "peft", "unsloth"]
 M_VALUES = (16, 64, 256, 1024, 4096)
 RANK, SCALING = 16, 2.0
+
+# a layer and what it is differentiated by: its input, then its adapter's A and B if it has one
+Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
 def peft_layer(packed: Tensor, state: object, N: int, K: int, dtype: torch.dtype) -> nn.Module:
@@ -57,25 +62,49 @@ def peft_layer(packed: Tensor, state: object, N: int, K: int, dtype: torch.dtype
     return adapted
 
 
-def step(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], dy: Tensor) -> None:
-    """One forward and the gradients of ``inputs``; the first is the layer's input."""
+def step(forward: Callable[[Tensor], Tensor], inputs: list[Tensor], dy: Tensor) -> list[Tensor]:
+    """One forward, and the gradients of ``inputs``; the first is the layer's input."""
     y = forward(inputs[0])
-    torch.autograd.grad(y, inputs, dy.to(y.dtype))
+    return [y, *torch.autograd.grad(y, inputs, dy.to(y.dtype))]
 
 
-def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Callable[[], object]]]:
-    """Each provider's calls on a rotation of weights."""
+def check_step(layer: Layer, dy: Tensor, weight: Tensor, what: str) -> None:
+    """Stop unless output and gradients are those of the dense weight in fp32, up to rounding."""
+    x, *adapter = (t.detach().float().requires_grad_() for t in layer[1])
+    y = x @ weight.float().T
+    if adapter:
+        y = y + SCALING * (x @ adapter[0].T @ adapter[1].T)
+    exact = [y.detach(), *torch.autograd.grad(y, [x, *adapter], dy.float())]
+    for name, got, want in zip(("y", "dX", "dA", "dB"), step(*layer, dy), exact, strict=False):
+        check(got, want, f"{what} {name}")
+
+
+def unsloth_layers(weights: Weights, x: Tensor, A: Tensor, B: Tensor) -> dict[str, list[Layer]]:
+    """Unsloth's adapted layer, with the adapter in bf16 and, its default, in fp32."""
+    unsloth = load_unsloth()
+    if unsloth is None:
+        return {}
+    found = {}
+    for name, dtype in (("unsloth", torch.bfloat16), ("unsloth:fp32", torch.float32)):
+        a, b = (t.detach().to(dtype).requires_grad_() for t in (A, B))
+        found[name] = [
+            (lambda t, w=w, a=a, b=b: unsloth.lora_forward(t, *w, a, b, SCALING), [x, a, b])
+            for w in weights.bnb
+        ]
+    return found
+
+
+def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Layer]]:
+    """Each provider's layers, a rotation of weights."""
     import bitsandbytes
 
     x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
     lora_A = (torch.randn(RANK, K, device="cuda") * 0.02).requires_grad_()
     lora_B = (torch.randn(N, RANK, device="cuda") * 0.02).requires_grad_()
 
-    def peft(dtype: torch.dtype) -> list[Callable[[], object]]:
+    def peft(dtype: torch.dtype) -> list[Layer]:
         layers = [peft_layer(*w, N, K, dtype) for w in weights.bnb[: max(2, len(weights.dense))]]
-        inputs = [[x, *(p for p in m.parameters() if p.requires_grad)] for m in layers]
-        return [partial(step, m, i, dy) for m, i in zip(layers, inputs, strict=True)]
+        return [(m, [x, *(p for p in m.parameters() if p.requires_grad)]) for m in layers]
 
     def adapted(layer: NF4Linear) -> Callable[[Tensor], Tensor]:
         return lambda t: layer.lora_forward(t, lora_A, lora_B, SCALING)
@@ -86,12 +115,13 @@ def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Callab
     return {
         "peft+bitsandbytes": peft(torch.bfloat16),
         "peft+bitsandbytes:fp32": peft(torch.float32),
-        "bitsandbytes:frozen": [lambda w=w: step(bnb(*w), [x], dy) for w in weights.bnb],
+        **unsloth_layers(weights, x, lora_A, lora_B),
+        "bitsandbytes:frozen": [(bnb(*w), [x]) for w in weights.bnb],
         "cublas-bf16:frozen": [
-            lambda w=w: step(lambda t: nn.functional.linear(t, w), [x], dy) for w in weights.dense
+            (lambda t, w=w: nn.functional.linear(t, w), [x]) for w in weights.dense
         ],
-        "tli-engine:frozen": [lambda m=m: step(m, [x], dy) for m in weights.nf4],
-        "tli-engine": [lambda m=m: step(adapted(m), [x, lora_A, lora_B], dy) for m in weights.nf4],
+        "tli-engine:frozen": [(m, [x]) for m in weights.nf4],
+        "tli-engine": [(adapted(m), [x, lora_A, lora_B]) for m in weights.nf4],
     }
 
 
@@ -99,7 +129,14 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
     weights = make_weights(N, K)
     rows = []
     for M in m_values:
-        calls = providers(weights, M, N, K)
+        layers = providers(weights, M, N, K)
+        dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
+        for provider, rotation in layers.items():
+            check_step(rotation[0], dy, weights.dense[0], f"{provider} {name} M={M}")
+        calls = {
+            provider: [partial(step, *layer, dy) for layer in rotation]
+            for provider, rotation in layers.items()
+        }
         times = time_graphs(calls, 6, rounds=7)
         base = statistics.median(times["peft+bitsandbytes"])
         frozen = statistics.median(times["tli-engine:frozen"])
@@ -120,7 +157,7 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
         print_gpu_rows(new)
         print(f"  the update adds {100 * new[-1].notes['over_frozen']:.1f} % to the frozen layer")
         rows += new
-        del calls
+        del calls, layers
         torch.cuda.empty_cache()
     return rows
 

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 from bench.harness import RESULTS
 
@@ -38,28 +39,102 @@ def _time(row: dict[str, float]) -> str:
     return f"{ms / 1e3:.1f} s" if ms < 120e3 else f"{ms / 60e3:.0f} min"
 
 
-_TOKENS = (1, 16, 64, 128, 256, 1024, 4096, 8192)
+_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+_GPU = RESULTS / "NVIDIA-H200"
+
+
+def _gpu_rows(op: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((_GPU / f"{op}.json").read_text())["rows"]
+    return rows
+
+
+def _range(ratios: list[float]) -> str:
+    return f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-"
+
+
+def _nf4_table(columns: list[tuple[str, str, str, str]]) -> str:
+    """Ratios over all shapes measured; columns are title, case, provider and peer."""
+    rows = _gpu_rows("nf4_linear")
+    ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
+    lines = [
+        f"| tokens | {' | '.join(title for title, *_ in columns)} |",
+        f"|---:|{'---:|' * len(columns)}",
+    ]
+    for tokens in _TOKENS:
+        cells = [
+            _range(
+                [
+                    time / ms[case, model, tokens, provider]
+                    for (of_case, model, of_tokens, of), time in ms.items()
+                    if (of_case, of_tokens, of) == (case, tokens, peer)
+                ]
+            )
+            for _, case, provider, peer in columns
+        ]
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def nf4_table() -> str:
-    """NF4 matmuls by dispatch over all shapes measured, lowest to highest ratio."""
-    rows = json.loads((RESULTS / "NVIDIA-H200" / "nf4_linear.json").read_text())["rows"]
-    ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
-    columns = [(case, peer) for case in ("fwd", "dx") for peer in ("cublas-bf16", "bitsandbytes")]
+    """NF4 matmuls by dispatch."""
+    ours, cublas = "tli-engine", "cublas-bf16"
+    return _nf4_table(
+        [
+            ("forward, exact, x cuBLAS", "fwd", ours, cublas),
+            ("fast", "fwd", f"{ours}:fast", cublas),
+            ("exact, x bitsandbytes", "fwd", ours, "bitsandbytes"),
+            ("dX, exact, x cuBLAS", "dx", ours, cublas),
+            ("fast", "dx", f"{ours}:fast", cublas),
+            ("exact, x bitsandbytes", "dx", ours, "bitsandbytes"),
+        ]
+    )
+
+
+def triton_table() -> str:
+    """NF4 matmuls in Triton, exact."""
+    ours = "tli-engine:triton"
+    return _nf4_table(
+        [
+            ("forward, x cuBLAS", "fwd", ours, "cublas-bf16"),
+            ("x bitsandbytes", "fwd", ours, "bitsandbytes"),
+            ("dX, x cuBLAS", "dx", ours, "cublas-bf16"),
+            ("x bitsandbytes", "dx", ours, "bitsandbytes"),
+        ]
+    )
+
+
+def lora_table() -> str:
+    """A layer with LoRA, forward and backward."""
     lines = [
-        "| tokens | forward, x cuBLAS bf16 | x bitsandbytes | dX, x cuBLAS bf16 | x bitsandbytes |",
-        "|---:|---:|---:|---:|---:|",
+        "| layer | tokens | PEFT + bitsandbytes | tli-engine | ratio | the update adds |",
+        "|---|---:|---:|---:|---:|---:|",
     ]
-    for tokens in _TOKENS:
+    rows = _gpu_rows("nf4_lora_linear")
+    us = {(r["model"], r["shape"]["M"], r["provider"]): r["ms"] * 1e3 for r in rows}
+    for (model, tokens, provider), time in us.items():
+        if provider == "tli-engine":
+            peer = us[model, tokens, "peft+bitsandbytes"]
+            added = 100 * (time / us[model, tokens, "tli-engine:frozen"] - 1)
+            cells = f"{peer:,.0f} µs | {time:,.0f} µs | **{peer / time:.1f} x** | {added:.0f} %"
+            lines.append(f"| {model} | {tokens:,} | {cells} |")
+    return "\n".join(lines)
+
+
+def words_table() -> str:
+    """Attention within words, forward and backward, against the fastest peer."""
+    lines = [
+        "| shape | tokens | forward | x fastest peer | backward | x fastest peer |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    rows = _gpu_rows("word_attention")
+    us = {(r["model"], r["shape"]["T"], r["case"], r["provider"]): r["ms"] * 1e3 for r in rows}
+    for model, tokens in dict.fromkeys((m, t) for m, t, *_ in us):
         cells = []
-        for case, peer in columns:
-            ratios = [
-                time / ms[case, model, tokens, "tli-engine"]
-                for (of_case, model, of_tokens, provider), time in ms.items()
-                if (of_case, of_tokens, provider) == (case, tokens, peer)
-            ]
-            cells.append(f"{min(ratios):.2f}-{max(ratios):.2f}" if ratios else "-")
-        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+        for case in ("fwd", "bwd"):
+            peers = [us[model, tokens, case, p] for p in ("padded", "masked", "varlen")]
+            time = us[model, tokens, case, "tli-engine"]
+            cells.append(f"{time:.1f} µs | {min(peers) / time:.1f} x")
+        lines.append(f"| {model} | {tokens} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
@@ -69,7 +144,13 @@ def output_of(name: str) -> str:
     return f"```\n{text.rstrip()}\n```"
 
 
-TABLES = {"published": published_table, "nf4": nf4_table}
+TABLES = {
+    "published": published_table,
+    "nf4": nf4_table,
+    "triton": triton_table,
+    "lora": lora_table,
+    "words": words_table,
+}
 
 
 def fill(text: str) -> str:

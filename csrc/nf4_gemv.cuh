@@ -65,11 +65,11 @@ template <class C>
 class Ring {
 public:
     __device__ __forceinline__ Ring(const GemvProblem& p, const GemvShare<C>& share)
-        : warp(threadIdx.x >> 5), lane(threadIdx.x & 31), columns(share.columns) {
+        : records(p.records), warp(threadIdx.x >> 5), lane(threadIdx.x & 31), columns(share.columns) {
         // a row block's records are filled up to a multiple of two
         const int stride = (p.contraction + 127) / 128 * 2;
-        const int64_t first = static_cast<int64_t>(share.first_block) * stride + share.first_column;
-        next = p.records + first * RECORD_BYTES;
+        // offsets in 32 bits, to save registers: a weight's records are under 4 GB
+        next = (static_cast<uint32_t>(share.first_block) * stride + share.first_column) * RECORD_BYTES;
         skip = (stride - columns) * RECORD_BYTES;
         left = (share.last_block - share.first_block) * columns;
         if (lane == 0) {
@@ -97,9 +97,9 @@ public:
     }
 
 private:
-    const uint8_t* next;
-    int warp, lane, columns, skip, left, column = 0, stage = 0;
-    uint32_t parity = 0;
+    const uint8_t* records;
+    uint32_t next, skip, parity = 0;
+    int warp, lane, columns, left, column = 0, stage = 0;
 
     __device__ __forceinline__ uint32_t full(int i) const { return C::BARRIERS + (warp * C::STAGES + i) * 8; }
     __device__ __forceinline__ uint32_t slot(int i) const {
@@ -110,7 +110,7 @@ private:
         left--;
         if (lane == 0) {
             hopper::barrier_arrive_expect(full(i), RECORD_BYTES);
-            hopper::copy_bytes(slot(i), next, RECORD_BYTES, full(i));
+            hopper::copy_bytes(slot(i), records + next, RECORD_BYTES, full(i));
         }
         next += RECORD_BYTES;
         if (++column == columns) {
