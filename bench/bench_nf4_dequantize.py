@@ -1,6 +1,8 @@
 """NF4 dequantisation, plain and double quantised: microseconds against bitsandbytes, Unsloth."""
 
 import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -14,6 +16,7 @@ from tli_engine.nf4 import NF4Weight, quantize
 from tli_engine.ops import nf4_dequantize
 from tli_engine.reference.nf4_records import to_records
 
+Calls = dict[str, list[Callable[[], object]]]
 PEERS = ["bitsandbytes", "unsloth"]
 
 
@@ -55,11 +58,8 @@ def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
             "tli-engine": rotate(nf4_dequantize, doubles),
         },
     }
-    if unsloth := load_unsloth():
-        for case, states in (("dequantize", bnb_plain), ("dequantize-double", bnb_double)):
-            if not torch.equal(unsloth.dequantize(*states[0]), dequantize_4bit(*states[0])):
-                raise SystemExit(f"{name} {case}: unsloth: not the bits of bitsandbytes; not timed")
-            cases[case]["unsloth"] = rotate(unsloth.dequantize, *zip(*states, strict=True))
+    cases["dequantize"] |= _unsloth(bnb_plain, name)
+    cases["dequantize-double"] |= _unsloth(bnb_double, name)
     rows = []
     for case, calls in cases.items():
         times = time_graphs(calls, max(8, len(plain)))
@@ -69,6 +69,18 @@ def bench_shape(name: str, N: int, K: int, bandwidth: float) -> list[Row]:
         rows += rows_of(case, {"N": N, "K": K}, name, times, "bitsandbytes", floor, bytes=nbytes)
         print_gpu_rows(rows[-len(calls) :])
     return rows
+
+
+def _unsloth(weights: Sequence[tuple[torch.Tensor, Any]], name: str) -> Calls:
+    """Unsloth's kernel on a rotation of bitsandbytes' weights; empty without Unsloth."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    unsloth = load_unsloth()
+    if unsloth is None:
+        return {}
+    if not torch.equal(unsloth.dequantize(*weights[0]), dequantize_4bit(*weights[0])):
+        raise SystemExit(f"{name}: unsloth: not the bits of bitsandbytes; not timed")
+    return {"unsloth": rotate(unsloth.dequantize, *zip(*weights, strict=True))}
 
 
 def _nested_of(state: object) -> object:

@@ -24,7 +24,7 @@ from bench.nf4_shapes import SHAPES, Weights, check, make_weights, rotate, rows_
 from bench.peers import load_unsloth
 from tli_engine.layouts import PortableWeight, RecordedWeight
 
-M_VALUES = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+M_VALUES = (1, 16, 64, 128, 256, 512, 1024, 4096)
 PEERS = ["bitsandbytes", "unsloth"]
 
 
@@ -69,9 +69,7 @@ def providers(weights: Weights, x: Tensor, direction: str) -> dict[str, list[Cal
         found["unsloth"] = rotate(partial(theirs, x), *zip(*weights.bnb, strict=True))
     if isinstance(stored[0], RecordedWeight):
         # what a GPU without the extension's kernels runs
-        tiled = weights.tiled
-        found["tli-engine:triton"] = rotate(partial(product, x, direction, False), tiled)
-        found["tli-engine:triton-fast"] = rotate(partial(product, x, direction, True), tiled)
+        found["tli-engine:triton"] = rotate(partial(product, x, direction, False), weights.tiled)
     return found
 
 

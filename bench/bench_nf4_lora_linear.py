@@ -9,6 +9,7 @@ import argparse
 import statistics
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,13 +85,14 @@ def unsloth_layers(weights: Weights, x: Tensor, A: Tensor, B: Tensor) -> dict[st
     unsloth = load_unsloth()
     if unsloth is None:
         return {}
+
+    def adapted(packed: Tensor, state: Any, a: Tensor, b: Tensor) -> Layer:
+        return lambda t: unsloth.lora_forward(t, packed, state, a, b, SCALING), [x, a, b]
+
     found = {}
     for name, dtype in (("unsloth", torch.bfloat16), ("unsloth:fp32", torch.float32)):
         a, b = (t.detach().to(dtype).requires_grad_() for t in (A, B))
-        found[name] = [
-            (lambda t, w=w, a=a, b=b: unsloth.lora_forward(t, *w, a, b, SCALING), [x, a, b])
-            for w in weights.bnb
-        ]
+        found[name] = [adapted(*weight, a, b) for weight in weights.bnb]
     return found
 
 
@@ -129,13 +131,13 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
     weights = make_weights(N, K)
     rows = []
     for M in m_values:
-        layers = providers(weights, M, N, K)
         dy = torch.randn(M, N, device="cuda", dtype=torch.bfloat16)
-        for provider, rotation in layers.items():
+        # on leaves of its own: a graph captures only leaves that no other stream has met
+        for provider, rotation in providers(weights, M, N, K).items():
             check_step(rotation[0], dy, weights.dense[0], f"{provider} {name} M={M}")
         calls = {
             provider: [partial(step, *layer, dy) for layer in rotation]
-            for provider, rotation in layers.items()
+            for provider, rotation in providers(weights, M, N, K).items()
         }
         times = time_graphs(calls, 6, rounds=7)
         base = statistics.median(times["peft+bitsandbytes"])
@@ -157,7 +159,7 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
         print_gpu_rows(new)
         print(f"  the update adds {100 * new[-1].notes['over_frozen']:.1f} % to the frozen layer")
         rows += new
-        del calls, layers
+        del calls, rotation
         torch.cuda.empty_cache()
     return rows
 

@@ -200,7 +200,7 @@ def sweep(model: str, T: int) -> None:
     directions: dict[str, tuple[Tile, Callable[[Tile], object]]] = {
         "fwd": (forward_tile(*shape), lambda t: launch_forward(*inputs, D**-0.5, t)),
         "bwd": (
-            backward_tile(*shape),
+            backward_tile(*shape, torch.cuda.get_device_capability()),
             lambda t: launch_backward(case.dout, *inputs, out, lse, D**-0.5, t),
         ),
     }

@@ -15,15 +15,15 @@ from typing import Any
 
 from torch import Tensor
 
-# the parents of what is imported; their __init__ patch, and none of their files is replaced
-_BARE = ("unsloth_zoo", "unsloth_zoo.temporary_patches", "unsloth", "unsloth.kernels")
+# the parents of what is imported: their __init__ would patch and pull in the rest
+_BARE = ("unsloth", "unsloth.kernels", "unsloth_zoo", "unsloth_zoo.temporary_patches")
 
 
 @dataclass(frozen=True)
 class Unsloth:
     """Unsloth's functions on a weight as ``bench.nf4_shapes.bnb_weight`` holds it.
 
-    Its state may be double quantised or not, and both methods take bf16 rows.
+    Its state may be double quantised or not; rows are bf16.
     """
 
     dequantize: Callable[[Tensor, Any], Tensor]

@@ -39,7 +39,7 @@ def _time(row: dict[str, float]) -> str:
     return f"{ms / 1e3:.1f} s" if ms < 120e3 else f"{ms / 60e3:.0f} min"
 
 
-_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096, 8192)
+_TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096)
 _GPU = RESULTS / "NVIDIA-H200"
 
 

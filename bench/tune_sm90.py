@@ -1,4 +1,4 @@
-"""Find the fastest tiles of the CUDA C++ product on this Hopper GPU; write ``kernels/nf4_sm90_tuned.py``.
+"""Find the fastest tiles of the CUDA C++ products on this Hopper GPU; write ``kernels/nf4_sm90_tuned.py``.
 
 python -m bench.tune_sm90 [--shapes NAME ...]
 """
@@ -19,7 +19,7 @@ from bench.nf4_shapes import SHAPES, copies, random_nf4
 from tli_engine import extension
 from tli_engine.kernels import nf4_sm90_dispatch
 from tli_engine.kernels.nf4_records import dequantize_records
-from tli_engine.kernels.nf4_sm90_dispatch import Tile, launch
+from tli_engine.kernels.nf4_sm90_dispatch import GEMV_M, Gemv, Tile, gemv_cuts, launch
 from tli_engine.kernels.nf4_sm90_tuned import TUNED
 from tli_engine.reference.nf4_records import to_records
 
@@ -32,10 +32,14 @@ KERNELS = (
 )
 
 
-def candidates(rows: int, contraction: int, M: int) -> list[Tile]:
+def candidates(rows: int, contraction: int, M: int) -> list[Tile | Gemv]:
     """Tiles that could win: not much taller than M, and shared among CTAs where they are few."""
-    found = []
     sms = torch.cuda.get_device_properties(0).multi_processor_count
+    found: list[Tile | Gemv] = []
+    if M <= GEMV_M:
+        cuts = gemv_cuts(rows, contraction, sms)
+        busy = max(cut.split * cut.groups for cut in cuts) if cuts else 0
+        found += [cut for cut in cuts if cut.split * cut.groups >= busy * 2 // 3]
     for kernel in KERNELS:
         block_m, blocks, warpgroups, ctas = kernel
         if block_m > max(16, M) or 4 * block_m < min(M, 1024):
@@ -56,19 +60,21 @@ def dequantize_first(x: Tensor, records: Tensor, N: int, K: int, direction: str)
     return x @ weight.T if direction == "fwd" else x @ weight
 
 
-def tune_shape(N: int, K: int) -> dict[tuple[str, int, int, int, bool], Tile | None]:
+def tune_shape(
+    N: int, K: int, buckets: list[int]
+) -> dict[tuple[str, int, int, int, bool], Tile | Gemv | None]:
     """The best tile by direction, sizes, bucket and numerics."""
     sources = [random_nf4(N, K, seed) for seed in range(copies(N, K, 0.5625))]
-    best: dict[tuple[str, int, int, int, bool], Tile | None] = {}
+    best: dict[tuple[str, int, int, int, bool], Tile | Gemv | None] = {}
     forward = [to_records(w.packed, w.absmax, N, K, False) for w in sources]
     for direction, rows, contraction in (("fwd", N, K), ("dx", K, N)):
         records = [to_records(w.packed, w.absmax, N, K, direction == "dx") for w in sources]
         torch.cuda.synchronize()
-        for M in BUCKETS:
+        for M in buckets:
             x = torch.randn(M, contraction, device="cuda", dtype=torch.bfloat16)
             for fast in (False, True):
                 run = partial(launch, x, rows=rows, transposed=direction == "dx", fast=fast)
-                ranking: list[tuple[float, Tile | None]] = [
+                ranking: list[tuple[float, Tile | Gemv | None]] = [
                     (_seconds([partial(run, records=r, tile=tile) for r in records]), tile)
                     for tile in candidates(rows, contraction, M)
                 ]
@@ -94,10 +100,7 @@ def _seconds(calls: list[Callable[[], Tensor]]) -> float:
 def write(table: dict, target: Path) -> None:
     """Write the table as the module that dispatch reads."""
     head = TARGET.read_text().partition("TUNED")[0]
-    kind = (
-        "dict[\n    tuple[str, int, int, int, bool], "
-        "tuple[int, int, int, int, int, int, int] | None\n]"
-    )
+    kind = "dict[tuple[str, int, int, int, bool], tuple[int, ...] | None]"
     lines = [f"    {key}: {value and tuple(value)}," for key, value in sorted(table.items())]
     body = "\n".join(lines).replace("'", '"')
     target.write_text(f"{head}TUNED: {kind} = {{\n{body}\n}}\n")
@@ -106,6 +109,7 @@ def write(table: dict, target: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--m", nargs="+", type=int, choices=BUCKETS, default=list(BUCKETS))
     parser.add_argument("--seconds", type=float, default=1e9, help="start no shape after these")
     args = parser.parse_args()
     if not extension.load():
@@ -114,7 +118,7 @@ def main() -> None:
     for name in args.shapes:
         if time.monotonic() - begin > args.seconds:
             break
-        table.update(tune_shape(*SHAPES[name]))
+        table.update(tune_shape(*SHAPES[name], args.m))
         torch.cuda.empty_cache()
         write(table, Path(os.environ["OUT"]) / TARGET.name if "OUT" in os.environ else TARGET)
 

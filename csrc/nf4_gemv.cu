@@ -28,17 +28,18 @@ __global__ void __launch_bounds__(C::THREADS, 1)
     }
     GemvLowRank<C> low_rank(p, share.part);
     __syncthreads();
-    const int m = threadIdx.x >> 6, row = threadIdx.x & 63;
+    const int m = threadIdx.x / C::BLOCK_ROWS;
     for (int block = share.first_block; block < share.last_block; block++) {
-        float acc[4][4] = {};
+        const int row = block * C::BLOCK_ROWS + threadIdx.x % C::BLOCK_ROWS;
+        float acc[C::QUARTERS][4] = {};
         // asked for ahead of the records, needed after them
-        const T bias = load_bias<T>(p, block * 64 + row);
+        const T bias = load_bias<T>(p, row);
         low_rank.load(p.low_rank, block);
 #pragma unroll
         for (int i = 0; i < C::COLUMNS; i++) {
             // no break, which would keep the loop rolled, and x in local memory
             if (i < share.columns) {
-                multiply_record<C>(acc, x[i], ring.wait(), lane);
+                multiply_slice<C>(acc, x[i], ring.wait(), lane);
                 ring.advance();
             }
         }
@@ -46,10 +47,10 @@ __global__ void __launch_bounds__(C::THREADS, 1)
         const float sum = add_warps<C>(acc, p.m);
         if (m >= p.m) continue;
         if (p.plan.split == 1) {
-            store_sum<T>(p, m, block * 64 + row, sum, bias);
+            store_sum<T>(p, m, row, sum, bias);
         } else {
-            const int64_t place = static_cast<int64_t>(share.part) * (p.rows / 64) + block;
-            __stcg(p.workspace + (place * p.m + m) * 64 + row, sum);
+            const int64_t place = static_cast<int64_t>(share.part) * (p.rows / C::BLOCK_ROWS) + block;
+            __stcg(p.workspace + (place * p.m + m) * C::BLOCK_ROWS + row % C::BLOCK_ROWS, sum);
         }
     }
     if (p.plan.split > 1) add_parts<C>(p, share);
@@ -57,9 +58,8 @@ __global__ void __launch_bounds__(C::THREADS, 1)
 
 namespace {
 
-template <class T, bool TRANSPOSED, bool EXACT>
+template <class C>
 void launch_instance(const GemvCall& call) {
-    using C = GemvConfig<T, TRANSPOSED, EXACT>;
     const GemvProblem problem{
         call.records,
         call.x,
@@ -79,12 +79,21 @@ void launch_instance(const GemvCall& call) {
     launch_overlapping<C>(to, nf4_gemv_kernel<C>, problem);
 }
 
+template <class T, bool TRANSPOSED, bool EXACT>
+void launch_numerics(const GemvCall& call) {
+    if (call.plan.block_rows == 32) {
+        launch_instance<GemvConfig<T, TRANSPOSED, EXACT, 32>>(call);
+    } else {
+        launch_instance<GemvConfig<T, TRANSPOSED, EXACT, 64>>(call);
+    }
+}
+
 template <class T>
 void launch_dtype(const GemvCall& call) {
     if (call.transposed) {
-        (call.exact ? launch_instance<T, true, true> : launch_instance<T, true, false>)(call);
+        (call.exact ? launch_numerics<T, true, true> : launch_numerics<T, true, false>)(call);
     } else {
-        (call.exact ? launch_instance<T, false, true> : launch_instance<T, false, false>)(call);
+        (call.exact ? launch_numerics<T, false, true> : launch_numerics<T, false, false>)(call);
     }
 }
 

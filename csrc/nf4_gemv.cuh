@@ -1,7 +1,7 @@
 // The Hopper product with an NF4 weight for at most eight rows of x, at the speed of reading the weight.
 // A record's codes lie in the order of wgmma's left operand, which is mma.sync's too: each warp streams
-// whole records through a ring of its own, decodes them, and multiplies them by its columns of x, which
-// it keeps in registers. Warps share the contraction and meet once for each 64 rows of W.
+// records, or slices of their rows, through a ring of its own, decodes them, and multiplies them by its
+// columns of x, which it keeps in registers. Warps share the contraction and meet once for each block.
 
 #pragma once
 
@@ -10,22 +10,27 @@
 
 namespace tli_engine::nf4 {
 
-template <class T_, bool TRANSPOSED_, bool EXACT_>
+template <class T_, bool TRANSPOSED_, bool EXACT_, int BLOCK_ROWS_>
 struct GemvConfig {
     using T = T_;
     static constexpr bool TRANSPOSED = TRANSPOSED_, EXACT = EXACT_;
+    // a block is a slice of a record's rows, or all 64
+    static constexpr int BLOCK_ROWS = BLOCK_ROWS_, QUARTERS = BLOCK_ROWS / 16, SLICES = 64 / BLOCK_ROWS;
     static constexpr int WARPS = 16, THREADS = 32 * WARPS;
     // of x, that a warp holds
     static constexpr int COLUMNS = GEMV_COLUMNS / WARPS;
-    // records of a warp on their way or in use: 144 KB a multiprocessor
-    static constexpr int STAGES = 4;
+    // slices of a warp on their way or in use: 144 KB a multiprocessor
+    static constexpr int STAGES = 4 * SLICES;
+    static constexpr int SLICE_CODES = CODE_BYTES / SLICES;
+    static constexpr int SLICE_SCALES = (RECORD_BYTES - CODE_BYTES) / (TRANSPOSED ? 1 : SLICES);
+    static constexpr int SLICE_BYTES = SLICE_CODES + SLICE_SCALES;
 
     // shared memory: table, with sums in the free halves of its rows, barriers, rings
     static constexpr int BARRIERS = TABLE + TABLE_BYTES, RINGS = BARRIERS + 1024;
-    static constexpr int SHARED_BYTES = RINGS + WARPS * STAGES * RECORD_BYTES - TABLE;
+    static constexpr int SHARED_BYTES = RINGS + WARPS * STAGES * SLICE_BYTES - TABLE;
     static_assert(WARPS * STAGES * 8 <= 1024 && SHARED_BYTES <= 232448);
-    // a thread adds up one sum of 64 rows by eight m
-    static_assert(THREADS == 64 * GEMV_M);
+    // a thread adds up one sum of a block
+    static_assert(THREADS >= BLOCK_ROWS * GEMV_M);
 };
 
 // What the kernel is told.
@@ -42,7 +47,7 @@ struct GemvProblem {
     GemvPlan plan;
 };
 
-// What is one warp's: row blocks [first_block, last_block), the CTA's, and columns of records.
+// What is one warp's: blocks [first_block, last_block), the CTA's, and columns of records.
 template <class C>
 struct GemvShare {
     int part, group, first_block, last_block, first_column, columns;
@@ -50,7 +55,7 @@ struct GemvShare {
     __device__ __forceinline__ explicit GemvShare(const GemvProblem& p) {
         part = blockIdx.x % p.plan.split;
         group = blockIdx.x / p.plan.split;
-        const int blocks = p.rows / 64, all = p.contraction / 64, warp = threadIdx.x >> 5;
+        const int blocks = p.rows / C::BLOCK_ROWS, all = p.contraction / 64, warp = threadIdx.x >> 5;
         first_block = blocks * group / p.plan.groups;
         last_block = blocks * (group + 1) / p.plan.groups;
         // products fit in 31 bits (checked by the launcher)
@@ -60,7 +65,7 @@ struct GemvShare {
     }
 };
 
-// A warp's records on their way: fetched by lane 0 in the order in which they are used.
+// A warp's slices on their way: fetched by lane 0 in the order in which they are used.
 template <class C>
 class Ring {
 public:
@@ -69,7 +74,9 @@ public:
         // a row block's records are filled up to a multiple of two
         const int stride = (p.contraction + 127) / 128 * 2;
         // offsets in 32 bits, to save registers: a weight's records are under 4 GB
-        next = (static_cast<uint32_t>(share.first_block) * stride + share.first_column) * RECORD_BYTES;
+        const uint32_t row = share.first_block / C::SLICES;
+        next = (row * stride + share.first_column) * RECORD_BYTES;
+        slice = share.first_block % C::SLICES;
         skip = (stride - columns) * RECORD_BYTES;
         left = (share.last_block - share.first_block) * columns;
         if (lane == 0) {
@@ -80,13 +87,13 @@ public:
         for (int i = 0; i < C::STAGES; i++) fetch(i);
     }
 
-    // address of the next record, once it is there
+    // address of the next slice, once it is there
     __device__ __forceinline__ uint32_t wait() const {
         hopper::barrier_wait(full(stage), parity);
         return slot(stage);
     }
 
-    // gives the record back
+    // gives the slice back
     __device__ __forceinline__ void advance() {
         __syncwarp();
         fetch(stage);
@@ -99,23 +106,34 @@ public:
 private:
     const uint8_t* records;
     uint32_t next, skip, parity = 0;
-    int warp, lane, columns, left, column = 0, stage = 0;
+    int warp, lane, columns, left, slice, column = 0, stage = 0;
 
     __device__ __forceinline__ uint32_t full(int i) const { return C::BARRIERS + (warp * C::STAGES + i) * 8; }
     __device__ __forceinline__ uint32_t slot(int i) const {
-        return C::RINGS + (warp * C::STAGES + i) * RECORD_BYTES;
+        return C::RINGS + (warp * C::STAGES + i) * C::SLICE_BYTES;
     }
     __device__ __forceinline__ void fetch(int i) {
         if (left == 0) return;
         left--;
         if (lane == 0) {
-            hopper::barrier_arrive_expect(full(i), RECORD_BYTES);
-            hopper::copy_bytes(slot(i), records + next, RECORD_BYTES, full(i));
+            hopper::barrier_arrive_expect(full(i), C::SLICE_BYTES);
+            const uint8_t* record = records + next;
+            if constexpr (C::SLICES == 1) {
+                hopper::copy_bytes(slot(i), record, RECORD_BYTES, full(i));
+            } else {
+                const int scales = CODE_BYTES + (C::TRANSPOSED ? 0 : slice * C::SLICE_SCALES);
+                hopper::copy_bytes(slot(i), record + slice * C::SLICE_CODES, C::SLICE_CODES, full(i));
+                hopper::copy_bytes(slot(i) + C::SLICE_CODES, record + scales, C::SLICE_SCALES, full(i));
+            }
         }
         next += RECORD_BYTES;
-        if (++column == columns) {
-            column = 0;
+        if (++column < columns) return;
+        column = 0;
+        if (++slice == C::SLICES) {
+            slice = 0;
             next += skip;
+        } else {
+            next -= columns * RECORD_BYTES;
         }
     }
 };
@@ -150,19 +168,21 @@ __device__ __forceinline__ void load_x(
     }
 }
 
-// acc += (64 rows of W) x^T over 64 columns
+// acc += (a block's rows of W) x^T over 64 columns
 template <class C>
-__device__ __forceinline__ void multiply_record(
-    float (&acc)[4][4], const uint32_t (&x)[4][2], uint32_t record, int lane) {
+__device__ __forceinline__ void multiply_slice(
+    float (&acc)[C::QUARTERS][4], const uint32_t (&x)[4][2], uint32_t slice, int lane) {
     using DecodeScales = Scales<typename C::T, C::TRANSPOSED, C::EXACT>;
     DecodeScales scales;
 #pragma unroll
-    for (int quarter = 0; quarter < 4; quarter++) {
+    for (int quarter = 0; quarter < C::QUARTERS; quarter++) {
         const int thread = quarter * 32 + lane;
-        const uint4 codes = hopper::load_uint4(record + thread * 16);
+        const uint4 codes = hopper::load_uint4(slice + thread * 16);
         const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
         // transposed, all rows have the same
-        if (!C::TRANSPOSED || quarter == 0) scales.load(record + CODE_BYTES + DecodeScales::offset(thread));
+        if (!C::TRANSPOSED || quarter == 0) {
+            scales.load(slice + C::SLICE_CODES + DecodeScales::offset(thread));
+        }
 #pragma unroll
         for (int step = 0; step < 4; step++) {
             uint32_t a[4];
@@ -179,13 +199,13 @@ template <class C>
 struct GemvLowRank {
     uint32_t x[2];
     uint32_t bits[4][2];  // of B's numbers, fp32 or T
-    int column, quarter = 0;
+    int column, quarter;
     bool active;
 
     __device__ __forceinline__ GemvLowRank(const GemvProblem& p, int part) {
         const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-        quarter = warp & 3;
-        column = (warp >> 2) * 16;
+        quarter = warp % C::QUARTERS;
+        column = warp / C::QUARTERS * 16;
         active = part == 0 && column < p.low_rank.width;
         if (active) load_x(x, p.lora_x, p.m, p.low_rank.width, column, lane);
     }
@@ -199,7 +219,7 @@ struct GemvLowRank {
         }
     }
 
-    __device__ __forceinline__ void add(float (&acc)[4][4], const LowRank& b) const {
+    __device__ __forceinline__ void add(float (&acc)[C::QUARTERS][4], const LowRank& b) const {
         if (!active) return;
         uint32_t a[4];
 #pragma unroll
@@ -211,7 +231,9 @@ struct GemvLowRank {
         multiply_step<typename C::T>(update, a, x);
         // to multiply into the accumulators of a quarter would put all into local memory
 #pragma unroll
-        for (int i = 0; i < 16; i++) acc[i >> 2][i & 3] += quarter == i >> 2 ? update[i & 3] : 0.f;
+        for (int i = 0; i < 4 * C::QUARTERS; i++) {
+            acc[i >> 2][i & 3] += quarter == i >> 2 ? update[i & 3] : 0.f;
+        }
     }
 
 private:
@@ -220,7 +242,7 @@ private:
         const int lane = threadIdx.x & 31;
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const int row = block * 64 + quarter * 16 + (lane >> 2) + (i & 1) * 8;
+            const int row = block * C::BLOCK_ROWS + quarter * 16 + (lane >> 2) + (i & 1) * 8;
             const int group = (row >= b.ends[0]) + (row >= b.ends[1]);
             const Bits* start = static_cast<const Bits*>(b.b) + static_cast<int64_t>(row) * b.row_stride;
 #pragma unroll
@@ -241,14 +263,14 @@ __device__ __forceinline__ uint32_t sum_place(int warp, int m, int row) {
     return TABLE + 128 + (warp * 16 + m * 2 + (row >> 5)) * 256 + ((row & 31) ^ (m >> 1 << 3)) * 4;
 }
 
-// This thread's sum over the warps: row threadIdx.x % 64, m threadIdx.x / 64.
+// This thread's sum over the warps: row threadIdx.x % BLOCK_ROWS, m threadIdx.x / BLOCK_ROWS.
 template <class C>
-__device__ __forceinline__ float add_warps(const float (&acc)[4][4], int m_end) {
+__device__ __forceinline__ float add_warps(const float (&acc)[C::QUARTERS][4], int m_end) {
     const int warp = threadIdx.x >> 5, lane = threadIdx.x & 31;
-    // the sums of the row block before are read
+    // the sums of the block before are read
     __syncthreads();
 #pragma unroll
-    for (int quarter = 0; quarter < 4; quarter++) {
+    for (int quarter = 0; quarter < C::QUARTERS; quarter++) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int m = (lane & 3) * 2 + (i & 1), row = quarter * 16 + (i >> 1) * 8 + (lane >> 2);
@@ -257,11 +279,10 @@ __device__ __forceinline__ float add_warps(const float (&acc)[4][4], int m_end) 
     }
     __syncthreads();
     float sum = 0.f;
-    if ((threadIdx.x >> 6) < m_end) {
+    const int row = threadIdx.x % C::BLOCK_ROWS, m = threadIdx.x / C::BLOCK_ROWS;
+    if (m < m_end) {
 #pragma unroll
-        for (int i = 0; i < C::WARPS; i++) {
-            sum += hopper::load_float(sum_place(i, threadIdx.x >> 6, threadIdx.x & 63));
-        }
+        for (int i = 0; i < C::WARPS; i++) sum += hopper::load_float(sum_place(i, m, row));
     }
     return sum;
 }
@@ -277,7 +298,7 @@ __device__ __forceinline__ void store_sum(const GemvProblem& p, int m, int row, 
     static_cast<T*>(p.out)[static_cast<int64_t>(m) * p.rows + row] = static_cast<T>(biased);
 }
 
-// Of the CTAs that share row blocks, the last one to come adds the parts, in order, and resets the flag:
+// Of the CTAs that share blocks, the last one to come adds the parts, in order, and resets the flag:
 // none waits for another.
 template <class C>
 __device__ __forceinline__ void add_parts(const GemvProblem& p, const GemvShare<C>& share) {
@@ -291,17 +312,18 @@ __device__ __forceinline__ void add_parts(const GemvProblem& p, const GemvShare<
     }
     if (!__syncthreads_or(last)) return;
     __threadfence();
-    const int width = 64 * p.m;  // sums of a row block
+    const int width = C::BLOCK_ROWS * p.m;  // sums of a block
     const int64_t part_stride = static_cast<int64_t>(p.rows) * p.m;
     const int end = (share.last_block - share.first_block) * width;
     for (int i = threadIdx.x; i < end; i += C::THREADS) {
-        const int block = share.first_block + i / width, m = i % width >> 6, row = i & 63;
+        const int m = i % width / C::BLOCK_ROWS;
+        const int row = (share.first_block + i / width) * C::BLOCK_ROWS + i % C::BLOCK_ROWS;
         const float* sums = p.workspace + static_cast<int64_t>(share.first_block) * width + i;
-        const T bias = load_bias<T>(p, block * 64 + row);
+        const T bias = load_bias<T>(p, row);
         float sum = 0.f;
 #pragma unroll 8
         for (int part = 0; part < p.plan.split; part++) sum += __ldcg(sums + part * part_stride);
-        store_sum<T>(p, m, block * 64 + row, sum, bias);
+        store_sum<T>(p, m, row, sum, bias);
     }
 }
 

@@ -13,9 +13,9 @@ namespace tli_engine::nf4 {
 // rows of x; 64 columns of the contraction that a CTA takes, for its warps hold x in registers
 constexpr int GEMV_M = 8, GEMV_COLUMNS = 64;
 
-// `split` parts of the contraction by `groups` of row blocks, a CTA each.
+// `split` parts of the contraction by `groups` of blocks of 64 or 32 rows of W, a CTA each.
 struct GemvPlan {
-    int split, groups;
+    int block_rows, split, groups;
 };
 
 struct GemvCall {
@@ -24,7 +24,7 @@ struct GemvCall {
     const void* bias;    // null: none
     const void* lora_x;  // null: none
     void* out;
-    float* workspace;  // [split, rows / 64, m, 64] partial sums; unused where split is 1
+    float* workspace;  // [split, rows / block_rows, m, block_rows] partial sums; unused where split is 1
     unsigned* flags;   // [groups], zero before and after each launch; unused where split is 1
     int m, rows, contraction;
     bool bf16, transposed, exact;

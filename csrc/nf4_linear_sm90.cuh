@@ -223,6 +223,13 @@ __device__ __forceinline__ void multiply_block(
     wgmma_commit();
 }
 
+// A warp is done with a stage. One lane says so for all: their reads must come before it, which waiting
+// for wgmma, no barrier for memory, does not promise (racecheck).
+__device__ __forceinline__ void give_back(uint32_t empty) {
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) hopper::barrier_arrive(empty);
+}
+
 // acc = the part's product; every stage is given back
 template <class C>
 __device__ __forceinline__ void multiply_part(
@@ -263,7 +270,7 @@ __device__ __forceinline__ void multiply_part(
                     thread & 31);
                 wgmma_wait<1>();
                 // all of the stage before has been multiplied
-                if (b == 0 && is_stage && before != 0 && thread % 32 == 0) barrier_arrive(before);
+                if (b == 0 && is_stage && before != 0) give_back(before);
             }
             if (C::STAGE_BLOCKS == 1 || half == 1) {
                 before = slot.empty();
@@ -274,7 +281,7 @@ __device__ __forceinline__ void multiply_part(
     wgmma_wait<0>();
 #pragma unroll
     for (int b = 0; b < C::BLOCKS; b++) keep_order(acc[b]);
-    if (thread % 32 == 0) barrier_arrive(before);
+    give_back(before);
 }
 
 // The left operand of the low-rank product: for 64 rows of W, of which `row` is the thread's first, B's
@@ -339,7 +346,7 @@ __device__ __forceinline__ void add_low_rank(
         wgmma_wait<0>();
         keep_order(acc[b]);
     }
-    if (lane == 0) barrier_arrive(slot.empty());
+    give_back(slot.empty());
     slot.advance();
 }
 

@@ -236,10 +236,12 @@ Tensor nf4_gemv_sm90(
     check_product(x, records, rows, contraction);
     const nf4::LowRank low_rank = to_low_rank(x, lora_x, lora_b, sizes, rows, transposed);
     check_rest(x, bias, workspace, flags, rows);
-    const int64_t m = x.size(0), blocks = rows / 64, columns = contraction / 64;
+    const int64_t m = x.size(0), columns = contraction / 64;
     STD_TORCH_CHECK(m <= nf4::GEMV_M, "x must have at most ", nf4::GEMV_M, " rows, got ", m);
-    STD_TORCH_CHECK(plan.size() == 2, "plan must have 2 numbers, got ", plan.size());
-    const int64_t split = plan[0], groups = plan[1], least = (columns - 1) / nf4::GEMV_COLUMNS + 1;
+    STD_TORCH_CHECK(plan.size() == 3, "plan must have 3 numbers, got ", plan.size());
+    const int64_t block_rows = plan[0], split = plan[1], groups = plan[2];
+    STD_TORCH_CHECK(block_rows == 64 || block_rows == 32, "blocks must be of 64 or 32 rows, got ", block_rows);
+    const int64_t blocks = rows / block_rows, least = (columns - 1) / nf4::GEMV_COLUMNS + 1;
     STD_TORCH_CHECK(
         split >= least && split <= columns, "split must be ", least, " to ", columns, ", got ", split);
     STD_TORCH_CHECK(
@@ -270,7 +272,7 @@ Tensor nf4_gemv_sm90(
         transposed,
         exact,
         low_rank,
-        {static_cast<int>(split), static_cast<int>(groups)},
+        {static_cast<int>(block_rows), static_cast<int>(split), static_cast<int>(groups)},
         current_stream(device),
     });
     return out;

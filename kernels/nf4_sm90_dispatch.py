@@ -1,4 +1,4 @@
-"""Which tile of the CUDA C++ product (``csrc/``) runs a shape, and the launch: a lookup, never a timing."""
+"""Which CUDA C++ product (``csrc/``) runs a shape, how it is cut up, and the launch: a lookup, never a timing."""
 
 from functools import cache
 from typing import NamedTuple
@@ -12,6 +12,8 @@ from tli_engine.kernels.semaphores import semaphores
 
 # a second product rides along if it is this narrow, a multiple of 8 ranks, in so many groups
 MAX_RANKS, MAX_GROUPS = 64, 3
+# rows of x, and 64 columns of the contraction a CTA, that the product for few rows takes
+GEMV_M, GEMV_COLUMNS = 8, 64
 
 
 class Tile(NamedTuple):
@@ -26,6 +28,14 @@ class Tile(NamedTuple):
     grid: int
 
 
+class Gemv(NamedTuple):
+    """How a product with at most ``GEMV_M`` rows is cut up: a CTA for each part and group."""
+
+    block_rows: int  # 64 or 32
+    split: int  # parts of the contraction
+    groups: int  # of blocks of rows
+
+
 def bucket(M: int) -> int:
     """Rows rounded up to a power of two from 8: the unit of tuning."""
     return max(8, 1 << (M - 1).bit_length())
@@ -33,29 +43,62 @@ def bucket(M: int) -> int:
 
 def choose_tile(
     direction: str, M: int, rows: int, contraction: int, fast: bool, device: torch.device
-) -> Tile | None:
-    """The measured tile of the shape's bucket, or one by rule; None: dequantise, then cuBLAS."""
+) -> Tile | Gemv | None:
+    """The measured choice of the shape's bucket, or one by rule; None: dequantise, then cuBLAS."""
     return _choose(direction, M, rows, contraction, fast, processors(device))
 
 
 @cache
 def _choose(
     direction: str, M: int, rows: int, contraction: int, fast: bool, count: int
-) -> Tile | None:
+) -> Tile | Gemv | None:
     key = (direction, rows, contraction, min(bucket(M), 4096), fast)
     if key not in TUNED:
-        # records of over 4 GB are past the kernel's offsets
+        # records of over 4 GB are past the kernels' offsets
         fits = rows * contraction * 9 // 16 < 2**32
-        return default_tile(M, rows, contraction, count) if fits else None
-    known = TUNED[key]
+        return _default(M, rows, contraction, count) if fits else None
+    known: tuple[int, ...] | None = TUNED[key]
     if known is None:
         return None
+    if len(known) == len(Gemv._fields):
+        return Gemv(*known)
     tile = Tile(*known)
     tiles = triton.cdiv(M, tile.block_m) * _row_tiles(rows, tile)
     # a bucket's other M may have more tiles than the one measured
     if tile.mode == 0 or tiles * tile.split <= count * tile.ctas_per_sm:
         return tile
     return default_tile(M, rows, contraction, count)
+
+
+def _default(M: int, rows: int, contraction: int, processors: int) -> Tile | Gemv:
+    gemv = default_gemv(rows, contraction, processors) if M <= GEMV_M else None
+    return gemv or default_tile(M, rows, contraction, processors)
+
+
+def default_gemv(rows: int, contraction: int, processors: int) -> Gemv | None:
+    """What few rows get: the cut whose busiest CTA reads least; None: too long."""
+    best: tuple[int, Gemv] | None = None
+    for gemv in gemv_cuts(rows, contraction, processors):
+        deep = triton.cdiv(rows // gemv.block_rows, gemv.groups)
+        columns = triton.cdiv(contraction // 64, gemv.split)
+        # in rows of records: 16 warps share columns, meet for each block, and add parts at the end
+        cost = deep * gemv.block_rows * (triton.cdiv(columns, 16) * 16)
+        cost += deep * 512 + (256 * gemv.split if gemv.split > 1 else 0)
+        if best is None or cost < best[0]:
+            best = cost, gemv
+    return best and best[1]
+
+
+def gemv_cuts(rows: int, contraction: int, processors: int) -> list[Gemv]:
+    """Cuts of a CTA a multiprocessor at most, whose groups have as many blocks each."""
+    columns, cuts = contraction // 64, []
+    # more parts than these only add sums
+    for split in range(triton.cdiv(columns, GEMV_COLUMNS), min(columns, processors, 32) + 1):
+        for block_rows in (64, 32):
+            blocks = rows // block_rows
+            deep = triton.cdiv(blocks, min(blocks, processors // split))
+            cuts.append(Gemv(block_rows, split, triton.cdiv(blocks, deep)))
+    return cuts
 
 
 def default_tile(M: int, rows: int, contraction: int, processors: int) -> Tile:
@@ -77,7 +120,9 @@ def _row_tiles(rows: int, tile: Tile) -> int:
 
 
 @cache
-def _workspace(rows: int, M: int, tile: Tile, processors: int) -> tuple[int, int]:
+def _workspace(rows: int, M: int, tile: Tile | Gemv, processors: int) -> tuple[int, int]:
+    if isinstance(tile, Gemv):
+        return (tile.split * rows * M, tile.groups) if tile.split > 1 else (0, 0)
     sizes: tuple[int, int] = torch.ops.tli_engine.nf4_linear_sm90_workspace(
         rows, M, list(tile), processors
     )
@@ -104,7 +149,7 @@ def launch(
     fast: bool,
     bias: Tensor | None = None,
     lora: tuple[Tensor, Tensor, list[int]] | None = None,
-    tile: Tile | None = None,
+    tile: Tile | Gemv | None = None,
 ) -> Tensor:
     """Return ``x @ R.T``, ``[M, rows]``, and add the narrow product of ``lora``.
 
@@ -128,7 +173,9 @@ def launch(
     lora_x, lora_b, sizes = lora or (None, None, [])
     bias, lora_b = (None if t is None else _aligned(t) for t in (bias, lora_b))
     x = _aligned(x)
-    y: Tensor = torch.ops.tli_engine.nf4_linear_sm90.default(
+    ops = torch.ops.tli_engine
+    op = ops.nf4_gemv_sm90 if isinstance(tile, Gemv) else ops.nf4_linear_sm90
+    y: Tensor = op.default(
         *(x, records, bias, lora_x, lora_b, sizes, rows, contraction, transposed, not fast),
         list(tile),
         torch.empty(floats, dtype=torch.float32, device=x.device),

@@ -6,6 +6,7 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 import json
 import re
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ SHAPES = [  # head dimension, query heads that share a key head, dtype
 ]
 
 
-def cases() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
+def cases(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]:
     """Kernel, dtype, constants and warps, with the tiles that the launchers choose."""
     found = {}
     for D, group, name in SHAPES:
@@ -39,7 +40,7 @@ def cases() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
             (
                 "bwd",
                 word_attention_backward._word_attention_bwd_kernel,
-                word_attention_backward.backward_tile,
+                partial(word_attention_backward.backward_tile, capability=divmod(capability, 10)),
             ),
         ):
             tile = choose(D, group, DTYPES[name])
@@ -85,7 +86,7 @@ def compile_case(
 def main() -> None:
     capability = int(sys.argv[1])
     report = {}
-    for name, (kernel, dtype, constants, warps) in cases().items():
+    for name, (kernel, dtype, constants, warps) in cases(capability).items():
         compiled = compile_case(kernel, dtype, constants, warps, capability)
         log = assembler_log(compiled.asm["ptx"], capability)
         waits = re.findall(r"wgmma\.wait_group\S*\s+(\d+)", compiled.asm["ptx"])

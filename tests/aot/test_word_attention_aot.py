@@ -35,8 +35,11 @@ def test_compiles_without_spills(capability: int) -> None:
         # elsewhere ptxas may give up a few registers to fit one program more on a processor; fp32
         # heads of 256 only have to fit
         spilled = 512 if name.endswith("256-1-fp32") else 32
-        if capability == 90 and name.partition("-")[2] in MODELS:
+        # on Hopper the backward's wide tiles are faster for all that: see backward_tile
+        if capability == 90 and name.startswith("fwd") and name.partition("-")[2] in MODELS:
             spilled = 0
+        if capability == 90 and name.startswith("bwd-256"):
+            spilled = 64
         assert kernel["registers"] > 0, f"{name}: {kernel['log']}"
         assert kernel["spilled"] <= spilled, f"{name} spills {kernel['spilled']} bytes"
         assert kernel["in_flight"] == 0, f"{name}: operands are overwritten under a product"

@@ -1,0 +1,66 @@
+"""Which of the CUDA products a shape gets, where no GPU is: the cut for few rows is valid and even."""
+
+from collections.abc import Iterator
+
+import pytest
+
+pytest.importorskip("triton")
+from tli_engine.kernels import nf4_sm90_dispatch as dispatch
+from tli_engine.kernels.nf4_sm90_dispatch import Gemv, Tile
+
+SHAPES = [(64, 64), (4096, 4096), (6144, 4096), (28672, 4096), (4096, 14336), (4160, 320)]
+SHAPES += [(59136, 8192), (8192, 29568), (8192, 59136), (152064, 8192)]
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict]:
+    """An empty table of measurements."""
+    table: dict = {}
+    monkeypatch.setattr(dispatch, "TUNED", table)
+    dispatch._choose.cache_clear()
+    yield table
+    dispatch._choose.cache_clear()
+
+
+@pytest.mark.parametrize("processors", [132, 78, 1])
+@pytest.mark.parametrize(("rows", "contraction"), SHAPES, ids=str)
+def test_default_cut_is_one_that_the_op_takes(rows: int, contraction: int, processors: int) -> None:
+    columns = contraction // 64
+    cut = dispatch.default_gemv(rows, contraction, processors)
+    if columns > 64 * processors:
+        assert cut is None
+        return
+    assert cut is not None
+    assert cut.block_rows in (32, 64)
+    assert 1 <= cut.groups <= rows // cut.block_rows
+    assert -(-columns // 64) <= cut.split <= columns
+    assert cut.split * cut.groups <= processors
+
+
+@pytest.mark.parametrize(("rows", "contraction"), SHAPES[1:], ids=str)
+def test_default_cut_keeps_most_processors_busy(rows: int, contraction: int) -> None:
+    cut = dispatch.default_gemv(rows, contraction, 132)
+    assert cut is not None
+    deep = -(-(rows // cut.block_rows) // cut.groups) * cut.block_rows
+    columns = -(-contraction // cut.split)
+    assert deep * columns < 1.4 * rows * contraction / 132 + 4 * 64**2
+
+
+def test_untuned_shapes_get_it_for_up_to_eight_rows(tuned: dict) -> None:
+    chosen = [dispatch._choose("fwd", m, 4096, 4096, False, 132) for m in (1, 8, 9)]
+    assert [type(cut) for cut in chosen] == [Gemv, Gemv, Tile]
+    assert dispatch._choose("fwd", 1, 2**20, 2**14, False, 132) is None
+
+
+def test_the_table_decides(tuned: dict) -> None:
+    tuned["fwd", 4096, 4096, 8, False] = (64, 4, 32)
+    tuned["fwd", 4096, 4096, 8, True] = (16, 1, 4, 1, 0, 1, 0)
+    tuned["dx", 4096, 4096, 8, True] = None
+    assert dispatch._choose("fwd", 3, 4096, 4096, False, 132) == Gemv(64, 4, 32)
+    assert dispatch._choose("fwd", 3, 4096, 4096, True, 132) == Tile(16, 1, 4, 1, 0, 1, 0)
+    assert dispatch._choose("dx", 3, 4096, 4096, True, 132) is None
+
+
+def test_scratch_of_shared_sums() -> None:
+    assert dispatch._workspace(4096, 3, Gemv(64, 2, 64), 132) == (2 * 4096 * 3, 64)
+    assert dispatch._workspace(4096, 3, Gemv(64, 1, 64), 132) == (0, 0)
