@@ -88,10 +88,12 @@ def make_product(
 
 
 def to_plan(product: Product, cut: Cut) -> list[int]:
-    """The cut, within the product's blocks."""
-    rows = product.W.shape[0]
+    """The cut, within the product's blocks; a CTA takes at most 64 columns of 64."""
+    rows, contraction = product.W.shape
     block_rows, split, groups = cut
-    return [block_rows, split, min(groups or rows, rows // block_rows)]
+    return [
+        block_rows, max(split, -(-contraction // 4096)), min(groups or rows, rows // block_rows),
+    ]  # fmt: skip
 
 
 def inputs(m: int, product: Product) -> Tensor:
