@@ -13,9 +13,9 @@ from torch import Tensor
 from tli_engine.kernels.segment_mean import acc_of, divide, triton_acc_of, with_dense_rows
 from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
-# pairs of rows of the largest problem that is one launch: 16 tiles, whose counters a captured
-# launch has
-_MOST_PAIRS = 128 * 128
+# tiles of 32 x 32 pairs of the largest problem that is one launch: as many as a captured launch has
+# counters for
+_MOST_TILES = 16
 # columns a program reads at once
 BLOCK_K = 128
 
@@ -152,11 +152,16 @@ def unit_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return unit, norm
 
 
+def block_for(N: int, M: int) -> int:
+    """Rows of a tile, of either side."""
+    return 16 if max(N, M) <= 16 else 32
+
+
 class TileBuffers:
     """What the programs of a launch over tiles of ``[N, M]`` share, and their tiling."""
 
     def __init__(self, N: int, M: int, D: int, block_k: int, device: torch.device) -> None:
-        self.block = 16 if max(N, M) <= 16 else 32
+        self.block = block_for(N, M)
         self.block_k = block_k
         self.tiles = triton.cdiv(N, self.block) * triton.cdiv(M, self.block)
         self.split = split_for(self.tiles, triton.cdiv(D, block_k))
@@ -173,7 +178,8 @@ class TileBuffers:
 
 def is_few(N: int, M: int) -> bool:
     """Whether so many rows are for one launch over tiles, not for cuBLAS."""
-    return triton.cdiv(N, 32) * triton.cdiv(M, 32) * 32 * 32 <= _MOST_PAIRS
+    tiles: int = triton.cdiv(N, 32) * triton.cdiv(M, 32)
+    return tiles <= _MOST_TILES
 
 
 def cosine_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tli_engine.kernels.cosine_similarity import TileBuffers, finish_tile, squares
+from tli_engine.kernels.cosine_similarity import TileBuffers, block_for, finish_tile, squares
 from tli_engine.kernels.overlap import follow, overlap
 from tli_engine.kernels.pooled_alignment_loss_many import pooled_alignment_loss_many
 from tli_engine.kernels.segment_mean import with_dense_rows
@@ -198,9 +198,9 @@ def _pooled_gradient_kernel(
     tl.store(dpooled_ptr + (side * N + row) * H + offs_k, dpooled, mask=keep_k)
 
 
-def pooled_columns(dtype: torch.dtype) -> int:
-    """Columns a program pools at once: the most that spill no register."""
-    return 128 if dtype.itemsize == 2 else 64
+def pooled_tile(block: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Columns and warps of a program that pools ``block`` words of each side, none of them spilled."""
+    return (64, 4) if block == 16 else (128 if dtype.itemsize == 2 else 64, 8)
 
 
 def gradient_warps(N: int) -> int:
@@ -208,21 +208,17 @@ def gradient_warps(N: int) -> int:
     return 8 if N > 32 else 4
 
 
-def _few(
-    hidden: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    groups: Tensor | None,
-    margin: float,
-    inv_temperature: float,
-    flags: dict[str, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _pooled_cosine(
+    hidden: Tensor, weight: Tensor, offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return pooled vectors, ``[2 N, H]``, cosines, ``[N, N]``, and norms, ``[2 N]``."""
     words, H = offsets.shape[0] - 1, hidden.shape[1]
     N = words // 2
     hidden = with_dense_rows(hidden)
     pooled = torch.empty(words, H, dtype=torch.float32, device=hidden.device)
     cos, norm = pooled.new_empty(N, N), pooled.new_empty(words)
-    shared = TileBuffers(N, N, H, pooled_columns(hidden.dtype), hidden.device)
+    block_k, warps = pooled_tile(block_for(N, N), hidden.dtype)
+    shared = TileBuffers(N, N, H, block_k, hidden.device)
     _pooled_cosine_kernel[(shared.tiles, shared.split)](
         hidden,
         weight.contiguous(),
@@ -238,9 +234,23 @@ def _few(
         hidden.stride(0),
         **shared.constants,
         UNROLL=UNROLL,
-        num_warps=8,
+        num_warps=warps,
         **overlap(hidden.device),
     )
+    return pooled, cos, norm
+
+
+def _few(
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    groups: Tensor | None,
+    margin: float,
+    inv_temperature: float,
+    flags: dict[str, bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    pooled, cos, norm = _pooled_cosine(hidden, weight, offsets)
+    N, H = len(cos), hidden.shape[1]
     loss, true, wrong = (pooled.new_empty(()) for _ in range(3))
     dpooled = torch.empty_like(pooled)
     _pooled_gradient_kernel[(triton.cdiv(H, COLUMNS), 2)](

@@ -57,10 +57,10 @@ def cases() -> dict[str, Case]:
             cosine_similarity._cosine_few_kernel, "fp32", rows, tile, 4,
         )  # fmt: skip
         for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            block_k = pooled_alignment_loss.pooled_columns(dtype)
+            block_k, warps = pooled_alignment_loss.pooled_tile(block, dtype)
             pooled = tile | {"BLOCK_K": block_k, "UNROLL": pooled_alignment_loss.UNROLL}
             found[f"pooled-{block}-{split}-{name}"] = (
-                pooled_alignment_loss._pooled_cosine_kernel, name, {"hidden_ptr"}, pooled, 8,
+                pooled_alignment_loss._pooled_cosine_kernel, name, {"hidden_ptr"}, pooled, warps,
             )  # fmt: skip
     return found | losses()
 

@@ -93,24 +93,22 @@ def pooled_alignment_loss(
 
     where a triplet's j is any negative, or a semi-hard one, :math:`c_{ii} - m < c_{ij} < c_{ii}`. The
     loss is the mean over i; with ``two_way`` the mean of both directions. Equally hard negatives
-    share the gradient, which is made in the forward; the backward multiplies and spreads it. The
-    cosine matrix of a large batch is never held as a whole, and neither is a mask of its negatives.
+    share the gradient. No mask, and of a large batch no whole matrix of cosines, is ever held.
 
     Args:
         hidden: Hidden states of a pack, ``[T, H]``; bf16, fp16 or fp32, on the CPU fp64 too.
         weight: Weight of each token in its word's mean, ``[T]``, floating point, not negative.
-        offsets: First token of each word, then ``T``; ``[2 N + 1]``, int64, ascending; all sources
-            come before all targets.
-        groups: Which pairs share a source or a target, ``[2, N]``, int64: pairs with the same number
-            in either row are no negatives of each other. ``None`` takes all others for negatives.
+        offsets: First token of each source, of each target, then ``T``; ``[2 N + 1]``, int64.
+        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64: pairs that share one
+            are no negatives of each other. ``None`` takes all others for negatives.
         loss: ``infonce``, ``triplet-hardest`` or ``triplet-semihard``.
         margin: *m* of the triplets, a cosine.
         temperature: *τ* of InfoNCE.
         two_way: Whether targets choose among sources too.
 
     Returns:
-        The loss; the mean cosine of true pairs; that of all negatives, NaN if there are none.
-        Scalars, fp32 (fp64 for fp64 input); the loss alone is differentiable, in ``hidden``.
+        Loss, mean cosine of true pairs, and that of all negatives, NaN without any; scalars, fp32
+        (fp64 for fp64 input). The loss alone is differentiable, in ``hidden``.
 
     Raises:
         ValueError: A shape, dtype, device or value is not as above.
@@ -119,15 +117,9 @@ def pooled_alignment_loss(
     """
     _check_pack(hidden, weight, offsets)
     _check_choice(loss, margin, temperature)
-    N = (offsets.shape[0] - 1) // 2
-    if groups is not None and (groups.shape != (2, N) or groups.dtype != torch.int64):
-        got = f"{groups.dtype} {list(groups.shape)}"
-        raise ValueError(f"groups must be torch.int64 [2, {N}], got {got}")
-    for name, x in (("weight", weight), ("offsets", offsets), ("groups", groups)):
-        if x is not None and x.device != hidden.device:
-            raise ValueError(f"{name} must be on {hidden.device} as hidden, got {x.device}")
-    op = torch.ops.tli_engine.pooled_alignment_loss.default
-    value, true, wrong, _ = op(hidden, weight, offsets, groups, loss, margin, temperature, two_way)
+    _check_groups(hidden, weight, offsets, groups)
+    arguments = (hidden, weight, offsets, groups, loss, margin, temperature, two_way)
+    value, true, wrong, _ = torch.ops.tli_engine.pooled_alignment_loss.default(*arguments)
     return value, true, wrong
 
 
@@ -147,6 +139,16 @@ def _check_pack(hidden: Tensor, weight: Tensor, offsets: Tensor) -> None:
         raise ValueError(
             f"offsets must be of N sources and N targets, got {len(offsets) - 1} words"
         )
+
+
+def _check_groups(hidden: Tensor, weight: Tensor, offsets: Tensor, groups: Tensor | None) -> None:
+    N = (offsets.shape[0] - 1) // 2
+    if groups is not None and (groups.shape != (2, N) or groups.dtype != torch.int64):
+        got = f"{groups.dtype} {list(groups.shape)}"
+        raise ValueError(f"groups must be torch.int64 [2, {N}], got {got}")
+    for name, x in (("weight", weight), ("offsets", offsets), ("groups", groups)):
+        if x is not None and x.device != hidden.device:
+            raise ValueError(f"{name} must be on {hidden.device} as hidden, got {x.device}")
 
 
 def _check_choice(loss: str, margin: float, temperature: float) -> None:

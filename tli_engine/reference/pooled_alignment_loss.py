@@ -29,7 +29,8 @@ def pooled_alignment_loss(
     value, true, wrong, count = unit.new_zeros(4).unbind()
     for way in range(ways):
         own, other = sides[way], sides[1 - way]
-        for rows in torch.arange(N, device=unit.device).split(_ROWS):
+        for first in range(0, N, _ROWS):
+            rows = torch.arange(first, min(first + _ROWS, N), device=unit.device)
             cos = own[rows] @ other.T
             negative = _negatives(rows, N, groups)
             if loss == "infonce":
