@@ -6,6 +6,9 @@ BIN := $(VENV)/bin
 CONSTRAINTS ?= $(if $(shell command -v nvidia-smi),constraints-cuda.txt,constraints.txt)
 SOURCES := pyproject.toml setup.py $(CONSTRAINTS)
 
+# it would ask every install for the extension, `make cuda` says when
+unexport TLI_ENGINE_CUDA
+
 .PHONY: train test cuda lint types
 
 train: $(VENV)/.installed
@@ -14,11 +17,16 @@ train: $(VENV)/.installed
 test: $(VENV)/.installed-dev lint types
 	$(BIN)/python -m pytest
 
-# the CUDA C++ kernels for Hopper GPUs; needs nvcc
-cuda: $(VENV)/.installed
-	$(BIN)/python -m pip install --quiet 'setuptools>=77'
+# the CUDA C++ kernels for Hopper GPUs; about a minute, each time
+cuda: nvcc $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --constraint $(CONSTRAINTS) 'setuptools>=77' --editable '.[triton]'
 	TLI_ENGINE_CUDA=1 $(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/tli-engine info
+
+.PHONY: nvcc
+nvcc:
+	@command -v "$${CUDA_HOME:+$$CUDA_HOME/bin/}nvcc" >/dev/null || \
+	  { echo "make cuda: no nvcc; install CUDA 12.5 or newer, put nvcc on the path or set CUDA_HOME"; exit 1; }
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,7 +23,7 @@ ENV = "TLI_ENGINE_CUDA"
 
 
 def find_nvcc() -> str | None:
-    """The compiler, of ``$CUDA_HOME`` before that on the path."""
+    """The compiler: of ``$CUDA_HOME`` if that is set, else on the path."""
     home = os.environ.get("CUDA_HOME")
     return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
 
@@ -84,7 +84,10 @@ class BuildCuda(build_ext):
         assert nvcc is not None
         print(nvcc, *arguments, flush=True)
         if (status := subprocess.run([nvcc, *arguments], check=False).returncode) != 0:
-            raise SystemExit(f"nvcc failed with {status}; {ENV}=0 installs without the extension")
+            raise SystemExit(
+                f"nvcc failed with {status}; it must be of CUDA 12.5 or newer. {ENV}=0 installs "
+                "without the extension"
+            )
 
 
 def extensions() -> list[Extension]:

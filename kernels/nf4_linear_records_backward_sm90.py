@@ -25,7 +25,10 @@ def nf4_linear_records_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; arguments are those of ``tli_engine::nf4_linear_records_backward``."""
     dy = dy.contiguous()
-    dx, dA, dB = dy.new_empty(0), dy.new_empty(0), dy.new_empty(0)
+    dx, dA, dB = (
+        like.new_empty(0)
+        for like in (dy, dy if lora_A is None else lora_A, dy if lora_B is None else lora_B)
+    )
     if dy.shape[0] == 0:
         dx = dy.new_empty((0, K) if needs_dx else (0,))
         if needs_lora and lora_A is not None and lora_B is not None:
@@ -36,7 +39,6 @@ def nf4_linear_records_backward(
     t, dB = up_backward(dy, lora_B, s, sizes, scaling, needs_lora)
     if needs_dx:
         dx = product_dx(dy, records, transposed, K, fast, (t, lora_A, seed, dropout))
-    dA = lora_A.new_empty(0)
     if needs_lora and x is not None:
         dA = down_backward(x.contiguous(), t, len(sizes), seed, dropout, lora_A.dtype)
     return dx, dA, dB

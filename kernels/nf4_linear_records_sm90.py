@@ -92,6 +92,8 @@ def product_dx(
             operand = adapter_operand(lora_A, dy.dtype)
             return launch(dy, transposed, K, True, fast, lora=(t, operand, [K]))
         dx = launch(dy, transposed, K, True, fast)
+        if seed is not None and t.shape[1] <= MAX_RANKS:
+            return lora_dx(t, lora_A, seed, dropout, dx)
         return dx.add_(_update(t, lora_A, seed, dropout))
     weight = dequantize_records(records, N, K, dy.dtype)
     if lora is None:

@@ -1,6 +1,6 @@
-"""NF4 records (``tli_engine.reference.nf4_records``) to the weight's 16-bit values, row by row.
+"""NF4 records (``tli_engine.reference.nf4_records``) to the weight's values, row by row.
 
-For matmuls of so many rows that cuBLAS on the whole weight is the faster way.
+For matmuls by cuBLAS: of many rows, of an input in fp32, and of a gradient without a transposed copy.
 """
 
 from functools import cache

@@ -19,9 +19,7 @@ class _Slab:
         self.used = 0
 
 
-@cache
-def _slab(device: torch.device) -> _Slab:
-    return _Slab(device)
+_slabs: dict[torch.device, _Slab] = {}
 
 
 @cache
@@ -39,10 +37,11 @@ def semaphores(device: torch.device, count: int) -> Tensor:
         return torch.zeros(count, dtype=torch.int32, device=device)
     if not torch.cuda.is_current_stream_capturing():
         # made before a capture: a graph's own memory may be given to others after it
-        _slab(device)
+        if device not in _slabs:
+            _slabs[device] = _Slab(device)
         return _of_stream(device, torch.cuda.current_stream(device).cuda_stream)
-    if not _slab.cache_info().currsize or _slab(device).used == _CAPTURED:
+    slab = _slabs.get(device)
+    if slab is None or slab.used == _CAPTURED:
         return torch.zeros(count, dtype=torch.int32, device=device)
-    slab = _slab(device)
     slab.used += 1
     return slab.counters[slab.used - 1]

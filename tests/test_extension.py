@@ -34,20 +34,20 @@ def run_setup(environment: dict[str, str], *arguments: str) -> subprocess.Comple
 
 def test_missing_extension_says_how_to_get_it(library: Path) -> None:
     assert not extension.load()
-    assert extension.status().startswith("not built: reinstall with TLI_ENGINE_CUDA=1")
+    assert extension.status().startswith("the extension is not built: make cuda, or")
 
 
 def test_broken_extension_says_why_in_a_line(library: Path) -> None:
     library.write_bytes(b"not a library")
     assert not extension.load()
-    assert extension.status().startswith("cannot be loaded: ")
+    assert extension.status().startswith("the extension cannot be loaded, build it anew: ")
     assert "\n" not in extension.status()
 
 
 def test_it_is_looked_for_once(library: Path) -> None:
     assert not extension.load()
     library.write_bytes(b"not a library")
-    assert extension.status().startswith("not built")
+    assert extension.status().startswith("the extension is not built")
 
 
 def test_status_agrees_with_load() -> None:

@@ -28,12 +28,22 @@ class BackendUnavailableError(RuntimeError):
     """A backend was asked for by name and cannot run here."""
 
 
+def choice() -> str | None:
+    """Return the backend that ``$TLI_ENGINE_BACKEND`` names for GPUs, None if it names none.
+
+    Raises:
+        BackendUnavailableError: There is none of that name.
+    """
+    value = os.environ.get(_ENV) or None
+    if value is not None and value not in _MODULES:
+        raise BackendUnavailableError(f"{_ENV}={value}: not one of {', '.join(_MODULES)}")
+    return value
+
+
 def _load(op: str, backend: str) -> Callable[..., Any]:
-    if backend not in _MODULES:
-        raise BackendUnavailableError(f"{_ENV}={backend}: not one of {', '.join(_MODULES)}")
     name = _MODULES[backend].format(op=op)
     if backend == "cuda" and not extension.load():
-        raise BackendUnavailableError(f"cuda: the extension is {extension.status()}")
+        raise BackendUnavailableError(f"cuda: {extension.status()}")
     try:
         implementation: Callable[..., Any] = getattr(importlib.import_module(name), op)
     except ModuleNotFoundError as e:
@@ -46,12 +56,15 @@ def _load(op: str, backend: str) -> Callable[..., Any]:
 
 
 @cache
-def _resolve(op: str, choice: str | None) -> tuple[str, Callable[..., Any], tuple[str, ...]]:
+def _resolve(op: str, named: str | None) -> tuple[str, Callable[..., Any], tuple[str, ...]]:
     reasons: list[str] = []
     # an op without a CUDA C++ kernel has its only one in Triton
-    chosen = ("cuda", "triton") if choice == "cuda" else (choice,) if choice else tuple(_MODULES)
-    if choice == "cuda" and not extension.load():
-        raise BackendUnavailableError(f"{_ENV}=cuda: the extension is {extension.status()}")
+    chosen = ("cuda", "triton") if named == "cuda" else (named,) if named else tuple(_MODULES)
+    if op in _CUDA_OPS and named is None:
+        # records are for the extension: undoing them in every call would be slow, and silent
+        chosen = ("cuda",)
+    if named == "cuda" and not extension.load():
+        raise BackendUnavailableError(f"{_ENV}=cuda: {extension.status()}")
     for backend in chosen:
         if backend == "cuda" and op not in _CUDA_OPS:
             continue
@@ -74,12 +87,12 @@ def resolve(op: str) -> Callable[..., Any]:
         BackendUnavailableError: The backend named by ``$TLI_ENGINE_BACKEND``, or every backend,
             lacks the op here.
     """
-    return _resolve(op, os.environ.get(_ENV) or None)[1]
+    return _resolve(op, choice())[1]
 
 
 def explain(op: str) -> tuple[str, tuple[str, ...]]:
     """Return the backend that an accelerator runs ``op`` on, and why not each better one."""
-    backend, _, reasons = _resolve(op, os.environ.get(_ENV) or None)
+    backend, _, reasons = _resolve(op, choice())
     return backend, reasons
 
 
@@ -89,11 +102,11 @@ def has_extension(device: torch.device) -> bool:
     Raises:
         BackendUnavailableError: ``$TLI_ENGINE_BACKEND`` asks for them, and they do not run there.
     """
-    choice = os.environ.get(_ENV) or None
-    if device.type != "cuda" or choice not in (None, "cuda"):
+    chosen = choice()
+    if device.type != "cuda" or chosen not in (None, "cuda"):
         return False
     hopper = torch.cuda.get_device_capability(device) == (9, 0)
-    if choice == "cuda" and not (hopper and extension.load()):
-        why = f"the extension is {extension.status()}" if hopper else "the GPU is no Hopper GPU"
+    if chosen == "cuda" and not (hopper and extension.load()):
+        why = extension.status() if hopper else "the GPU is no Hopper GPU"
         raise BackendUnavailableError(f"{_ENV}=cuda: {why}")
     return hopper and extension.load()

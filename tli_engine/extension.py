@@ -1,5 +1,6 @@
 """The CUDA C++ extension, ``tli_engine/_C.so``: loads it if it was built, and says why if it is not there."""
 
+import logging
 from functools import cache
 from pathlib import Path
 
@@ -25,12 +26,18 @@ def status() -> str:
 def _load() -> str | None:
     """What keeps the extension from loading; None if it is loaded."""
     if not _LIBRARY.is_file():
-        return "not built: reinstall with TLI_ENGINE_CUDA=1 and --no-build-isolation (needs nvcc)"
+        return (
+            "the extension is not built: make cuda, or TLI_ENGINE_CUDA=1 pip install "
+            "--no-build-isolation . (needs nvcc)"
+        )
     try:
         torch.ops.load_library(str(_LIBRARY))  # type: ignore[no-untyped-call]
     except (OSError, RuntimeError) as e:
-        # the first line names the missing symbol or library; a backtrace may follow
-        return f"cannot be loaded: {str(e).splitlines()[0]}"
+        # the first line, of the cause if there is one, names the missing symbol or library
+        why = str(e.__cause__ or e).splitlines()[0]
+        reason = f"the extension cannot be loaded, build it anew: {why}"
+        logging.getLogger(__name__).warning("%s", reason)
+        return reason
     for op in _OPS:
         torch.library.register_fake(op, _fake)
     return None

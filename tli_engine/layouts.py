@@ -5,7 +5,7 @@ be held a second time, transposed, for the gradient of the input.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,7 +28,14 @@ class Adapter(NamedTuple):
 
 
 class PortableWeight:
-    """bitsandbytes' own bytes, or on a GPU tiles of them for the Triton kernels."""
+    """bitsandbytes' own bytes, or on a GPU tiles of them for the Triton kernels.
+
+    Attributes:
+        N, K: Rows and columns of the weight.
+        packed: Two codes a byte, uint8, ``[ceil(N K / 2), 1]``, or tiled, of as many bytes.
+        absmax: Of each block, fp32, in the order of the bytes.
+        tiled: Whether the bytes are tiles; see ``tli_engine.reference.nf4_linear.tile``.
+    """
 
     transposed_nbytes = 0
 
@@ -81,7 +88,15 @@ class PortableWeight:
 
 
 class RecordedWeight:
-    """Records for the CUDA C++ kernel, and on demand those of the transpose for the way back."""
+    """Records for the CUDA C++ kernel, and on demand those of the transpose for the way back.
+
+    For blocks of 64, and N and K multiples of 64: see :func:`lay_out`.
+
+    Attributes:
+        N, K: Rows and columns of the weight.
+        records: uint8, ``[N / 64, 2 ceil(K / 128), 2304]``.
+        transposed: uint8, ``[K / 64, 2 ceil(N / 128), 2304]``, or None.
+    """
 
     def __init__(self, weight: NF4Weight) -> None:
         self.N, self.K = weight.shape
@@ -134,6 +149,11 @@ class RecordedWeight:
             packed, absmax = from_records(self.records, self.N, self.K, False)
             self.transposed = to_records(packed, absmax, self.N, self.K, True)
             self._settle()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over a copy's state."""
+        self.__dict__.update(state)
+        self._settle()
 
     def _settle(self) -> None:
         # the kernel fetches records before it waits for the kernel before it: none may write them

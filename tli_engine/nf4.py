@@ -221,9 +221,12 @@ def concatenate(weights: Sequence[NF4Weight]) -> NF4Weight:
     common = (first.shape[1:], first.dtype, first.block_size, first.device)
     for weight in weights:
         if (weight.shape[1:], weight.dtype, weight.block_size, weight.device) != common:
-            got = f"{list(weight.shape)} {weight.dtype}, blocks of {weight.block_size}"
+            wanted, got = (
+                f"{list(w.shape)} {w.dtype}, blocks of {w.block_size}, on {w.device}"
+                for w in (first, weight)
+            )
             raise ValueError(
-                f"weights must share all but their first size with the first, got {got}"
+                f"weights must share all but their first size with the first, {wanted}; got {got}"
             )
         if len(weight.shape) != 2 or weight.shape[0] * weight.shape[1] % weight.block_size:
             raise ValueError(

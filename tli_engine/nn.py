@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from tli_engine.layouts import Adapter, lay_out
 from tli_engine.nf4 import DTYPES, NF4Weight
+from tli_engine.ops.autocast import cast_input
 from tli_engine.ops.counter_dropout import counter_dropout
 from tli_engine.ops.nf4_dequantize import check_stored
 from tli_engine.ops.nf4_linear import Numerics, check_input
@@ -49,6 +50,10 @@ class NF4Linear(nn.Module):
         weight_residency: Residency = "nf4",
     ) -> None:
         super().__init__()
+        if not isinstance(weight, NF4Weight):
+            raise TypeError(
+                f"weight must be an NF4Weight (nf4.quantize), got {type(weight).__name__}"
+            )
         if len(weight.shape) != 2:
             raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
         if numerics not in ("exact", "fast"):
@@ -97,7 +102,11 @@ class NF4Linear(nn.Module):
         self._stored.add_transposed_copy()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype."""
+        """Return the projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype.
+
+        Under autocast ``x`` is cast first, as by ``nn.Linear``.
+        """
+        x = cast_input(x)
         self._check(x)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         dense = self._resident(x)
@@ -122,6 +131,7 @@ class NF4Linear(nn.Module):
 
         Beside a resident weight, the update is added to cuBLAS' result, with the same dropout.
         """
+        x = cast_input(x)
         self._check(x)
         groups = [self.out_features] if sizes is None else list(sizes)
         check_lora(x, lora_A, lora_B, self.out_features, groups, dropout, seed)

@@ -39,7 +39,7 @@ def test_compiles_without_spills(capability: int) -> None:
         if capability == 90 and name.startswith("fwd") and name.partition("-")[2] in MODELS:
             spilled = 0
         if capability == 90 and name.startswith("bwd-256"):
-            spilled = 64
+            spilled = max(spilled, 64)
         assert kernel["registers"] > 0, f"{name}: {kernel['log']}"
         assert kernel["spilled"] <= spilled, f"{name} spills {kernel['spilled']} bytes"
         assert kernel["in_flight"] == 0, f"{name}: operands are overwritten under a product"

@@ -64,3 +64,24 @@ def test_the_table_decides(tuned: dict) -> None:
 def test_scratch_of_shared_sums() -> None:
     assert dispatch._workspace(4096, 3, Gemv(64, 2, 64), 132) == (2 * 4096 * 3, 64)
     assert dispatch._workspace(4096, 3, Gemv(64, 1, 64), 132) == (0, 0)
+
+
+@pytest.mark.parametrize("processors", [132, 114, 78])
+def test_measured_tiles_fit_on_smaller_gpus_or_are_not_taken(processors: int) -> None:
+    for direction, rows, contraction, M, fast in dispatch.TUNED:
+        tile = dispatch._choose(direction, M, rows, contraction, fast, processors)
+        if isinstance(tile, Tile):
+            blocks = -(-rows // (64 * tile.blocks_per_warpgroup * tile.warpgroups))
+            tiles = -(-M // tile.block_m) * blocks
+            ctas = tile.grid if tile.mode == 0 else tiles * tile.split
+            assert ctas <= processors * tile.ctas_per_sm, (direction, rows, contraction, M, tile)
+
+
+def test_rows_between_the_measured_buckets(tuned: dict) -> None:
+    tuned["dx", 4096, 4096, 1024, False] = (256, 1, 2, 1, 0, 1, 0)
+    tuned["dx", 4096, 4096, 4096, False] = None
+    chosen = [dispatch._choose("dx", m, 4096, 4096, False, 132) for m in (1025, 2048, 2049, 9000)]
+    assert chosen == [Tile(256, 1, 2, 1, 0, 1, 0)] * 2 + [None] * 2
+    # an untuned one: on the way back cuBLAS takes many rows
+    assert dispatch._choose("dx", 4096, 5120, 5120, False, 132) is None
+    assert dispatch._choose("fwd", 4096, 5120, 5120, False, 132) is not None

@@ -9,12 +9,14 @@ from torch import Tensor, nn
 from tli_engine import nf4
 from tli_engine.config import LoraConfig
 from tli_engine.data.words import pack
+from tli_engine.layouts import RecordedWeight
 from tli_engine.models.adapters import (
     LoRALinear,
     adapter_strength,
     adapter_tensors,
     adapters_off,
     add_lora,
+    add_transposed_copies,
 )
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.nn import NF4Linear
@@ -254,3 +256,32 @@ def test_each_replay_of_a_graph_draws_a_new_mask(residency: Any) -> None:
     assert torch.equal(b, d)
     assert not torch.equal(a, b)
     assert not torch.equal(a, e)
+
+
+def test_transposed_copies_are_held_where_gradients_may_pass(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tli_engine.layouts.backends.has_extension", lambda device: True)
+    files = tiny("llama", hidden_size=128, intermediate_size=128, head_dim=32)
+    device = torch.device("cpu")
+    model = load_early(files, 3, dtype=torch.float32, device=device, quantize="nf4")
+    add_lora(model, LoraConfig(layers="1", modules=["q_proj", "down_proj"]), 3, seed=0)
+    layers = {n: m for n, m in model.decoder.named_modules() if isinstance(m, NF4Linear)}
+    recorded = {n for n, m in layers.items() if isinstance(m._stored, RecordedWeight)}
+    before = sum(m.nbytes for m in layers.values())
+    nbytes, copies = add_transposed_copies(model)
+    held = {n for n, m in layers.items() if m.transposed_nbytes}
+    # block 0 is frozen, and nothing trained feeds q, k and v of block 1
+    reached = {
+        n for n in recorded
+        if n.startswith(("layers.1.", "layers.2."))
+        and not n.startswith(tuple(f"layers.1.self_attn.{p}_proj" for p in "qkv"))
+    }  # fmt: skip
+    assert "layers.1.mlp.down_proj.base_layer" in held
+    assert held == reached
+    assert nbytes == before + copies
+    assert copies == sum(layers[n].transposed_nbytes for n in held)
+    ids = pack(random_words(3, 5))
+    dense = load_early(files, 3, dtype=torch.float32, device=device, quantize="nf4")
+    with adapters_off(model):
+        torch.testing.assert_close(model(ids, 3), dense(ids, 3))

@@ -1,3 +1,4 @@
+import copy
 from typing import Any
 
 import pytest
@@ -37,8 +38,13 @@ def test_records_give_the_weight_back_and_count_their_bytes(double_quant: bool) 
     assert torch.equal(back.dequantize(), weight.dequantize())
     # K is filled up to 384, N to 256: 2304 bytes for 64 x 64
     assert stored.transposed_nbytes == 5 * 4 * 2304
+    # double quantised statistics are kept beside the decoded ones
+    kept = weight.nbytes - weight.packed.nbytes if double_quant else 0
+    assert alone == 3 * 6 * 2304 + kept
     assert stored.nbytes == alone + stored.transposed_nbytes
-    assert alone - (weight.nbytes if double_quant else 0) >= 3 * 6 * 2304 - weight.packed.nbytes
+    again = copy.deepcopy(stored)
+    assert torch.equal(again.records, stored.records)
+    assert again.records.data_ptr() != stored.records.data_ptr()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
@@ -100,3 +106,21 @@ def test_records_decode_to_the_weight_bit_for_bit(dtype: torch.dtype, device: to
     recorded = RecordedWeight(weight)
     dense = dequantize_records(recorded.records, 128, K, dtype)
     assert torch.equal(dense, weight.dequantize(dtype))
+
+
+@pytest.mark.parametrize("kind", [PortableWeight, RecordedWeight])
+def test_second_derivative_of_the_frozen_product(kind: Any) -> None:
+    stored = kind(quantize(torch.randn(N, K) * 0.05))
+    x, dy = torch.randn(3, K).requires_grad_(), torch.randn(3, N).requires_grad_()
+    (dx,) = torch.autograd.grad(stored.product(x, None, False), x, dy, create_graph=True)
+    (ddy,) = torch.autograd.grad(dx.sum(), dy)
+    expected = torch.ones(3, K) @ stored.weight().dequantize().T
+    torch.testing.assert_close(ddy, expected)
+
+
+def test_second_derivative_through_an_adapter_is_refused() -> None:
+    _, recorded = make_layouts()
+    x, dy = torch.randn(3, K).requires_grad_(), torch.randn(3, N).requires_grad_()
+    y = recorded.adapted(x, None, make_adapter([N]), False)
+    with pytest.raises(NotImplementedError, match="an adapter has no second derivative"):
+        torch.autograd.grad(y, x, dy, create_graph=True)

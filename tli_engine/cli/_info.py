@@ -9,12 +9,12 @@ from tli_engine.models.builtin import cache_folder, names
 from tli_engine.models.files import FAMILIES
 from tli_engine.train.provenance import versions
 
-# the public ones, and the one that a layer takes where the extension runs
-_OPS = [*(op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)), "nf4_linear_records"]
+_OPS = [op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)]
 
 
 def collect() -> dict[str, Any]:
     """Everything that ``info`` prints."""
+    backends.choice()
     return {
         "versions": versions(),
         "devices": _devices(),
@@ -36,10 +36,21 @@ def _devices() -> list[dict[str, Any]]:
                 "name": gpu.name,
                 "memory_mib": gpu.total_memory // 2**20,
                 "architecture": f"sm_{gpu.major}{gpu.minor}",
+                "nf4_layers": _nf4_layers(torch.device("cuda", i)),
             }
-            for gpu in gpus
+            for i, gpu in enumerate(gpus)
         ),
     ]
+
+
+def _nf4_layers(device: torch.device) -> str:
+    """What multiplies by the NF4 layers of a model on that GPU."""
+    try:
+        if backends.has_extension(device):
+            return "cuda"
+        return backends.explain("nf4_linear")[0]
+    except backends.BackendUnavailableError as e:
+        return str(e)
 
 
 def _backends(op: str) -> dict[str, Any]:

@@ -174,7 +174,9 @@ def adapters(model: EarlyModel) -> dict[str, LoRALinear]:
 
 
 def add_transposed_copies(model: EarlyModel) -> tuple[int, int]:
-    """Hold the NF4 layers that gradients pass a second time, transposed, where kernels can use it.
+    """Hold NF4 layers a second time, transposed, where kernels can use it: those gradients may pass.
+
+    From the first adapted block on, these are all but the projections that read that block's input.
 
     Returns:
         Bytes of all NF4 layers, and of the copies among them.

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.nf4 import DTYPES, NF4Weight
+from tli_engine.ops.autocast import cast_input, without_autocast
 from tli_engine.ops.nf4_dequantize import check_stored
 from tli_engine.reference.nf4_linear import nf4_linear as _reference
 from tli_engine.reference.nf4_linear import tile as tile
@@ -57,18 +58,18 @@ def _fake_dx(
     return dy.new_empty(dy.shape[0], K)
 
 
-torch.library.impl(_OP, "CPU")(_reference)
-torch.library.impl(_DX, "CPU")(_reference_dx)
+torch.library.impl(_OP, "CPU")(without_autocast("cpu", _reference))
+torch.library.impl(_DX, "CPU")(without_autocast("cpu", _reference_dx))
 
 
 @torch.library.impl(_OP, "CUDA")
 def _cuda(*args: Any) -> Tensor:
-    return backends.resolve("nf4_linear")(*args)  # type: ignore[no-any-return]
+    return without_autocast("cuda", backends.resolve("nf4_linear"))(*args)  # type: ignore[no-any-return]
 
 
 @torch.library.impl(_DX, "CUDA")
 def _cuda_dx(*args: Any) -> Tensor:
-    return backends.resolve("nf4_linear_dx")(*args)  # type: ignore[no-any-return]
+    return without_autocast("cuda", backends.resolve("nf4_linear_dx"))(*args)  # type: ignore[no-any-return]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -157,7 +158,7 @@ def nf4_linear(
     a double quantised absmax once and lays the bytes out for the kernels.
 
     Args:
-        x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or, on a
+        x: Input, ``[..., K]``, cast under autocast, any strides, no rows allowed; bf16, fp16, fp32 or, on a
             CPU, fp64.
         weight: Frozen weight, ``[N, K]``; K need be no multiple of the block size.
         bias: ``[N]`` of ``x``'s dtype, or None.
@@ -172,6 +173,8 @@ def nf4_linear(
 
     Source: Dettmers et al. 2023 (QLoRA), eq. 5.
     """
+    x = cast_input(x)
+    bias = None if bias is None else cast_input(bias)
     check_linear(x, weight, bias, numerics)
     y: Tensor = torch.ops.tli_engine.nf4_linear.default(
         x.reshape(-1, weight.shape[1]),

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tli_engine import backends
+from tli_engine.ops.autocast import without_autocast
 from tli_engine.reference.nf4_linear_records import nf4_linear_records as _reference
 from tli_engine.reference.nf4_linear_records_backward import (
     nf4_linear_records_backward as _reference_backward,
@@ -53,18 +54,20 @@ def _fake_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return dx, dA, lora_B.new_empty(lora_B.shape if needs_lora else (0,))
 
 
-torch.library.impl(_OP, "CPU")(_reference)
-torch.library.impl(_BACKWARD, "CPU")(_reference_backward)
+torch.library.impl(_OP, "CPU")(without_autocast("cpu", _reference))
+torch.library.impl(_BACKWARD, "CPU")(without_autocast("cpu", _reference_backward))
 
 
 @torch.library.impl(_OP, "CUDA")
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    return backends.resolve("nf4_linear_records")(*args)  # type: ignore[no-any-return]
+    run = backends.resolve("nf4_linear_records")
+    return without_autocast("cuda", run)(*args)  # type: ignore[no-any-return]
 
 
 @torch.library.impl(_BACKWARD, "CUDA")
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.resolve("nf4_linear_records_backward")(*args)  # type: ignore[no-any-return]
+    run = backends.resolve("nf4_linear_records_backward")
+    return without_autocast("cuda", run)(*args)  # type: ignore[no-any-return]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -93,3 +96,29 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, .
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+
+
+def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, _, _, records, transposed, lora_A, *_, ctx.fast, _, _ = inputs
+    if lora_A is not None:
+        raise NotImplementedError(
+            "nf4_linear_records: an adapter has no second derivative; leave create_graph out"
+        )
+    ctx.save_for_backward(records, transposed)
+    ctx.N = inputs[0].shape[1]
+    ctx.set_materialize_grads(False)
+
+
+def _backward_backward(ctx: Any, ddx: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    ddy = None
+    if ddx is not None and ctx.needs_input_grad[0]:
+        records, transposed = ctx.saved_tensors
+        ddy = torch.ops.tli_engine.nf4_linear_records.default(
+            ddx, records, transposed, None, None, None, None, [], 1.0, 0.0, ctx.N, ctx.fast
+        )[0]
+    return (ddy, *(None,) * 14)
+
+
+torch.library.register_autograd(
+    _BACKWARD, _backward_backward, setup_context=_setup_context_backward
+)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.nf4 import NF4Weight
+from tli_engine.ops.autocast import cast_input, without_autocast
 from tli_engine.ops.counter_dropout import check_seed
 from tli_engine.ops.nf4_linear import Numerics, check_linear
 from tli_engine.reference.nf4_lora_linear import nf4_lora_linear as _reference
@@ -47,18 +48,19 @@ def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, T
     return dx, dA, lora_B.new_empty(lora_B.shape if needs_lora else (0,))
 
 
-torch.library.impl(_OP, "CPU")(_reference)
-torch.library.impl(_BACKWARD, "CPU")(_reference_backward)
+torch.library.impl(_OP, "CPU")(without_autocast("cpu", _reference))
+torch.library.impl(_BACKWARD, "CPU")(without_autocast("cpu", _reference_backward))
 
 
 @torch.library.impl(_OP, "CUDA")
 def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    return backends.resolve("nf4_lora_linear")(*args)  # type: ignore[no-any-return]
+    return without_autocast("cuda", backends.resolve("nf4_lora_linear"))(*args)  # type: ignore[no-any-return]
 
 
 @torch.library.impl(_BACKWARD, "CUDA")
 def _cuda_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return backends.resolve("nf4_lora_linear_backward")(*args)  # type: ignore[no-any-return]
+    run = backends.resolve("nf4_lora_linear_backward")
+    return without_autocast("cuda", run)(*args)  # type: ignore[no-any-return]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -157,6 +159,7 @@ def nf4_lora_linear(
 
     Source: Hu et al. 2021 (LoRA), eq. 3; Dettmers et al. 2023 (QLoRA), eq. 5.
     """
+    x, bias = cast_input(x), None if bias is None else cast_input(bias)
     check_linear(x, weight, bias, numerics)
     N, K = weight.shape
     sizes = [N] if sizes is None else list(sizes)
@@ -164,6 +167,5 @@ def nf4_lora_linear(
     stored = (weight.packed, weight.absmax_fp32(), bias, lora_A, lora_B)
     used = seed if dropout > 0 else None
     options = (used, sizes, scaling, dropout, weight.block_size, False, numerics == "fast")
-    op = torch.ops.tli_engine.nf4_lora_linear.default
-    y: Tensor = op(x.reshape(-1, K), *stored, *options)[0]
+    y: Tensor = torch.ops.tli_engine.nf4_lora_linear.default(x.reshape(-1, K), *stored, *options)[0]
     return y.view(*x.shape[:-1], N)

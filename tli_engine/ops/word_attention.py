@@ -69,7 +69,8 @@ def word_bounds(offsets: Tensor, tokens: int) -> Tensor:
     """First row, and one past the last row, of the word of each token of a pack.
 
     Args:
-        offsets: First token of each word, then ``T``; ``[S + 1]``, int32 or int64, ascending.
+        offsets: First token of each word, then ``T``; ``[S + 1]``, int32 or int64, ascending, the
+            first 0 and the last ``tokens``, which is not checked: it would wait for the device.
         tokens: ``T``; given, so that no device is waited for.
 
     Returns:
