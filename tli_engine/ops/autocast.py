@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# those that the ops run on; autocast does not know "meta"
+_DEVICES = ("cpu", "cuda")
+
 
 def cast_input(x: Tensor) -> Tensor:
     """Return ``x`` in autocast's dtype where it is on, as ``nn.Linear`` does; fp64 stays."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.dtype != torch.float64:
-        return x.to(torch.get_autocast_dtype(device))
-    return x
+    if device not in _DEVICES or x.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 def without_autocast(device: str, run: Callable[..., Any]) -> Callable[..., Any]:
