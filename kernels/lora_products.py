@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tli_engine.kernels.counter_dropout import counter_dropout
 from tli_engine.kernels.lora_down import is_few, is_narrow, lora_down, lora_down_backward
+from tli_engine.kernels.lora_dx import lora_dx
 from tli_engine.kernels.lora_up_backward import is_short, lora_up_backward
 
 
@@ -41,6 +42,18 @@ def down_backward(
     if is_narrow(x, groups, t.shape[1] // groups) and is_few(x.shape[0]):
         return lora_down_backward(x, t, seed, dropout, dtype)
     return _product(t.T, x if seed is None else counter_dropout(x, seed, dropout), dtype)
+
+
+def down_dx(
+    t: Tensor, lora_A: Tensor, seed: Tensor | None, dropout: float, dx: Tensor | None = None
+) -> Tensor:
+    """Return ``D(t @ A)``, ``[M, K]``, the gradient of ``x`` on this way, or add it to ``dx``."""
+    if seed is not None and is_narrow(t, 1, t.shape[1]):
+        return lora_dx(t, lora_A, seed, dropout, dx)
+    update = t @ lora_A.to(t.dtype)
+    if seed is not None:
+        update = counter_dropout(update, seed, dropout)
+    return update if dx is None else dx.add_(update)
 
 
 def up(s: Tensor, lora_B: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.lora_down import width
+from tli_engine.kernels.lora_up_backward import group_ends
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
 from tli_engine.kernels.nf4_dispatch import Tile, choose_tile, fast_table
 from tli_engine.kernels.nf4_tile import (
@@ -170,7 +172,6 @@ def fused_forward(
     y = torch.empty(M, N, dtype=x.dtype, device=x.device)
     out = y if split == 1 else x.new_empty(split, M, N, dtype=torch.float32)
     lora_x, lora_b, sizes = lora or (x, x, [N])
-    ends = [*(sum(sizes[: i + 1]) for i in range(len(sizes))), N, N]
     rank = lora_b.shape[1] if lora else 1
     _nf4_linear_fwd_kernel[(triton.cdiv(M, tile.block_m) * triton.cdiv(N, tile.block_n), split)](
         x,
@@ -184,11 +185,10 @@ def fused_forward(
         M,
         N,
         K,
-        ends[0],
-        ends[1],
+        *group_ends(sizes),
         1.0,
         R=rank,
-        RANKS=max(16, triton.next_power_of_2(rank * len(sizes))) if lora else 0,
+        RANKS=width(rank * len(sizes)) if lora else 0,
         BLOCK_M=tile.block_m,
         BLOCK_N=tile.block_n,
         SPLIT=split,

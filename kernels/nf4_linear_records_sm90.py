@@ -7,9 +7,7 @@ so, many rows go to cuBLAS, which reads the weight decoded into a buffer.
 import torch
 from torch import Tensor
 
-from tli_engine.kernels.counter_dropout import counter_dropout
-from tli_engine.kernels.lora_dx import lora_dx
-from tli_engine.kernels.lora_products import down, up
+from tli_engine.kernels.lora_products import down, down_dx, up
 from tli_engine.kernels.nf4_records import dequantize_records
 from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
 
@@ -57,10 +55,11 @@ def _forward(
     lora: tuple[Tensor, Tensor, list[int]] | None = None,
 ) -> Tensor:
     (M, K), dense = x.shape, x.dtype == torch.float32
-    if not dense and choose_tile("fwd", M, N, K, fast, x.device) is not None:
+    tile = None if dense else choose_tile("fwd", M, N, K, fast, x.device)
+    if tile is not None:
         if lora is not None:
             lora = (lora[0], adapter_operand(lora[1], x.dtype), lora[2])
-        return launch(x, records, N, False, fast, bias, lora)
+        return launch(x, records, N, False, fast, tile, bias, lora)
     weight = dequantize_records(records, N, K, x.dtype)
     if lora is None:
         return torch.nn.functional.linear(x, weight, bias)
@@ -82,28 +81,18 @@ def product_dx(
 ) -> Tensor:
     """Return ``dy @ W``, and ``D(t @ A)`` on top for ``lora``: ``(t, A, seed, dropout)``."""
     M, N = dy.shape
-    fused = dy.dtype != torch.float32 and choose_tile("dx", M, K, N, fast, dy.device) is not None
-    if transposed is not None and fused:
+    dense = dy.dtype == torch.float32
+    tile = None if dense else choose_tile("dx", M, K, N, fast, dy.device)
+    if transposed is not None and tile is not None:
         if lora is None:
-            return launch(dy, transposed, K, True, fast)
-        t, lora_A, seed, dropout = lora
+            return launch(dy, transposed, K, True, fast, tile)
+        t, lora_A, seed, _ = lora
         # with dropout the update has a mask of its own and cannot share the product's sums
         if seed is None and rides_along(t.shape[1], []):
             operand = adapter_operand(lora_A, dy.dtype)
-            return launch(dy, transposed, K, True, fast, lora=(t, operand, [K]))
-        dx = launch(dy, transposed, K, True, fast)
-        if seed is not None and t.shape[1] <= MAX_RANKS:
-            return lora_dx(t, lora_A, seed, dropout, dx)
-        return dx.add_(_update(t, lora_A, seed, dropout))
+            return launch(dy, transposed, K, True, fast, tile, lora=(t, operand, [K]))
+        return down_dx(*lora, launch(dy, transposed, K, True, fast, tile))
     weight = dequantize_records(records, N, K, dy.dtype)
     if lora is None:
         return dy @ weight
-    return _update(*lora).addmm_(dy, weight)
-
-
-def _update(t: Tensor, lora_A: Tensor, seed: Tensor | None, dropout: float) -> Tensor:
-    """``D(t @ A)``."""
-    if seed is not None and t.dtype != torch.float32 and t.shape[1] <= MAX_RANKS:
-        return lora_dx(t, lora_A, seed, dropout)
-    dx = t @ lora_A.to(t.dtype)
-    return dx if seed is None else counter_dropout(dx, seed, dropout)
+    return down_dx(*lora).addmm_(dy, weight)

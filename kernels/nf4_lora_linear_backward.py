@@ -3,10 +3,8 @@
 import torch
 from torch import Tensor
 
-from tli_engine.kernels.counter_dropout import counter_dropout
 from tli_engine.kernels.lora_down import is_narrow
-from tli_engine.kernels.lora_dx import lora_dx
-from tli_engine.kernels.lora_products import down_backward, up_backward
+from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear_dx import fused_dx
@@ -70,17 +68,14 @@ def _dx(
     if tile is not None:
         lora = (t, lora_A.contiguous()) if seed is None else None
         dx = fused_dx(dy, packed, absmax, K, tiled, fast, tile, lora)
-        return dx if seed is None else lora_dx(t, lora_A, seed, dropout, dx)
+        return dx if seed is None else down_dx(t, lora_A, seed, dropout, dx)
     # with dropout the update has a mask of its own and cannot share the product's contraction
     if narrow and tiled and seed is None and pays_to_append(M, K, N):
         return _append(dy, t, packed, absmax, lora_A)
-    if narrow and seed is not None:
-        dx = lora_dx(t, lora_A, seed, dropout)
-    else:
-        dx = t @ lora_A.to(dy.dtype)
-        dx = dx if seed is None else counter_dropout(dx, seed, dropout)
     # cuBLAS adds to the update under its own arithmetic
-    return dx.addmm_(dy, dequantize_tiles(packed, absmax, N, K, dy.dtype, block_size, tiled))
+    return down_dx(t, lora_A, seed, dropout).addmm_(
+        dy, dequantize_tiles(packed, absmax, N, K, dy.dtype, block_size, tiled)
+    )
 
 
 def _append(dy: Tensor, t: Tensor, packed: Tensor, absmax: Tensor, lora_A: Tensor) -> Tensor:

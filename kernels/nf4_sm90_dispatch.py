@@ -152,9 +152,9 @@ def launch(
     rows: int,
     transposed: bool,
     fast: bool,
+    tile: Tile | Gemv,
     bias: Tensor | None = None,
     lora: tuple[Tensor, Tensor, list[int]] | None = None,
-    tile: Tile | Gemv | None = None,
 ) -> Tensor:
     """Return ``x @ R.T``, ``[M, rows]``, and add the narrow product of ``lora``.
 
@@ -164,17 +164,12 @@ def launch(
         rows: Rows of what is recorded.
         transposed: Whether the records are of the transpose.
         fast: Whether codes and scales may be rounded before they are multiplied.
+        tile: How the product is cut up; see :func:`choose_tile`.
         bias: ``[rows]`` in ``x``'s dtype.
         lora: ``(s, B, sizes)``, or transposed ``(t, A, [rows])``.
-        tile: Instead of the dispatched one.
     """
     M, contraction = x.shape
-    count = processors(x.device)
-    if tile is None:
-        direction = "dx" if transposed else "fwd"
-        tile = _choose(direction, M, rows, contraction, fast, count)
-        assert tile is not None, "the caller asks choose_tile first"
-    floats, flags = _workspace(rows, M, tile, count)
+    floats, flags = _workspace(rows, M, tile, processors(x.device))
     lora_x, lora_b, sizes = lora or (None, None, [])
     bias, lora_b = (None if t is None else _aligned(t) for t in (bias, lora_b))
     x = _aligned(x)

@@ -124,3 +124,55 @@ def test_second_derivative_through_an_adapter_is_refused() -> None:
     y = recorded.adapted(x, None, make_adapter([N]), False)
     with pytest.raises(NotImplementedError, match="an adapter has no second derivative"):
         torch.autograd.grad(y, x, dy, create_graph=True)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("groups", [[N], [64, 128]], ids=str)
+@pytest.mark.parametrize("fused", [True, False], ids=["fused", "decoded"])
+def test_launcher_composes_the_definition(
+    fused: bool, groups: list[int], dropout: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The product itself, which needs a Hopper GPU, is the reference's."""
+    from tli_engine.kernels import nf4_linear_records_sm90 as launcher
+    from tli_engine.kernels.nf4_linear_records_backward_sm90 import nf4_linear_records_backward
+
+    _, recorded = make_layouts()
+    recorded.add_transposed_copy()
+    dense = recorded.weight().dequantize(torch.float16)
+
+    def launch(
+        x: Tensor, records: Tensor, rows: int, transposed: bool, fast: bool, tile: str,
+        bias: Tensor | None = None, lora: Any = None,
+    ) -> Tensor:  # fmt: skip
+        assert tile == "tile"
+        assert records is (recorded.transposed if transposed else recorded.records)
+        y = torch.nn.functional.linear(x, dense.T if transposed else dense, bias)
+        if lora is not None:
+            s, b, sizes = lora
+            b = b.to(x.dtype)
+            parts = [b] if transposed else [p.T for p in b.split(sizes)]
+            y = y + torch.cat(
+                [
+                    t @ p
+                    for t, p in zip(s.split(R * len(groups) // len(parts), 1), parts, strict=True)
+                ],
+                1,
+            )
+        return y
+
+    monkeypatch.setattr(launcher, "launch", launch)
+    monkeypatch.setattr(launcher, "choose_tile", lambda *args: "tile" if fused else None)
+    adapter, bias = make_adapter(groups, dropout), torch.randn(N).half()
+    x, dy = torch.randn(5, K).half(), torch.randn(5, N).half()
+    A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
+    stored, plain = (recorded.records, recorded.transposed), (A, B, *adapter[2:])
+    y, s = launcher.nf4_linear_records(x, *stored, bias, *plain, N, False)
+    grads = nf4_linear_records_backward(dy, x, s, *stored, *plain, K, False, True, True)
+    ops = torch.ops.tli_engine
+    expected, expected_s = ops.nf4_linear_records(x, *stored, bias, *plain, N, False)
+    wanted = ops.nf4_linear_records_backward(
+        dy, x, expected_s, *stored, *plain, K, False, True, True
+    )
+    for ours, theirs in zip((y, s, *grads), (expected, expected_s, *wanted), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert (ours.double() - theirs.double()).norm() < 4e-3 * theirs.double().norm()
