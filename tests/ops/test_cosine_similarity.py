@@ -8,6 +8,9 @@ from tli_engine import cosine_similarity
 from tli_engine.reference.cosine_similarity import cosine_similarity as reference
 from tli_engine.testing import assert_within_error_budget
 
+pytest.importorskip("triton")
+from tli_engine.kernels.cosine_similarity import cosine_similarity as triton_cosine
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 SHAPES = [  # N, M, D
     pytest.param(1, 1, 1, id="one-number"),
@@ -191,3 +194,44 @@ def test_compiles_without_graph_breaks(dynamic: bool, device: torch.device) -> N
 def test_wrong_argument_is_named_in_the_error(x: Tensor, y: Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         cosine_similarity(x, y)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "M", "D"),
+    [
+        *SHAPES,
+        pytest.param(17, 33, 300, id="past-a-tile"),
+        pytest.param(40, 70, 600, id="several-parts"),
+        pytest.param(150, 130, 20, id="many-rows"),
+    ],
+)
+def test_kernels_err_no_more_than_plain_torch(
+    N: int, M: int, D: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, y = make_inputs(N, M, D, dtype, device)
+    actual = triton_cosine(x, y)
+    plain = reference(x, y)
+    assert [a.shape for a in actual] == [(N, M), (N, 1), (M, 1)]
+    exact = reference(x.double(), y.double())
+    for got, same, truth in zip(actual, plain, exact, strict=True):
+        assert got.dtype == torch.float32
+        if got.numel():
+            assert_within_error_budget(got, same, truth, floor=1e-6 * max(1, D**0.5))
+
+
+def test_kernels_know_zero_vectors_and_any_stride(device: torch.device) -> None:
+    x, y = make_inputs(20, 18, 140, torch.float32, device)
+    x[3], y[17] = 0, 0
+    cos, x_norm, _ = triton_cosine(x, y)
+    assert (cos[3] == 0).all()
+    assert (cos[:, 17] == 0).all()
+    assert x_norm[3] == x_norm.new_tensor(1e-12)
+    strided = x.T.contiguous().T, torch.cat([y, y.new_full(y.shape, torch.nan)], 1)[:, :140]
+    assert torch.equal(triton_cosine(*strided)[0], cos)
+
+
+def test_kernels_of_fp64(device: torch.device) -> None:
+    x, y = make_inputs(5, 4, 16, torch.float64, device)
+    for got, truth in zip(triton_cosine(x, y), reference(x, y), strict=True):
+        torch.testing.assert_close(got, truth, rtol=1e-13, atol=1e-14)

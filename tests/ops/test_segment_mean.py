@@ -6,7 +6,12 @@ from torch import Tensor
 
 from tli_engine import segment_mean
 from tli_engine.reference.segment_mean import segment_mean as reference
+from tli_engine.reference.segment_mean_backward import segment_mean_backward as reference_backward
 from tli_engine.testing import assert_within_error_budget
+
+pytest.importorskip("triton")
+from tli_engine.kernels.segment_mean import segment_mean as triton_forward
+from tli_engine.kernels.segment_mean_backward import segment_mean_backward as triton_backward
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LENGTHS = [
@@ -227,3 +232,60 @@ def test_a_row_of_no_weight_may_be_infinite(device: torch.device) -> None:
     weight = torch.tensor([0.0, 1.0, 1.0, 0.0], device=device)
     offsets = torch.tensor([0, 4], device=device)
     assert segment_mean(x, weight, offsets).tolist() == [[2.0]]
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [1, 24, 1030])
+@pytest.mark.parametrize("lengths", LENGTHS)
+def test_kernels_err_no_more_than_plain_torch(
+    lengths: list[int], D: int, dtype: torch.dtype, device: torch.device
+) -> None:
+    x, weight, offsets = make_inputs(lengths, dtype, device, D)
+    weight[1::3] = 0
+    mean = triton_forward(x, weight, offsets)
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    dmean = torch.randn_like(mean)
+    dx = triton_backward(dmean, weight, offsets, dtype)
+    assert dx.dtype == dtype
+    assert dx.shape == x.shape
+    if not sum(lengths):
+        assert (mean == 0).all()
+        return
+    exact_x = x.double().requires_grad_()
+    exact = naive(exact_x, weight, offsets)
+    (d_exact,) = torch.autograd.grad(exact, exact_x, dmean.double())
+    floor = 1e-15 if dtype == torch.float64 else 1e-6
+    assert_within_error_budget(mean, reference(x, weight, offsets), exact.detach(), floor=floor)
+    d_plain = reference_backward(dmean, weight, offsets, dtype)
+    assert_within_error_budget(dx, d_plain, d_exact, floor=floor)
+
+
+def test_kernels_take_any_stride_and_leave_out_infinite_rows(device: torch.device) -> None:
+    x, weight, offsets = make_inputs([3, 1, 0, 4], torch.bfloat16, device)
+    weight[2] = 0
+    expected = triton_forward(x, weight, offsets)
+    d_expected = triton_backward(expected, weight, offsets, x.dtype)
+    x[2] = torch.inf
+    strided = (
+        x.T.contiguous().T,
+        torch.stack([weight, torch.full_like(weight, torch.nan)], 1)[:, 0],
+        torch.stack([offsets, offsets + 99], 1)[:, 0],
+    )
+    assert torch.equal(triton_forward(*strided), expected)
+    rows = torch.cat([x, x], 1)[:, : x.shape[1]]
+    assert torch.equal(triton_forward(rows, weight, offsets), expected)
+    gradient = triton_backward(expected.T.contiguous().T, *strided[1:], x.dtype)
+    assert torch.equal(gradient, d_expected)
+
+
+def test_gradient_of_the_gradient(device: torch.device) -> None:
+    x, weight, offsets = make_inputs([3, 0, 2], torch.float64, device, D=3)
+    weight[0] = 0
+    assert torch.autograd.gradgradcheck(segment_mean, (x.requires_grad_(), weight, offsets))
+
+
+def test_backward_operator_contract(device: torch.device) -> None:
+    _, weight, offsets = make_inputs([3, 0, 2], torch.float32, device)
+    dmean = torch.randn(3, 8, device=device).requires_grad_()
+    op = torch.ops.tli_engine.segment_mean_backward.default
+    torch.library.opcheck(op, (dmean, weight, offsets, torch.bfloat16))

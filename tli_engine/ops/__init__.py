@@ -5,6 +5,7 @@ from tli_engine.ops.nf4_dequantize import nf4_dequantize
 from tli_engine.ops.nf4_linear import nf4_linear
 from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
 from tli_engine.ops.nf4_quantize import nf4_quantize
+from tli_engine.ops.pooled_alignment_loss import pooled_alignment_loss
 from tli_engine.ops.segment_mean import segment_mean
 from tli_engine.ops.word_attention import word_attention, word_bounds
 
@@ -14,6 +15,7 @@ __all__ = [
     "nf4_linear",
     "nf4_lora_linear",
     "nf4_quantize",
+    "pooled_alignment_loss",
     "segment_mean",
     "word_attention",
     "word_bounds",

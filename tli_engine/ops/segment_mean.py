@@ -1,4 +1,4 @@
-"""``tli_engine::segment_mean``: schema, shape rules, backends and gradient."""
+"""``tli_engine::segment_mean`` and its gradient: schemas, shape rules, backends."""
 
 from typing import Any
 
@@ -7,10 +7,15 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.reference.segment_mean import segment_mean as _reference
+from tli_engine.reference.segment_mean_backward import segment_mean_backward as _reference_backward
 
 _OP = "tli_engine::segment_mean"
+_BACKWARD = "tli_engine::segment_mean_backward"
 
 torch.library.define(_OP, "(Tensor x, Tensor weight, Tensor offsets) -> Tensor")
+torch.library.define(
+    _BACKWARD, "(Tensor dmean, Tensor weight, Tensor offsets, ScalarType dtype) -> Tensor"
+)
 
 
 @torch.library.register_fake(_OP)
@@ -19,12 +24,24 @@ def _fake(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return x.new_empty(offsets.shape[0] - 1, x.shape[1], dtype=acc)
 
 
+@torch.library.register_fake(_BACKWARD)
+def _fake_backward(dmean: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    return dmean.new_empty(weight.shape[0], dmean.shape[1], dtype=dtype)
+
+
 torch.library.impl(_OP, "CPU")(_reference)
+torch.library.impl(_BACKWARD, "CPU")(_reference_backward)
 
 
 @torch.library.impl(_OP, "CUDA")
 def _cuda(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     return backends.resolve("segment_mean")(x, weight, offsets)  # type: ignore[no-any-return]
+
+
+@torch.library.impl(_BACKWARD, "CUDA")
+def _cuda_backward(dmean: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype) -> Tensor:
+    backward = backends.resolve("segment_mean_backward")
+    return backward(dmean, weight, offsets, dtype)  # type: ignore[no-any-return]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -36,17 +53,24 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None
 def _backward(ctx: Any, dmean: Tensor) -> tuple[Tensor | None, None, None]:
     if not ctx.needs_input_grad[0]:
         return None, None, None
-    weight, offsets = ctx.saved_tensors
-    weight = weight.to(dmean.dtype)
-    rows = torch.arange(weight.shape[0], device=weight.device)
-    # offsets are sorted: the segment of a row is the last offset not beyond it
-    segment = torch.searchsorted(offsets, rows, right=True) - 1
-    total = torch.zeros_like(dmean[:, 0]).index_add(0, segment, weight)
-    share = weight / torch.where(total == 0, 1, total)[segment]
-    return (dmean[segment] * share[:, None]).to(ctx.dtype), None, None
+    op = torch.ops.tli_engine.segment_mean_backward.default
+    return op(dmean, *ctx.saved_tensors, ctx.dtype), None, None
+
+
+def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:3])
+
+
+def _backward_backward(ctx: Any, ddx: Tensor) -> tuple[Tensor | None, None, None, None]:
+    # the mean is linear in the rows: the gradient of its gradient is the mean again
+    mean = torch.ops.tli_engine.segment_mean.default(ddx, *ctx.saved_tensors)
+    return mean, None, None, None
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _BACKWARD, _backward_backward, setup_context=_setup_context_backward
+)
 
 
 def segment_mean(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -1,0 +1,132 @@
+"""Compile the pooling, cosine and loss kernels for one architecture with no GPU; print JSON.
+
+Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import torch
+import triton
+from compile_nf4 import assembler_log
+from triton import language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tli_engine.kernels import (
+    cosine_similarity,
+    pooled_alignment_loss,
+    pooled_alignment_loss_many,
+    segment_mean,
+    segment_mean_backward,
+)
+
+# by argument name; other pointers are of the case's dtype, other scalars are int32
+POINTERS = {"offsets_ptr": "*i64", "groups_ptr": "*i64", "lock_ptr": "*i32"}
+SCALARS = {"margin": "fp32", "inv_temperature": "fp32", "scale": "fp32"}
+# hidden sizes and row strides are multiples of 16 in every model, which the launcher tells Triton too
+DIVISIBLE = {"D", "H", "stride_xt", "stride_ht", "stride_xn", "stride_ym"}
+INFONCE = {"INFONCE": True, "SEMIHARD": False}
+SEMIHARD = {"INFONCE": False, "SEMIHARD": True}
+Case = tuple[Any, str, set[str], dict[str, Any], int]
+
+
+def cases() -> dict[str, Case]:
+    """Kernel, dtype of the hidden states, pointers of that dtype, constants and warps."""
+    found: dict[str, Case] = {}
+    for name, acc in (("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)):
+        forward = {"BLOCK_D": 1024, "UNROLL": segment_mean.UNROLL, "ACC": acc}
+        backward = {
+            "BLOCK_D": 1024, "BLOCK_T": 32, "ACC": acc, "SCALED": name != "fp64", "PORTABLE": False,
+        }  # fmt: skip
+        found[f"mean-{name}"] = (
+            segment_mean._segment_mean_fwd_kernel, name, {"x_ptr"}, forward, 4,
+        )  # fmt: skip
+        found[f"mean-backward-{name}"] = (
+            segment_mean_backward._segment_mean_bwd_kernel, name, {"dx_ptr"}, backward, 4,
+        )  # fmt: skip
+        found[f"unit-{name}"] = (
+            cosine_similarity._unit_rows_kernel, name, {"x_ptr"}, {"BLOCK_D": 4096, "ACC": acc}, 8,
+        )  # fmt: skip
+    for block, split in ((16, 32), (32, 32), (32, 8)):
+        tile = {"BLOCK": block, "BLOCK_K": cosine_similarity.BLOCK_K, "SPLIT": split}
+        rows = {"x_ptr", "y_ptr"}
+        found[f"cosine-{block}-{split}"] = (
+            cosine_similarity._cosine_few_kernel, "fp32", rows, tile, 4,
+        )  # fmt: skip
+        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+            block_k, warps = pooled_alignment_loss.pooled_tile(block, dtype)
+            pooled = tile | {"BLOCK_K": block_k, "UNROLL": pooled_alignment_loss.UNROLL}
+            found[f"pooled-{block}-{split}-{name}"] = (
+                pooled_alignment_loss._pooled_cosine_kernel, name, {"hidden_ptr"}, pooled, warps,
+            )  # fmt: skip
+    return found | losses()
+
+
+def losses() -> dict[str, Case]:
+    """The kernels of the loss itself, which see fp32 alone."""
+    found: dict[str, Case] = {}
+    gradient = pooled_alignment_loss._pooled_gradient_kernel
+    many = pooled_alignment_loss_many
+    for name, loss in (("infonce", INFONCE), ("semihard", SEMIHARD)):
+        for B in (16, 32, 64):
+            for ways in (1, 2):
+                constants = {
+                    "B": B, "BLOCK_K": pooled_alignment_loss.COLUMNS, "TWO_WAY": ways == 2,
+                    "GROUPED": True, **loss,
+                }  # fmt: skip
+                warps = pooled_alignment_loss.gradient_warps(B)
+                found[f"gradient-{B}-{ways}-{name}"] = (gradient, "fp32", set(), constants, warps)
+        rows = {"BLOCK_N": 1024, "GROUPED": True, **loss}
+        found[f"rows-{name}"] = (many._row_loss_kernel, "fp32", set(), rows, 4)
+    found["tangent"] = (many._tangent_rows_kernel, "fp32", set(), {"BLOCK_D": 4096}, 8)
+    return found
+
+
+def compile_case(case: Case, capability: int) -> Any:
+    """Compile as the launcher would on that architecture."""
+    kernel, dtype, rows, constants, warps = case
+    names = kernel.arg_names
+    if "OVERLAP" in names:
+        constants = constants | {"OVERLAP": capability >= 90}
+    acc = "*fp64" if dtype == "fp64" else "*fp32"
+    signature = {
+        name: "constexpr" if name in constants
+        else f"*{dtype}" if name in rows
+        else POINTERS.get(name, acc) if name.endswith("_ptr")
+        else SCALARS.get(name, "i32")
+        for name in names
+    }  # fmt: skip
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name.endswith("_ptr") or name in DIVISIBLE
+        },
+    )
+    options = {"num_warps": warps, "launch_pdl": constants.get("OVERLAP", False)}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    for name, case in cases().items():
+        compiled = compile_case(case, capability)
+        log = assembler_log(compiled.asm["ptx"], capability)
+        report[name] = {
+            "shared": compiled.metadata.shared,
+            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
+            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+            "log": log if "Used" not in log else "",
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,201 @@
+"""Pooling, cosines and their loss on a GPU: ops and gradients against plain PyTorch in fp64."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import DeviceType
+
+from tli_engine import backends
+from tli_engine.align.losses import alignment_loss
+from tli_engine.config import AlignConfig
+from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
+from tli_engine.reference.cosine_similarity import cosine_similarity as plain_cosine
+from tli_engine.reference.segment_mean import segment_mean as plain_mean
+from tli_engine.testing import assert_within_error_budget
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+TRIPLETS = ["triplet-hardest", "triplet-semihard"]
+BATCHES = [  # pairs, hidden size, loss
+    *(pytest.param(N, H, "infonce", id=f"infonce-{N}-{H}") for N, H in (
+        (1, 64), (8, 4096), (16, 2048), (17, 640), (32, 5120), (33, 4096), (64, 4096), (64, 8192),
+        (65, 4096), (200, 4096), (1000, 512),
+    )),
+    *(pytest.param(N, 4096, loss, id=f"{loss}-{N}") for N in (16, 64, 130) for loss in TRIPLETS),
+]  # fmt: skip
+
+
+def make_inputs(N: int, H: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Words of 1 to 8 tokens, some of no weight; the words of a pair have something in common."""
+    lengths = torch.randint(1, 9, (2 * N,))
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    word = torch.repeat_interleave(torch.arange(2 * N), lengths)
+    hidden = torch.randn(N, H).repeat(2, 1)[word] + 4 * torch.randn(len(word), H)
+    weight = (torch.rand(len(word)) > 0.2).float() * torch.randint(1, 4, (len(word),))
+    weight[offsets[:-1]] = 1
+    return hidden.to(dtype).cuda(), weight.cuda(), offsets.cuda()
+
+
+def make_groups(N: int) -> Tensor:
+    """Every third source is one word, and every fourth target."""
+    i = torch.arange(N, device="cuda")
+    return torch.stack([i.where(i % 3 > 0, 0), i.where(i % 4 > 0, 0)])
+
+
+def chain(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, groups: Tensor, loss: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Plain PyTorch, with a mask of negatives."""
+    cos = plain_cosine(*plain_mean(hidden, weight, offsets).chunk(2))[0]
+    negative = ~torch.eye(len(cos), dtype=torch.bool, device="cuda")
+    for group in groups:
+        negative &= group[:, None] != group
+    value = alignment_loss(cos, negative, AlignConfig(loss=loss))
+    return value, cos.diagonal().mean(), cos[negative].mean()
+
+
+def with_gradient(
+    function: Callable[..., tuple[Tensor, ...]], hidden: Tensor, *args: Any, **choice: Any
+) -> tuple[Tensor, ...]:
+    leaf = hidden.detach().requires_grad_()
+    loss, true, wrong = function(leaf, *args, **choice)
+    return loss.detach(), true.detach(), wrong.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("N", "H", "loss"), BATCHES)
+def test_loss_and_its_gradient(N: int, H: int, loss: str, dtype: torch.dtype) -> None:
+    for op in ("pooled_alignment_loss", "pooled_alignment_loss_backward"):
+        assert backends.explain(op) == ("triton", ())
+    inputs = make_inputs(N, H, dtype)
+    groups = make_groups(N)
+    actual = with_gradient(pooled_alignment_loss, *inputs, groups, loss=loss)
+    plain = with_gradient(chain, *inputs, groups, loss=loss)
+    exact = with_gradient(chain, inputs[0].double(), *inputs[1:], groups, loss=loss)
+    for got, same, truth in zip(actual, plain, exact, strict=True):
+        if truth.isnan().all():
+            assert got.isnan().all()
+        else:
+            assert_within_error_budget(got, same, truth)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize("D", [64, 4096, 5000])
+def test_segment_mean_and_its_gradient(D: int, dtype: torch.dtype) -> None:
+    for op in ("segment_mean", "segment_mean_backward"):
+        assert backends.explain(op) == ("triton", ())
+    x, weight, offsets = make_inputs(100, D, dtype)
+    leaves = [x.clone().requires_grad_(), x.clone().requires_grad_(), x.double().requires_grad_()]
+    means = [f(leaf, weight, offsets) for f, leaf in zip(
+        (segment_mean, plain_mean, plain_mean), leaves, strict=True
+    )]  # fmt: skip
+    dmean = torch.randn_like(means[0])
+    grads = [
+        torch.autograd.grad(mean, leaf, dmean.to(mean.dtype))[0]
+        for mean, leaf in zip(means, leaves, strict=True)
+    ]
+    floor = 1e-14 if dtype == torch.float64 else 1e-6
+    assert_within_error_budget(*(m.detach() for m in means), floor=floor)
+    assert_within_error_budget(*grads, floor=floor)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("N", "M", "D"), [(8, 8, 4096), (64, 64, 4096), (100, 120, 8192), (500, 33, 4096)]
+)
+def test_cosine_similarity(N: int, M: int, D: int, dtype: torch.dtype) -> None:
+    assert backends.explain("cosine_similarity") == ("triton", ())
+    x, y = (torch.randn(n, D, device="cuda").to(dtype) for n in (N, M))
+    y[0] = x[0]
+    exact = plain_cosine(x.double(), y.double())[0]
+    assert_within_error_budget(cosine_similarity(x, y), plain_cosine(x, y)[0], exact)
+
+
+@pytest.mark.parametrize("N", [64, 150])
+def test_is_deterministic_and_replays_from_a_graph(N: int) -> None:
+    hidden, weight, offsets = make_inputs(N, 4096, torch.bfloat16)
+    leaf = hidden.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        loss, true, wrong = pooled_alignment_loss(leaf, weight, offsets)
+        return loss, true, wrong, torch.autograd.grad(loss, leaf)[0]
+
+    # one stream throughout: autograd remembers the one on which it first met a leaf
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        eager = [t.clone() for t in step()]
+        repeats = [step() for _ in range(20)]
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        captured = step()
+    for _ in range(5):
+        graph.replay()
+    torch.cuda.synchronize()
+    for again in (*repeats, captured):
+        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+    # the hidden states are read in the graph: other ones give another result
+    with torch.no_grad():
+        leaf.copy_(make_inputs(N, 4096, torch.bfloat16)[0][:1].expand_as(leaf))
+    graph.replay()
+    torch.cuda.synchronize()
+    assert not torch.equal(captured[0], eager[0])
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def kernels_of(call: Callable[[], object]) -> list[str]:
+    """Names of the kernels that a call launches."""
+    call()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    on_gpu = (e for e in profile.events() if e.device_type == DeviceType.CUDA)
+    return [e.name for e in on_gpu]
+
+
+def test_few_pairs_are_two_launches_and_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    # or fresh memory is filled, by one launch more for each tensor
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
+    hidden, weight, offsets = make_inputs(64, 4096, torch.bfloat16)
+    leaf = hidden.requires_grad_()
+    forward = kernels_of(lambda: pooled_alignment_loss(leaf, weight, offsets))
+    assert forward == ["_pooled_cosine_kernel", "_pooled_gradient_kernel"]
+    loss, *_ = pooled_alignment_loss(leaf, weight, offsets)
+    one = torch.ones_like(loss)
+    backward = kernels_of(lambda: torch.autograd.grad(loss, leaf, one, retain_graph=True))
+    assert backward == ["_segment_mean_bwd_kernel"]
+
+
+def test_a_large_batch_never_holds_its_cosines() -> None:
+    N, H = 8192, 256
+    words = torch.arange(2 * N + 1, device="cuda")
+    hidden = torch.randn(2 * N, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight = torch.ones(2 * N, device="cuda")
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, *_ = pooled_alignment_loss(hidden, weight, words, make_groups(N))
+    loss.backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 * N * N
+    exact = with_gradient(chain, hidden.float(), weight, words, make_groups(N), loss="infonce")
+    torch.testing.assert_close(loss.detach(), exact[0], rtol=1e-5, atol=0)
+
+
+def test_fp64_is_refused() -> None:
+    inputs = make_inputs(2, 16, torch.float64)
+    with pytest.raises(ValueError, match="on a GPU hidden must be bf16, fp16 or fp32, got fp64"):
+        pooled_alignment_loss(*inputs)
+
+
+def test_operator_contract() -> None:
+    hidden, weight, offsets = make_inputs(3, 64, torch.bfloat16)
+    arguments = (hidden.requires_grad_(), weight, offsets, make_groups(3), "infonce", 0.4, 0.05)
+    torch.library.opcheck(torch.ops.tli_engine.pooled_alignment_loss.default, (*arguments, True))
