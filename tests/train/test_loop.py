@@ -23,7 +23,7 @@ from tli_engine.models.adapters import adapter_tensors, add_lora, wrap
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import random_words, save_tiny_model
-from tli_engine.train import loop
+from tli_engine.train import module_step
 from tli_engine.train.loop import StepMetrics, Trainer
 from tli_engine.train.order import batch_rows
 from tli_engine.train.schedule import learning_rate
@@ -263,14 +263,14 @@ def test_an_adapter_that_the_loss_does_not_see_is_named(files: ModelFiles, start
 
 def poison(monkeypatch: pytest.MonkeyPatch, step: int, value: float) -> None:
     """From a step on, counted from 0, the loss is multiplied by ``value``."""
-    original, calls = loop.batch_loss, iter(range(1000))
+    original, calls = module_step.batch_loss, iter(range(1000))
 
     def poisoned(*args: Any) -> BatchLoss:
         result = original(*args)
         factor = value if next(calls) >= step else 1.0
         return dataclasses.replace(result, loss=result.loss * factor)
 
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(module_step, "batch_loss", poisoned)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
@@ -300,14 +300,14 @@ def test_a_first_gradient_that_is_not_finite_is_named(
 
 
 def test_a_collapse_is_passed_on_once(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    original, calls = loop.batch_loss, iter(range(1000))
+    original, calls = module_step.batch_loss, iter(range(1000))
 
     def collapsing(*args: Any) -> BatchLoss:
         result, way = original(*args), min(1.0, next(calls) / 40)
         alike = torch.tensor(0.3 + 0.69 * way)
         return BatchLoss(result.loss * 0 + 0.4, alike + 0.005, alike)
 
-    monkeypatch.setattr(loop, "batch_loss", collapsing)
+    monkeypatch.setattr(module_step, "batch_loss", collapsing)
     run = start(
         align={"loss": "triplet-hardest", "margin": 0.4}, train={"steps": 80, "warmup_steps": 0}
     )

@@ -1,6 +1,5 @@
 """The training loop of the align objective."""
 
-import math
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -9,16 +8,18 @@ import torch
 from torch import Tensor
 
 from tli_engine.align.collapse import CollapseDetector
-from tli_engine.align.objective import PairBatch, batch_loss, pair_batch
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
-from tli_engine.errors import TrainingError
-from tli_engine.models.adapters import adapter_tensors
 from tli_engine.models.device import peak_mib
 from tli_engine.models.early import EarlyModel
-from tli_engine.train.order import batch_rows, step_seed, steps_per_epoch
+from tli_engine.train.engine import Engine, Observed
+from tli_engine.train.module_step import ModuleStep
+from tli_engine.train.order import steps_per_epoch
 from tli_engine.train.schedule import learning_rate
+
+# steps begun before the first of them must be done: enough for no one to wait, few for a signal
+_MOST_AHEAD = 64
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,8 @@ class Trainer:
         space: Where vectors are compared.
         on_step: Called with the figures of each step; may be set later.
         on_warning: Called with a line that the user should read.
+        step: Steps begun. Where ``on_step`` is called for a step at which a checkpoint is due, all
+            are done, and the state is that step's.
     """
 
     model: EarlyModel
@@ -64,18 +67,12 @@ class Trainer:
 
     def __post_init__(self) -> None:
         train = self.config.train
-        self._tensors = adapter_tensors(self.model)
-        for tensor in self._tensors.values():
-            tensor.requires_grad_(True)
-        self.optimizer = torch.optim.AdamW(
-            self._tensors.values(), lr=train.learning_rate, weight_decay=train.weight_decay
-        )
-        self._groups = self.pairs.groups
-        rows = len(self.pairs.source)
-        self.steps_per_epoch = steps_per_epoch(rows, train.batch_size)
+        self.steps_per_epoch = steps_per_epoch(len(self.pairs.source), train.batch_size)
         self.total_steps = train.steps or self.steps_per_epoch * (train.epochs or 1)
+        self.engine = self._choose_engine()
         margin = None if self.config.align.loss == "infonce" else self.config.align.margin
         self._collapse = CollapseDetector(margin)
+        self._reported = time.perf_counter()
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Train to the end, or to the first step after which ``until`` holds.
@@ -84,23 +81,25 @@ class Trainer:
             TrainingError: An adapter tensor without a finite gradient, or a non-finite loss.
         """
         self.model.train()
+        self._reported = time.perf_counter()
+        reported = self.step
         try:
             # dropout draws from torch's global generator, which is the caller's
             with torch.random.fork_rng():
                 while self.step < self.total_steps and not until():
-                    self.one_step()
+                    self.engine.launch(self.step)
+                    self.step += 1
+                    due = self.step % self.config.train.checkpoint_steps == 0
+                    full = self.step - reported >= _MOST_AHEAD
+                    reported += self._report(wait=due or full)
+                self._report(wait=True)
         finally:
             self.model.eval()
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapter tensors, and the optimizer's as ``<tensor>/<statistic>``."""
-        adapter = {name: tensor.detach().cpu() for name, tensor in self._tensors.items()}
-        statistics = {
-            f"{name}/{key}": value.detach().cpu()
-            for name, tensor in self._tensors.items()
-            for key, value in self.optimizer.state.get(tensor, {}).items()
-        }
-        return adapter, statistics
+        adapter = {name: tensor.detach().cpu() for name, tensor in self.engine.tensors.items()}
+        return adapter, self.engine.state()
 
     def restore(self, step: int, adapter: dict[str, Tensor], statistics: dict[str, Tensor]) -> None:
         """Go back to a step with the tensors that :meth:`state` gave there.
@@ -110,15 +109,9 @@ class Trainer:
             RuntimeError: They are of another shape.
         """
         with torch.no_grad():
-            for name, tensor in self._tensors.items():
+            for name, tensor in self.engine.tensors.items():
                 tensor.copy_(adapter[name])
-        numbers = {name: i for i, name in enumerate(self._tensors)}
-        state: dict[int, dict[str, Tensor]] = {}
-        for key, value in statistics.items():
-            name, _, statistic = key.partition("/")
-            state.setdefault(numbers[name], {})[statistic] = value
-        groups = self.optimizer.state_dict()["param_groups"]
-        self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+        self.engine.restore(statistics)
         self.step = step
 
     def replay(self, steps: Iterable[Mapping[str, float]]) -> list[str]:
@@ -129,67 +122,35 @@ class Trainer:
             lines += [f"step {step['step']}: {line}"] if line else []
         return lines
 
-    def one_step(self) -> None:
-        """Run one step: forward, backward, update, report."""
-        start = time.perf_counter()
-        config, train = self.config, self.config.train
-        rows = batch_rows(len(self.pairs.source), train.batch_size, config.seed, self.step)
-        batch = self._batch(rows).to(self.model.device)
-        torch.manual_seed(step_seed(config.seed, self.step))
-        lr = learning_rate(train, self.step, self.total_steps)
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-        result = batch_loss(self.model, batch, self.space, config.align)
-        torch.autograd.backward(result.loss)
-        if self.step == 0:
-            self._check_gradients()
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self._tensors.values(), train.max_grad_norm or math.inf
-        )
-        loss = result.loss.item()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            raise TrainingError(
-                f"step {self.step + 1}: loss {loss}, gradient norm {float(grad_norm)}; lower "
-                f"train.learning_rate or set train.max_grad_norm"
-            )
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        self.step += 1
-        seconds = time.perf_counter() - start
-        self._report(
-            StepMetrics(
-                step=self.step,
-                epoch=1 + (self.step - 1) // self.steps_per_epoch,
-                loss=loss,
-                lr=lr,
-                grad_norm=float(grad_norm),
-                cosine_true=float(result.cosine_true),
-                cosine_random=float(result.cosine_random),
-                tokens_per_s=len(batch.words.input_ids) / seconds,
-                seconds=seconds,
-                peak_mib=peak_mib(self.model.device),
-            )
-        )
+    def _choose_engine(self) -> Engine:
+        return ModuleStep(self.model, self.config, self.pairs, self.space, self.total_steps)
 
-    def _batch(self, rows: list[int]) -> PairBatch:
-        source_groups, target_groups = self._groups
-        return pair_batch(
-            [self.pairs.source[i] for i in rows],
-            [self.pairs.target[i] for i in rows],
-            [source_groups[i] for i in rows],
-            [target_groups[i] for i in rows],
-            self.config.align.mask_duplicates,
-        )
+    def _report(self, wait: bool) -> int:
+        """Report the steps that are done; return how many."""
+        done = list(self.engine.collect(wait))
+        now = time.perf_counter()
+        # steps that end together share the time since the last report
+        seconds = (now - self._reported) / max(1, len(done))
+        for observed in done:
+            self._report_one(observed, seconds)
+        if done:
+            self._reported = now
+        return len(done)
 
-    def _report(self, metrics: StepMetrics) -> None:
+    def _report_one(self, observed: Observed, seconds: float) -> None:
+        metrics = StepMetrics(
+            step=observed.step + 1,
+            epoch=1 + observed.step // self.steps_per_epoch,
+            loss=observed.loss,
+            lr=learning_rate(self.config.train, observed.step, self.total_steps),
+            grad_norm=observed.grad_norm,
+            cosine_true=observed.cosine_true,
+            cosine_random=observed.cosine_random,
+            tokens_per_s=observed.tokens / seconds,
+            seconds=seconds,
+            peak_mib=peak_mib(self.model.device),
+        )
         self.on_step(metrics)
         warning = self._collapse.update(metrics.loss, metrics.cosine_true, metrics.cosine_random)
         if warning is not None:
             self.on_warning(f"step {metrics.step}: {warning}")
-
-    def _check_gradients(self) -> None:
-        for name, tensor in self._tensors.items():
-            if tensor.grad is None:
-                raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
-            if not torch.isfinite(tensor.grad).all():
-                raise TrainingError(f"the gradient of {name} is not finite")
