@@ -1,5 +1,6 @@
 """Differentiable, ``torch.compile``-able operators."""
 
+from tli_engine.ops.add_rms_norm import add_rms_norm
 from tli_engine.ops.cosine_similarity import cosine_similarity
 from tli_engine.ops.nf4_dequantize import nf4_dequantize
 from tli_engine.ops.nf4_linear import nf4_linear
@@ -7,9 +8,11 @@ from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
 from tli_engine.ops.nf4_quantize import nf4_quantize
 from tli_engine.ops.pooled_alignment_loss import pooled_alignment_loss
 from tli_engine.ops.segment_mean import segment_mean
+from tli_engine.ops.swiglu import swiglu
 from tli_engine.ops.word_attention import word_attention, word_bounds
 
 __all__ = [
+    "add_rms_norm",
     "cosine_similarity",
     "nf4_dequantize",
     "nf4_linear",
@@ -17,6 +20,7 @@ __all__ = [
     "nf4_quantize",
     "pooled_alignment_loss",
     "segment_mean",
+    "swiglu",
     "word_attention",
     "word_bounds",
 ]

@@ -106,15 +106,15 @@ torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
 torch.library.register_autograd(_DX, _backward_dx, setup_context=_setup_context_dx)
 
 
-def check_dtype(x: Tensor) -> None:
+def check_dtype(x: Tensor, name: str = "x") -> None:
     """Raise ``ValueError`` unless the backends of ``x``'s device take its dtype."""
     if not x.is_floating_point():
-        raise ValueError(f"x must be floating point, got {x.dtype}")
+        raise ValueError(f"{name} must be floating point, got {x.dtype}")
     if x.is_cuda and x.dtype not in DTYPES:
         known = "bf16, fp16 or fp32 on a GPU"
-        raise ValueError(f"x must be {known}, got {x.dtype}; fp64 is for a CPU")
+        raise ValueError(f"{name} must be {known}, got {x.dtype}; fp64 is for a CPU")
     if x.dtype not in (*DTYPES, torch.float64):
-        raise ValueError(f"x must be bf16, fp16, fp32 or fp64, got {x.dtype}")
+        raise ValueError(f"{name} must be bf16, fp16, fp32 or fp64, got {x.dtype}")
 
 
 def check_input(x: Tensor, N: int, K: int, device: torch.device) -> None:
