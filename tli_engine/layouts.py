@@ -4,6 +4,7 @@ Each layout holds bitsandbytes' bytes once, permuted without loss, and gives the
 be held a second time, transposed, for the gradient of the input.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.nf4 import NF4Weight
+from tli_engine.ops.counter_dropout import counter_dropout
 from tli_engine.ops.nf4_linear import tile, untile
 from tli_engine.ops.nf4_linear_records import from_records, to_records
 
@@ -159,6 +161,63 @@ class RecordedWeight:
         # the kernel fetches records before it waits for the kernel before it: none may write them
         if self.device.type == "cuda":
             torch.cuda.current_stream(self.device).synchronize()
+
+
+class RowsOf:
+    """Some rows of a weight that lies elsewhere, joined with others that share its input.
+
+    A product multiplies by all rows and keeps its own: it is for use off the hot path.
+    """
+
+    transposed_nbytes = 0
+    # counted where they lie
+    nbytes = 0
+
+    def __init__(
+        self, whole: PortableWeight | RecordedWeight, first: int, source: NF4Weight
+    ) -> None:
+        self.N, self.K = source.shape
+        self._whole, self._rows = whole, slice(first, first + self.N)
+        # what the joined weight has no place for: a double quantised absmax
+        nested = None if source.nested is None else (source.absmax, source.nested)
+        self._dtype, self._nested = source.dtype, nested
+
+    @property
+    def device(self) -> torch.device:
+        """Where the rows are."""
+        return self._whole.device
+
+    def weight(self) -> NF4Weight:
+        """Return the weight, bitsandbytes' bytes; a copy."""
+        whole = self._whole.weight()
+        first, last = self._rows.start * self.K, self._rows.stop * self.K
+        packed = whole.packed[first // 2 : last // 2].clone()
+        blocks = slice(first // whole.block_size, last // whole.block_size)
+        absmax, nested = self._nested or (whole.absmax[blocks].clone(), None)
+        shape = (self.N, self.K)
+        return NF4Weight(packed, absmax, shape, self._dtype, whole.block_size, nested)
+
+    def product(self, x: Tensor, bias: Tensor | None, fast: bool) -> Tensor:
+        """Return ``x @ W.T + bias``, ``[M, N]``."""
+        y = self._whole.product(x, None, fast)[:, self._rows]
+        return y.contiguous() if bias is None else y + bias
+
+    def adapted(self, x: Tensor, bias: Tensor | None, adapter: Adapter, fast: bool) -> Tensor:
+        """Return the product and the adapter's update, ``[M, N]``."""
+        A, B, seed, sizes, scaling, dropout = adapter
+        dropped = x if seed is None else counter_dropout(x, seed, dropout)
+        return self.product(x, bias, fast) + lora_update(dropped, A, B, scaling, sizes)
+
+    def add_transposed_copy(self) -> None:
+        """Do nothing: the joined weight has its own."""
+
+
+def lora_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, sizes: Sequence[int]) -> Tensor:
+    """Return the groups' ``s (x A^T) B^T`` side by side, ``[M, N]``, in ``x``'s dtype."""
+    s = x @ (A * scaling).to(x.dtype).T
+    b_parts = torch.split(B.to(x.dtype), list(sizes))
+    parts = zip(torch.split(s, B.shape[1], 1), b_parts, strict=True)
+    return torch.cat([part @ b.T for part, b in parts], 1)
 
 
 def lay_out(weight: NF4Weight) -> PortableWeight | RecordedWeight:

@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from tli_engine.layouts import Adapter, lay_out
+from tli_engine.layouts import Adapter, PortableWeight, RecordedWeight, RowsOf, lay_out, lora_update
 from tli_engine.nf4 import DTYPES, NF4Weight
 from tli_engine.ops.autocast import cast_input
 from tli_engine.ops.counter_dropout import counter_dropout
@@ -69,7 +69,7 @@ class NF4Linear(nn.Module):
         self.out_features, self.in_features = weight.shape
         self.numerics, self.weight_residency = numerics, weight_residency
         self.dtype = weight.dtype
-        self._stored = lay_out(weight)
+        self._stored: PortableWeight | RecordedWeight | RowsOf = lay_out(weight)
         self._dense: Tensor | None = None
         self.register_buffer("bias", bias)
 
@@ -142,13 +142,15 @@ class NF4Linear(nn.Module):
             adapter = Adapter(lora_A, lora_B, used, groups, scaling, dropout)
             y = self._stored.adapted(rows, bias, adapter, self.numerics == "fast")
         else:
-            dropped = rows if used is None else counter_dropout(rows, used, dropout)
-            s = dropped @ (lora_A * scaling).to(x.dtype).T
-            b_parts = torch.split(lora_B.to(x.dtype), groups)
-            parts = zip(torch.split(s, lora_B.shape[1], 1), b_parts, strict=True)
-            update = torch.cat([part @ b.T for part, b in parts], 1)
-            y = nn.functional.linear(rows, dense, bias) + update
+            y = dense_lora_linear(
+                rows, dense, bias, lora_A, lora_B, scaling, sizes=groups, dropout=dropout, seed=used
+            )
         return y.view(*x.shape[:-1], self.out_features)
+
+    def share_rows(self, joined: "NF4Linear", first: int) -> None:
+        """Take the weight from the rows of ``joined`` from ``first`` on, which hold the same values."""
+        if not isinstance(joined._stored, RowsOf):
+            self._stored = RowsOf(joined._stored, first, self.weight)
 
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
@@ -189,3 +191,36 @@ class NF4Linear(nn.Module):
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         needed = self.out_features * self.in_features * x.element_size()
         return free + unused - needed > total // 4
+
+
+def dense_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    scaling: float,
+    *,
+    sizes: Sequence[int],
+    dropout: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Product with a dense weight and its low-rank update, groups and dropout as in the NF4 op.
+
+    Args:
+        x: ``[M, K]``.
+        weight: ``[N, K]`` in ``x``'s dtype.
+        bias: ``[N]`` in ``x``'s dtype, or None.
+        lora_A: ``[groups * r, K]``; rounded to ``x``'s dtype.
+        lora_B: ``[N, r]``; rounded to ``x``'s dtype.
+        scaling: ``alpha / r``.
+        sizes: Rows of each group.
+        dropout: Share of ``x`` set to zero on the update's way.
+        seed: Of the mask; None drops nothing.
+
+    Returns:
+        ``[M, N]`` in ``x``'s dtype.
+    """
+    dropped = x if seed is None else counter_dropout(x, seed, dropout)
+    update = lora_update(dropped, lora_A, lora_B, scaling, sizes)
+    return nn.functional.linear(x, weight, bias) + update

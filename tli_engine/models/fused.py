@@ -1,0 +1,196 @@
+"""A decoder's blocks on the engine's ops: a norm with its residual, joined projections, word attention.
+
+Ten launches a block, where transformers' modules make some forty, and gradients only where the loss
+needs them. The weights are the model's own: see :class:`tli_engine.models.projection.Projection`.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from tli_engine.data.words import Pack
+from tli_engine.models.projection import NotFusedError, Projection
+from tli_engine.ops import add_rms_norm, swiglu, word_attention, word_bounds
+
+_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+_ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What attention needs to know of the rows of a pack.
+
+    Attributes:
+        cos: Cosines of each row's angles, by rotary embedding, ``[T, D / 2]``.
+        sin: Sines, as ``cos``.
+        bounds: Of each row's word; see :func:`tli_engine.ops.word_bounds`.
+    """
+
+    cos: dict[str, Tensor]
+    sin: dict[str, Tensor]
+    bounds: Tensor
+
+
+class _Norm:
+    """One RMSNorm of a block."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weight: Tensor = module.weight  # type: ignore[assignment]
+        # Gemma's norms call it eps, and scale by 1 + weight
+        self._plus_one = not hasattr(module, "variance_epsilon")
+        self._eps: float = module.eps if self._plus_one else module.variance_epsilon  # type: ignore[assignment]
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return the norm of ``x + residual``, and the sum."""
+        return add_rms_norm(x, residual, self._weight, self._eps, plus_one=self._plus_one)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """Norm of each head, ``[T, H, D]``."""
+        return self(x.reshape(-1, x.shape[-1]))[0].view(x.shape)
+
+
+class FusedBlock:
+    """One decoder block on packed words.
+
+    Raises:
+        NotFusedError: The block has a part that the ops do not know.
+    """
+
+    def __init__(self, block: nn.Module, config: Any, number: int) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        name = f"layers.{number}"
+        self.rotary = _rotary_type(config, number)
+        self.qkv = Projection(attention, f"{name}.self_attn", ("q_proj", "k_proj", "v_proj"))
+        self.o = Projection(attention, f"{name}.self_attn", ("o_proj",))
+        self.gate_up = Projection(mlp, f"{name}.mlp", ("gate_proj", "up_proj"))
+        self.down = Projection(mlp, f"{name}.mlp", ("down_proj",))
+        self._head_dim: int = attention.head_dim  # type: ignore[assignment]
+        self._scale: float = attention.scaling  # type: ignore[assignment]
+        self._heads = [size // self._head_dim for size in self.qkv.sizes]
+        self._act = _ACTIVATIONS[_activation(config)]
+        self._before_attention = _Norm(block.input_layernorm)  # type: ignore[arg-type]
+        sandwich = hasattr(block, "pre_feedforward_layernorm")
+        before_mlp = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+        self._before_mlp = _Norm(getattr(block, before_mlp))
+        self._after_attention = _Norm(block.post_attention_layernorm) if sandwich else None  # type: ignore[arg-type]
+        self._after_mlp = _Norm(block.post_feedforward_layernorm) if sandwich else None  # type: ignore[arg-type]
+        has_head_norms = hasattr(attention, "q_norm")
+        self._q_norm = _Norm(attention.q_norm) if has_head_norms else None  # type: ignore[arg-type]
+        self._k_norm = _Norm(attention.k_norm) if has_head_norms else None  # type: ignore[arg-type]
+
+    @property
+    def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
+        """In the order in which they run."""
+        return self.qkv, self.o, self.gate_up, self.down
+
+    def __call__(
+        self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block on ``x + residual``; the sum of what it returns is its output.
+
+        Args:
+            x: ``[T, D]``.
+            residual: ``[T, D]``, or None.
+            rows: Of the pack.
+            seeds: One for each projection that drops, in order; drawn if None.
+        """
+        y, residual = self._before_attention(x, residual)
+        x = self.o(self._attend(self._project(self.qkv, y, seeds), rows), _seed(self.o, seeds))
+        if self._after_attention is not None:
+            x = self._after_attention(x)[0]
+        y, residual = self._before_mlp(x, residual)
+        gated = swiglu(self._project(self.gate_up, y, seeds), act=self._act)
+        x = self._project(self.down, gated, seeds)
+        if self._after_mlp is not None:
+            x = self._after_mlp(x)[0]
+        return x, residual
+
+    def _project(self, layer: Projection, x: Tensor, seeds: Iterator[Tensor] | None) -> Tensor:
+        return layer(x, _seed(layer, seeds))
+
+    def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
+        parts = qkv.view(len(qkv), -1, self._head_dim).split(self._heads, dim=1)
+        q, k, v = parts
+        if self._q_norm is not None and self._k_norm is not None:
+            q, k = self._q_norm.heads(q), self._k_norm.heads(k)
+        cos, sin = rows.cos[self.rotary], rows.sin[self.rotary]
+        out = word_attention(q, k, v, cos, sin, rows.bounds, scale=self._scale)
+        return out.flatten(1)
+
+
+class FusedBlocks:
+    """The blocks of an ``EarlyModel``, adapters included, run by the engine's ops.
+
+    Made after the adapters were put on; it moves the weights of joined layers.
+
+    Raises:
+        NotFusedError: A family, a projection or an adapter that the ops do not run.
+    """
+
+    def __init__(self, decoder: nn.Module, config: Any) -> None:
+        check_fused(config)
+        self._decoder, self._config = decoder, config
+        blocks: Sequence[nn.Module] = decoder.layers  # type: ignore[assignment]
+        self.blocks = [FusedBlock(block, config, i) for i, block in enumerate(blocks)]
+
+    def rows_of(self, pack: Pack, like: Tensor) -> Rows:
+        """What attention needs of a pack, for hidden states such as ``like``."""
+        cos, sin = self.angles(pack.position_ids, like)
+        return Rows(cos, sin, word_bounds(pack.offsets, len(pack.input_ids)))
+
+    def angles(
+        self, positions: Tensor, like: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Cosines and sines of positions, ``[T]``, for each kind of rotary embedding in use."""
+        cos, sin = {}, {}
+        for kind in dict.fromkeys(block.rotary for block in self.blocks):
+            arguments = (kind,) if kind else ()
+            angles = self._decoder.rotary_emb(like[None], positions[None], *arguments)  # type: ignore[operator]
+            # transformers' second half repeats the first
+            cos[kind], sin[kind] = (a[0, :, : a.shape[-1] // 2].contiguous() for a in angles)
+        return cos, sin
+
+    def run(
+        self,
+        x: Tensor,
+        rows: Rows,
+        first: int,
+        last: int,
+        seeds: Iterator[Tensor] | None = None,
+    ) -> Tensor:
+        """Run blocks ``first … last - 1`` on hidden states, ``[T, D]``."""
+        residual: Tensor | None = None
+        for block in self.blocks[first:last]:
+            x, residual = block(x, residual, rows, seeds)
+        return x if residual is None else x + residual
+
+    def projections(self) -> list[Projection]:
+        """Of all blocks, in the order in which they run."""
+        return [projection for block in self.blocks for projection in block.projections]
+
+
+def check_fused(config: Any) -> None:
+    """Raise :class:`NotFusedError` with a reason if the ops do not run this family of models."""
+    if config.model_type not in _MODEL_TYPES:
+        raise NotFusedError(f"no fused blocks for model type {config.model_type!r}")
+    if _activation(config) not in _ACTIVATIONS:
+        raise NotFusedError(f"no fused activation {_activation(config)!r}")
+    if getattr(config, "attn_logit_softcapping", None):
+        raise NotFusedError("attn_logit_softcapping is not fused")
+
+
+def _activation(config: Any) -> str:
+    name: str = getattr(config, "hidden_activation", None) or config.hidden_act
+    return name
+
+
+def _rotary_type(config: Any, block: int) -> str:
+    """Which rotary embedding a block has, where there are several."""
+    kind: str = config.layer_types[block] if config.model_type == "gemma3_text" else ""
+    return kind
+
+
+def _seed(layer: Projection, seeds: Iterator[Tensor] | None) -> Tensor | None:
+    return next(seeds) if seeds is not None and layer.drops else None

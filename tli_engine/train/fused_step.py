@@ -1,0 +1,271 @@
+"""A training step on the engine's own ops, replayed from a CUDA graph where there is one.
+
+Nothing in a step waits for the device: a batch comes by one copy, learning rates lie there, and what
+a step came to is read when it is done.
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from tli_engine.align.losses import alignment_loss
+from tli_engine.align.space import PairSpace
+from tli_engine.config import RunConfig
+from tli_engine.data.splits import Split
+from tli_engine.data.words import Word, pack, packs_of
+from tli_engine.models.early import EarlyModel
+from tli_engine.models.fused import FusedBlocks, Rows
+from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
+from tli_engine.train.engine import Observed
+from tli_engine.train.flat_adamw import FlatAdamW
+from tli_engine.train.module_step import check_finite
+from tli_engine.train.order import batch_rows, step_seed
+from tli_engine.train.schedule import learning_rate
+from tli_engine.train.staging import Batch, BatchBuffer, WordTable, padded
+
+# words a pack when inputs of the first adapted block are computed
+_PACK_TOKENS = 1024
+
+
+@dataclass
+class _Captured:
+    """A shape's buffers, and the graph that computes a step from them."""
+
+    buffer: BatchBuffer
+    graph: torch.cuda.CUDAGraph | None = None
+    observed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class _Pending:
+    step: int
+    tokens: int
+    values: Tensor
+    event: torch.cuda.Event | None
+
+
+class FusedStep:
+    """Computes steps on :class:`FusedBlocks`, without waiting for them.
+
+    The blocks below the first adapted one run once for each word, before training. Batches are
+    filled up to few numbers of rows, each of which has its graph; without graphs the same launches
+    are made one by one, and give the same bits.
+    """
+
+    def __init__(
+        self, model: EarlyModel, config: RunConfig, pairs: Split, space: PairSpace, total_steps: int
+    ) -> None:
+        self._model, self._config, self._space = model, config, space
+        self._blocks = model.fuse()
+        self._graphs = config.train.cuda_graph and model.device.type == "cuda"
+        self._pairs = len(pairs.source)
+        source_groups, target_groups = pairs.groups
+        self._groups = np.array([source_groups, target_groups])
+        self._adapted = [p for p in self._blocks.projections() if p.adapters]
+        joined = {name: tensor for p in self._adapted for name, tensor in p.joined().items()}
+        rates = [learning_rate(config.train, step, total_steps) for step in range(total_steps)]
+        self._optimizer = FlatAdamW(
+            joined,
+            torch.tensor(rates),
+            weight_decay=config.train.weight_decay,
+            max_grad_norm=config.train.max_grad_norm or math.inf,
+        )
+        for projection in self._adapted:
+            projection.expose()
+        self._leaves = list(joined.values())
+        self._first = next(
+            i for i, block in enumerate(self._blocks.blocks) if any(p.adapters for p in block.projections)
+        )
+        self._inputs, self._words = self._table_of(pairs)
+        self._angles = self._table_of_angles(pairs.words)
+        self._shapes: dict[tuple[int, int], _Captured] = {}
+        self._pending: deque[_Pending] = deque()
+        self._stream = torch.cuda.Stream(model.device) if self._graphs else None
+        # one for all graphs: they never run side by side
+        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+
+    @cached_property
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The adapters' own tensors, views of the joined ones."""
+        return {
+            name: parameter
+            for projection in self._adapted
+            for name, parameter, _, _ in projection.parts()
+        }
+
+    def launch(self, step: int) -> None:
+        """Begin a step; returns while the device computes."""
+        config = self._config
+        rows = np.array(batch_rows(self._pairs, config.train.batch_size, config.seed, step))
+        chosen = np.concatenate([rows, rows + self._pairs])
+        tokens = int(self._words.lengths[chosen].sum())
+        shape = self._shape(padded(tokens), len(rows))
+        batch = shape.buffer.fill()
+        self._words.write(chosen, batch)
+        batch.groups.numpy()[:] = self._groups[:, rows]
+        seed = step_seed(config.seed, step)
+        batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
+        shape.buffer.send()
+        observed = self._replay(shape) if self._graphs else self._compute(shape.buffer.batch)
+        values = torch.empty(observed.shape, dtype=observed.dtype, pin_memory=observed.is_cuda)
+        values.copy_(observed, non_blocking=True)
+        event = None
+        if observed.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append(_Pending(step, tokens, values, event))
+
+    def collect(self, wait: bool) -> Iterator[Observed]:
+        """Give the steps that are done."""
+        while self._pending:
+            first = self._pending[0]
+            if first.event is not None:
+                if wait:
+                    first.event.synchronize()
+                elif not first.event.query():
+                    return
+            self._pending.popleft()
+            loss, true, random, grad_norm, *_ = first.values.tolist()
+            check_finite(first.step, loss, grad_norm)
+            yield Observed(first.step, first.tokens, loss, grad_norm, true, random)
+
+    def state(self) -> dict[str, Tensor]:
+        """The optimizer's statistics, by the adapters' own names."""
+        joined, own = self._optimizer.state(), {}
+        for projection in self._adapted:
+            for name, _, whole, rows in projection.parts():
+                for key, value in joined.items():
+                    if key.startswith(f"{whole}/"):
+                        part = value[rows].clone() if value.ndim else value
+                        own[f"{name}/{key.removeprefix(f'{whole}/')}"] = part
+        return own
+
+    def restore(self, statistics: dict[str, Tensor]) -> None:
+        """Go back to statistics that :meth:`state` gave."""
+        joined: dict[str, Tensor] = {}
+        left = dict(statistics)
+        for projection in self._adapted if statistics else ():
+            shapes = {name: tensor.shape for name, tensor in projection.joined().items()}
+            for name, parameter, whole, rows in projection.parts():
+                joined[f"{whole}/step"] = left.pop(f"{name}/step")
+                for key in ("exp_avg", "exp_avg_sq"):
+                    value = left.pop(f"{name}/{key}")
+                    if value.shape != parameter.shape:
+                        wanted, got = list(parameter.shape), list(value.shape)
+                        raise RuntimeError(f"{name}/{key} must be {wanted}, got {got}")
+                    zeros = torch.zeros(shapes[whole])
+                    joined.setdefault(f"{whole}/{key}", zeros)[rows] = value
+        if left:
+            raise KeyError(min(left))
+        self._optimizer.load(joined)
+
+    def _compute(self, batch: Batch) -> Tensor:
+        """A step: loss, mean cosines, gradient norm, learning rate, whether skipped; ``[6]``."""
+        x = self._inputs.index_select(0, batch.rows)
+        cos, sin = {}, {}
+        for kind, table in self._angles.items():
+            cos[kind], sin[kind] = table.index_select(0, batch.positions).chunk(2, 1)
+        rows, depth = Rows(cos, sin, batch.bounds), self._config.align.layer
+        seeds = iter(batch.seeds.unbind()) if len(batch.seeds) else None
+        hidden = self._blocks.run(x, rows, self._first, depth, seeds)
+        loss, true, random = self._loss(self._model.read_out(depth, hidden), batch)
+        gradients = torch.autograd.grad(loss, self._leaves)
+        torch._foreach_copy_(list(self._optimizer.gradients.values()), gradients)
+        norm, rate, skipped = self._optimizer.step().unbind()
+        return torch.stack([loss.detach(), true, random, norm, rate, skipped])
+
+    def _loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss, and the mean raw cosine of true and of mismatched pairs."""
+        align = self._config.align
+        if align.space == "raw":
+            return pooled_alignment_loss(
+                hidden,
+                batch.weight,
+                batch.offsets,
+                batch.groups if align.mask_duplicates else None,
+                loss=align.loss,
+                margin=align.margin,
+                temperature=align.temperature,
+                two_way=align.two_way,
+            )
+        source, target = segment_mean(hidden, batch.weight, batch.offsets).chunk(2)
+        negative = self._negatives(batch)
+        cosine = cosine_similarity(self._space.source(source), self._space.target(target))
+        loss = alignment_loss(cosine, negative, align)
+        raw = cosine_similarity(source.detach(), target.detach())
+        return loss, raw.diagonal().mean(), (raw * negative).sum() / negative.sum()
+
+    def _negatives(self, batch: Batch) -> Tensor:
+        N = batch.groups.shape[1]
+        negative = ~torch.eye(N, dtype=torch.bool, device=batch.groups.device)
+        if self._config.align.mask_duplicates:
+            for group in batch.groups:
+                negative = negative & (group[:, None] != group)
+        return negative
+
+    def _shape(self, tokens: int, pairs: int) -> _Captured:
+        key = (tokens, pairs)
+        if key not in self._shapes:
+            drops = sum(projection.drops for projection in self._adapted)
+            buffer = BatchBuffer(tokens, pairs, drops, self._model.device)
+            self._shapes[key] = _Captured(buffer)
+        return self._shapes[key]
+
+    def _replay(self, shape: _Captured) -> Tensor:
+        if shape.graph is None:
+            self._capture(shape)
+        assert shape.graph is not None and shape.observed is not None
+        shape.graph.replay()
+        return shape.observed
+
+    def _capture(self, shape: _Captured) -> None:
+        """Record a step of this shape, after one that is undone: kernels are compiled by it."""
+        assert self._stream is not None
+        optimizer = self._optimizer
+        mutable = (optimizer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.counts)
+        kept = [tensor.clone() for tensor in mutable]
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._compute(shape.buffer.batch)
+            for tensor, before in zip(mutable, kept, strict=True):
+                tensor.copy_(before)
+        torch.cuda.current_stream().wait_stream(self._stream)
+        shape.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(shape.graph, pool=self._pool, stream=self._stream):
+            shape.observed = self._compute(shape.buffer.batch)
+
+    @torch.no_grad()
+    def _table_of(self, pairs: Split) -> tuple[Tensor, WordTable]:
+        """What the first adapted block takes, a row a token, and the words' places in it."""
+        model, words, pooling = self._model, pairs.words, self._config.align.pooling
+        if self._first == 0:
+            table, row_of = model.embedding_table()
+            rows = [[int(row_of[token]) for token in word.input_ids] for word in words]
+            return table, WordTable(words, rows, pooling)
+        number = {word: i for i, word in enumerate(dict.fromkeys(words))}
+        distinct = list(number)
+        starts = np.concatenate([[0], np.cumsum([len(word) for word in distinct])])
+        inputs: Tensor | None = None
+        for members in packs_of(distinct, _PACK_TOKENS):
+            packed = pack([distinct[i] for i in members]).to(model.device)
+            hidden = model(packed, self._first) if self._first else model.embed(packed)
+            if inputs is None:
+                inputs = hidden.new_empty(int(starts[-1]), hidden.shape[1])
+            at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
+            inputs[torch.from_numpy(at).to(model.device)] = hidden
+        assert inputs is not None
+        rows = [list(range(starts[number[w]], starts[number[w] + 1])) for w in words]
+        return inputs, WordTable(words, rows, pooling)
+
+    def _table_of_angles(self, words: list[Word]) -> dict[str, Tensor]:
+        """Cosines, then sines, of each position, by kind of rotary embedding."""
+        longest = max(len(word) for word in words)
+        positions = torch.arange(longest, device=self._model.device)
+        cos, sin = self._blocks.angles(positions, self._inputs[:1])
+        return {kind: torch.cat([cos[kind], sin[kind]], 1) for kind in cos}
