@@ -1,6 +1,6 @@
 """Words as tokens, and packs of words: many short sequences laid end to end, no padding rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -9,6 +9,9 @@ from torch import Tensor
 
 from tli_engine.config import WordsConfig
 from tli_engine.errors import UserError
+
+# words tokenised at once: what a tokenizer returns of a word takes many times its own memory
+_AT_ONCE = 4096
 
 
 @dataclass(frozen=True)
@@ -44,16 +47,21 @@ class WordTokenizer:
         Raises:
             UserError: A language without a template, or a word that yields no token.
         """
-        if not words:
-            return []
-        before, after = self._surroundings(language)
+        before, after = self._surroundings(language) if words else ("", "")
+        result = []
+        for start in range(0, len(words), _AT_ONCE):
+            result += self._tokenize(words[start : start + _AT_ONCE], language, before, after)
+        return result
+
+    def _tokenize(
+        self, words: Sequence[str], language: str, before: str, after: str
+    ) -> Iterator[Word]:
         encoded = self._tokenizer(
             [f"{before}{word}{after}" for word in words],
             add_special_tokens=self._config.prefix == "auto",
             return_special_tokens_mask=True,
             return_offsets_mapping=self._config.presentation == "template",
         )
-        result = []
         for i, word in enumerate(words):
             content = [not special for special in encoded["special_tokens_mask"][i]]
             if self._config.presentation == "template":
@@ -65,8 +73,7 @@ class WordTokenizer:
             if not any(content):
                 raise UserError(f"{word!r} ({language}) has no token of its own; remove this pair")
             ids = (*self._prefix, *encoded["input_ids"][i])
-            result.append(Word(ids, (*[False] * len(self._prefix), *content)))
-        return result
+            yield Word(ids, (*[False] * len(self._prefix), *content))
 
     def _surroundings(self, language: str) -> tuple[str, str]:
         if self._config.presentation != "template":

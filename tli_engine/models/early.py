@@ -22,6 +22,9 @@ from tli_engine.nn import NF4Linear
 
 _EMBEDDING = "embed_tokens"
 
+# cosines and sines of positions, by the kind of layer where a model has several, else under ""
+Rotary = dict[str, tuple[Tensor, Tensor]]
+
 
 class EarlyModel(nn.Module):
     """Embeddings and the first ``depth`` blocks of a decoder, run on packs of words.
@@ -75,20 +78,48 @@ class EarlyModel(nn.Module):
             transformers, 0 is the embeddings, k the output of block k-1, and the last of the
             whole model is taken after its final norm.
         """
+        hidden, rotary = self.embed(pack), self.rotary(pack)
+        yield 0, hidden
+        for k in range(1, self.depth + 1):
+            hidden = self.run_block(k - 1, hidden, pack, rotary)
+            yield k, self.read_out(k, hidden)
+
+    def embed(self, pack: Pack) -> Tensor:
+        """What block 0 takes: the embeddings of a pack's tokens, ``[T, D]``.
+
+        Raises:
+            UserError: A word is longer than the attention window.
+        """
         self._check_window(pack)
-        hidden = self.decoder.embed_tokens(self._embedding_rows(pack.input_ids)[None])
-        positions = pack.position_ids[None]
-        yield 0, hidden[0]
-        for k, block in enumerate(self.blocks, 1):
-            hidden = block(
-                hidden,
-                attention_mask=None,
-                position_ids=positions,
-                position_embeddings=self._rotary(k - 1, hidden, positions),
-                pack=pack,
-            )
-            last = k == self.config.num_hidden_layers
-            yield k, (self.decoder.norm(hidden) if last else hidden)[0]
+        rows = pack.input_ids if self.row_of is None else self.row_of[pack.input_ids]
+        hidden: Tensor = self.decoder.embed_tokens(rows[None])[0]
+        return hidden
+
+    def rotary(self, pack: Pack) -> Rotary:
+        """Cosines and sines of a pack's positions, for all blocks."""
+        like, positions = self.decoder.embed_tokens.weight, pack.position_ids[None]
+        if self.config.model_type != "gemma3_text":
+            return {"": self.decoder.rotary_emb(like, positions)}
+        kinds = dict.fromkeys(self.config.layer_types[: self.depth])
+        return {kind: self.decoder.rotary_emb(like, positions, kind) for kind in kinds}
+
+    def run_block(self, block: int, hidden: Tensor, pack: Pack, rotary: Rotary) -> Tensor:
+        """Run one block on what the block below put out, ``[T, D]`` to ``[T, D]``."""
+        kind = "" if "" in rotary else self.config.layer_types[block]
+        out: Tensor = self.blocks[block](
+            hidden[None],
+            attention_mask=None,
+            position_ids=pack.position_ids[None],
+            position_embeddings=rotary[kind],
+            pack=pack,
+        )
+        return out[0]
+
+    def read_out(self, k: int, hidden: Tensor) -> Tensor:
+        """``hidden_states[k]`` of what block k-1 put out: after the final norm if it is the last."""
+        last = k > 0 and k == self.config.num_hidden_layers
+        out: Tensor = self.decoder.norm(hidden) if last else hidden
+        return out
 
     def forward(self, pack: Pack, layer: int) -> Tensor:
         """Return ``hidden_states[layer]``, ``[T, D]``; blocks above it do not run."""
@@ -101,16 +132,6 @@ class EarlyModel(nn.Module):
         row_of = torch.full((self.config.vocab_size,), -1)
         row_of[list(token_ids)] = torch.arange(len(token_ids))
         self.row_of = row_of
-
-    def _embedding_rows(self, input_ids: Tensor) -> Tensor:
-        return input_ids if self.row_of is None else self.row_of[input_ids]
-
-    def _rotary(self, block: int, hidden: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        by_type = (
-            (self.config.layer_types[block],) if self.config.model_type == "gemma3_text" else ()
-        )
-        cos_sin: tuple[Tensor, Tensor] = self.decoder.rotary_emb(hidden, positions, *by_type)
-        return cos_sin
 
     def _check_window(self, pack: Pack) -> None:
         window = getattr(self.config, "sliding_window", None)
