@@ -1,0 +1,79 @@
+"""Compile flat AdamW for one architecture with no GPU; print what came out, as JSON.
+
+Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
+"""
+
+import json
+import re
+import sys
+from typing import Any
+
+import triton
+from compile_nf4 import assembler_log
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from tli_engine.kernels import flat_adamw
+
+# by argument name; other pointers are fp32, other scalars those of int32
+POINTERS = {"state_ptr": "*i64", "counter_ptr": "*i32"}
+SCALARS = {"eps": "fp32", "weight_decay": "fp32", "max_grad_norm": "fp32"}
+CONSTANTS = {
+    "BETA1": 0.9, "BETA2": 0.999, "LOG_BETA1": -0.10536, "LOG_BETA2": -0.0010005,
+    "BLOCK": flat_adamw.BLOCK, "UNROLL": flat_adamw.UNROLL, "PARTS": 256,
+    "NORM": True, "UPDATE": True, "PORTABLE": False,
+}  # fmt: skip
+# shadow's dtype, and steps' and skips'
+CASES = {"plain": (None, "i64"), "bf16": ("bf16", "i64"), "fp16-int32": ("fp16", "i32")}
+
+
+def compile_case(shadow: str | None, count: str, capability: int) -> Any:
+    """Compile as the launcher would on that architecture."""
+    kernel = flat_adamw._flat_adamw_kernel
+    names = kernel.arg_names
+    constants = CONSTANTS | {"HAS_SHADOW": shadow is not None, "OVERLAP": capability >= 90}
+    pointers = POINTERS | {"shadow_ptr": f"*{shadow or 'fp32'}", "state_ptr": f"*{count}"}
+    signature = {
+        name: "constexpr" if name in constants
+        else pointers.get(name, "*fp32") if name.endswith("_ptr")
+        else SCALARS.get(name, "i32")
+        for name in names
+    }  # fmt: skip
+    source = ASTSource(
+        fn=kernel,
+        signature=signature,
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        # buffers are laid out in multiples of 64
+        attrs={
+            (i,): [["tt.divisibility", 16]]
+            for i, name in enumerate(names)
+            if name.endswith("_ptr") or name == "P"
+        },
+    )
+    options = {"num_warps": flat_adamw.WARPS, "launch_pdl": capability >= 90}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def main() -> None:
+    capability = int(sys.argv[1])
+    report = {}
+    for name, case in CASES.items():
+        compiled = compile_case(*case, capability)
+        ptx = compiled.asm["ptx"]
+        log = assembler_log(ptx, capability)
+        report[name] = {
+            "shared": compiled.metadata.shared,
+            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
+            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+            "acquires": len(re.findall(r"ld\.global\.gpu\.acquire", ptx)),
+            "releases": len(re.findall(r"(?:atom|red)\.global\.gpu\.release", ptx)),
+            # 16 bytes a thread, of the gradient alone and of all four buffers
+            "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
+            "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
+            "log": log if "Used" not in log else "",
+        }
+    print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
