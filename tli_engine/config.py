@@ -13,6 +13,8 @@ Pooling = Literal["paper", "content", "last", "weighted"]
 Presentation = Literal["bare", "leading-space", "template"]
 Space = Literal["raw", "centred", "whitened"]
 Quantize = Literal["auto", "none", "nf4"]
+Numerics = Literal["exact", "fast"]
+Residency = Literal["nf4", "bf16", "auto"]
 Loss = Literal["triplet-hardest", "triplet-semihard", "infonce"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
@@ -99,6 +101,11 @@ class TrainConfig(_Section):
     checkpoint_steps: PositiveInt = 200
     keep_checkpoints: PositiveInt = 2
     tensorboard: bool = False
+    # who computes a step: transformers' modules, or the engine's ops; auto: these on a GPU
+    engine: Literal["auto", "modules", "fused"] = "auto"
+    cuda_graph: bool = True
+    # rows of a pack at the most: a larger batch is encoded in parts, with exact gradients
+    chunk_tokens: PositiveInt | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -126,6 +133,9 @@ class RunConfig(_Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantize: Quantize = "auto"
     double_quant: bool = False
+    # of products with NF4 weights; see docs/nf4-layers.md
+    numerics: Numerics = "exact"
+    weight_residency: Residency = "nf4"
     data: DataConfig = DataConfig()
     words: WordsConfig = WordsConfig()
     lora: LoraConfig = LoraConfig()

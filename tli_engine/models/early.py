@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tli_engine import nf4
-from tli_engine.config import Quantize
+from tli_engine.config import Numerics, Quantize, Residency
 from tli_engine.data.words import Pack
 from tli_engine.errors import UserError
 from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
+from tli_engine.models.fused import FusedBlocks, Rows
 from tli_engine.nf4_checkpoint import nf4_state_dict
 from tli_engine.nn import NF4Linear
 
@@ -32,6 +33,8 @@ class EarlyModel(nn.Module):
     Attributes:
         config: The whole model's configuration.
         depth: Number of blocks built; ``hidden_states[0 … depth]`` can be had.
+        fused: The blocks on the engine's ops, once :meth:`fuse` was called; they then run instead of
+            transformers' modules.
     """
 
     row_of: Tensor | None
@@ -52,6 +55,7 @@ class EarlyModel(nn.Module):
             del self.decoder.norm
         # row of each token where only some were read, [V], int64; -1 has none
         self.register_buffer("row_of", None, persistent=False)
+        self.fused: FusedBlocks | None = None
         self.requires_grad_(False)
         self.train(False)
 
@@ -95,16 +99,38 @@ class EarlyModel(nn.Module):
         hidden: Tensor = self.decoder.embed_tokens(rows[None])[0]
         return hidden
 
-    def rotary(self, pack: Pack) -> Rotary:
-        """Cosines and sines of a pack's positions, for all blocks."""
+    def fuse(self) -> FusedBlocks:
+        """Run the blocks, with the adapters they have now, on the engine's ops from here on.
+
+        Raises:
+            NotFusedError: A family, a projection or an adapter that the ops do not run.
+        """
+        if self.fused is None:
+            self.fused = FusedBlocks(self.decoder, self.config)
+        return self.fused
+
+    def embedding_table(self) -> tuple[Tensor, Tensor]:
+        """The embeddings that are held, ``[R, D]``, and each token's row, ``[V]``, on the CPU."""
+        rows = torch.arange(self.decoder.embed_tokens.num_embeddings, device=self.device)
+        row_of = rows if self.row_of is None else self.row_of
+        table: Tensor = self.decoder.embed_tokens(rows)
+        return table, row_of.cpu()
+
+    def rotary(self, pack: Pack) -> Rotary | Rows:
+        """What the blocks need to know of a pack's rows: cosines and sines of positions."""
+        if self.fused is not None:
+            return self.fused.rows_of(pack, self.decoder.embed_tokens.weight[:1])
         like, positions = self.decoder.embed_tokens.weight, pack.position_ids[None]
         if self.config.model_type != "gemma3_text":
             return {"": self.decoder.rotary_emb(like, positions)}
         kinds = dict.fromkeys(self.config.layer_types[: self.depth])
         return {kind: self.decoder.rotary_emb(like, positions, kind) for kind in kinds}
 
-    def run_block(self, block: int, hidden: Tensor, pack: Pack, rotary: Rotary) -> Tensor:
+    def run_block(self, block: int, hidden: Tensor, pack: Pack, rotary: Rotary | Rows) -> Tensor:
         """Run one block on what the block below put out, ``[T, D]`` to ``[T, D]``."""
+        if self.fused is not None and isinstance(rotary, Rows):
+            return self.fused.run(hidden, rotary, block, block + 1)
+        assert isinstance(rotary, dict)
         kind = "" if "" in rotary else self.config.layer_types[block]
         out: Tensor = self.blocks[block](
             hidden[None],
@@ -181,6 +207,8 @@ def load_early(
     device: torch.device,
     quantize: Quantize = "auto",
     double_quant: bool = False,
+    numerics: Numerics = "exact",
+    weight_residency: Residency = "nf4",
     token_ids: Iterable[int] | None = None,
 ) -> EarlyModel:
     """Read the embeddings and the first ``depth`` blocks, one tensor at a time, and nothing else.
@@ -193,6 +221,8 @@ def load_early(
         quantize: ``nf4`` quantises the blocks' linear layers as they are read, ``none`` holds them
             in ``dtype``, ``auto`` keeps what the checkpoint has.
         double_quant: Store the absmax of what is quantised here in 8 bits.
+        numerics: Of products with NF4 weights, as for :class:`tli_engine.nn.NF4Linear`.
+        weight_residency: Of NF4 weights, as there.
         token_ids: Tokens that will be used; only their embedding rows are read. All by default.
 
     Raises:
@@ -203,7 +233,7 @@ def load_early(
     if not 0 <= depth <= total:
         raise UserError(f"{files.name}: hidden_states[{depth}] does not exist; it has 0 … {total}")
     model = EarlyModel(files.config, depth)
-    read = _Reader(files, dtype, device, quantize, double_quant)
+    read = _Reader(files, dtype, device, quantize, double_quant, numerics, weight_residency)
     for path, module in list(model.decoder.named_modules()):
         if path == _EMBEDDING and token_ids is not None:
             rows = sorted(set(token_ids))
@@ -229,6 +259,8 @@ class _Reader:
     device: torch.device
     quantize: Quantize
     double_quant: bool
+    numerics: Numerics
+    weight_residency: Residency
 
     def parameter(
         self, name: str, expected: Tensor, rows: Sequence[int] | None = None
@@ -255,7 +287,12 @@ class _Reader:
         elif stored.shape != tuple(linear.weight.shape):
             raise self._wrong_shape(name, stored.shape, linear.weight.shape)
         bias = None if linear.bias is None else self.parameter(f"{path}.bias", linear.bias)
-        return NF4Linear(stored.to(self.device), bias)
+        return NF4Linear(
+            stored.to(self.device),
+            bias,
+            numerics=self.numerics,
+            weight_residency=self.weight_residency,
+        )
 
     def _check_there(self, name: str) -> None:
         if name not in self.files.source:

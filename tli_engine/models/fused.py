@@ -8,7 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import Tensor
 
 from tli_engine.data.words import Pack
 from tli_engine.models.projection import NotFusedError, Projection
@@ -36,11 +37,11 @@ class Rows:
 class _Norm:
     """One RMSNorm of a block."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self._weight: Tensor = module.weight  # type: ignore[assignment]
+    def __init__(self, module: Any) -> None:
+        self._weight: Tensor = module.weight
         # Gemma's norms call it eps, and scale by 1 + weight
         self._plus_one = not hasattr(module, "variance_epsilon")
-        self._eps: float = module.eps if self._plus_one else module.variance_epsilon  # type: ignore[assignment]
+        self._eps: float = module.eps if self._plus_one else module.variance_epsilon
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the norm of ``x + residual``, and the sum."""
@@ -58,7 +59,7 @@ class FusedBlock:
         NotFusedError: The block has a part that the ops do not know.
     """
 
-    def __init__(self, block: nn.Module, config: Any, number: int) -> None:
+    def __init__(self, block: Any, config: Any, number: int) -> None:
         attention, mlp = block.self_attn, block.mlp
         name = f"layers.{number}"
         self.rotary = _rotary_type(config, number)
@@ -66,19 +67,19 @@ class FusedBlock:
         self.o = Projection(attention, f"{name}.self_attn", ("o_proj",))
         self.gate_up = Projection(mlp, f"{name}.mlp", ("gate_proj", "up_proj"))
         self.down = Projection(mlp, f"{name}.mlp", ("down_proj",))
-        self._head_dim: int = attention.head_dim  # type: ignore[assignment]
-        self._scale: float = attention.scaling  # type: ignore[assignment]
+        self._head_dim: int = attention.head_dim
+        self._scale: float = attention.scaling
         self._heads = [size // self._head_dim for size in self.qkv.sizes]
         self._act = _ACTIVATIONS[_activation(config)]
-        self._before_attention = _Norm(block.input_layernorm)  # type: ignore[arg-type]
+        self._before_attention = _Norm(block.input_layernorm)
         sandwich = hasattr(block, "pre_feedforward_layernorm")
         before_mlp = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
         self._before_mlp = _Norm(getattr(block, before_mlp))
-        self._after_attention = _Norm(block.post_attention_layernorm) if sandwich else None  # type: ignore[arg-type]
-        self._after_mlp = _Norm(block.post_feedforward_layernorm) if sandwich else None  # type: ignore[arg-type]
+        self._after_attention = _Norm(block.post_attention_layernorm) if sandwich else None
+        self._after_mlp = _Norm(block.post_feedforward_layernorm) if sandwich else None
         has_head_norms = hasattr(attention, "q_norm")
-        self._q_norm = _Norm(attention.q_norm) if has_head_norms else None  # type: ignore[arg-type]
-        self._k_norm = _Norm(attention.k_norm) if has_head_norms else None  # type: ignore[arg-type]
+        self._q_norm = _Norm(attention.q_norm) if has_head_norms else None
+        self._k_norm = _Norm(attention.k_norm) if has_head_norms else None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
@@ -111,8 +112,7 @@ class FusedBlock:
         return layer(x, _seed(layer, seeds))
 
     def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
-        parts = qkv.view(len(qkv), -1, self._head_dim).split(self._heads, dim=1)
-        q, k, v = parts
+        q, k, v = torch.split(qkv.view(len(qkv), -1, self._head_dim), self._heads, dim=1)
         if self._q_norm is not None and self._k_norm is not None:
             q, k = self._q_norm.heads(q), self._k_norm.heads(k)
         cos, sin = rows.cos[self.rotary], rows.sin[self.rotary]
@@ -129,10 +129,10 @@ class FusedBlocks:
         NotFusedError: A family, a projection or an adapter that the ops do not run.
     """
 
-    def __init__(self, decoder: nn.Module, config: Any) -> None:
+    def __init__(self, decoder: Any, config: Any) -> None:
         check_fused(config)
         self._decoder, self._config = decoder, config
-        blocks: Sequence[nn.Module] = decoder.layers  # type: ignore[assignment]
+        blocks: Sequence[Any] = decoder.layers
         self.blocks = [FusedBlock(block, config, i) for i, block in enumerate(blocks)]
 
     def rows_of(self, pack: Pack, like: Tensor) -> Rows:
@@ -147,7 +147,7 @@ class FusedBlocks:
         cos, sin = {}, {}
         for kind in dict.fromkeys(block.rotary for block in self.blocks):
             arguments = (kind,) if kind else ()
-            angles = self._decoder.rotary_emb(like[None], positions[None], *arguments)  # type: ignore[operator]
+            angles = self._decoder.rotary_emb(like[None], positions[None], *arguments)
             # transformers' second half repeats the first
             cos[kind], sin[kind] = (a[0, :, : a.shape[-1] // 2].contiguous() for a in angles)
         return cos, sin

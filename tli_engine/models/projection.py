@@ -1,12 +1,13 @@
 """Linear layers that read the same input, as one product with their adapters."""
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from tli_engine import nf4
-from tli_engine.models.adapters import LoRALinear
+from tli_engine.models.lora import LoRALinear
 from tli_engine.nn import NF4Linear, dense_lora_linear
 
 Linear = nn.Linear | NF4Linear
@@ -75,7 +76,11 @@ class Projection:
             dropout = first.dropout.p
             if seed is None:
                 seed = torch.randint(2**63 - 1, (), device=x.device)
-        options = {"sizes": self.sizes, "dropout": dropout, "seed": seed if dropout else None}
+        options: dict[str, Any] = {
+            "sizes": self.sizes,
+            "dropout": dropout,
+            "seed": seed if dropout else None,
+        }
         adapter = (self.lora_A, self.lora_B, first.scaling)
         if isinstance(self.layer, NF4Linear):
             return self.layer.lora_forward(x, *adapter, **options)
@@ -128,23 +133,12 @@ def _join(layers: Sequence[Linear]) -> Linear:
         raise NotFusedError("layers that share an input are of several kinds")
     biases = [layer.bias for layer in layers if layer.bias is not None]
     bias = torch.cat([b.detach() for b in biases]) if biases else None
-    joined: Linear
-    if isinstance(layers[0], NF4Linear):
-        quantised = [layer for layer in layers if isinstance(layer, NF4Linear)]
-        joined = NF4Linear(
-            nf4.concatenate([layer.weight for layer in quantised]),
-            bias,
-            numerics=quantised[0].numerics,
-            weight_residency=quantised[0].weight_residency,
-        )
-        first = 0
-        for layer in quantised:
-            layer.share_rows(joined, first)
-            first += layer.out_features
-        return joined
+    quantised = [layer for layer in layers if isinstance(layer, NF4Linear)]
+    if quantised:
+        return _join_nf4(quantised, bias)
     dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
     weight = torch.cat([layer.weight.detach() for layer in dense])
-    joined = nn.utils.skip_init(nn.Linear, weight.shape[1], len(weight), bias=bias is not None)  # type: ignore[no-untyped-call]
+    joined = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
     joined.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         joined.bias = nn.Parameter(bias, requires_grad=False)
@@ -152,4 +146,18 @@ def _join(layers: Sequence[Linear]) -> Linear:
         dense, torch.split(weight, [d.out_features for d in dense]), strict=True
     ):
         layer.weight.data = rows
+    return joined
+
+
+def _join_nf4(layers: Sequence[NF4Linear], bias: Tensor | None) -> NF4Linear:
+    joined = NF4Linear(
+        nf4.concatenate([layer.weight for layer in layers]),
+        bias,
+        numerics=layers[0].numerics,
+        weight_residency=layers[0].weight_residency,
+    )
+    first = 0
+    for layer in layers:
+        layer.share_rows(joined, first)
+        first += layer.out_features
     return joined

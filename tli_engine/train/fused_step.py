@@ -20,14 +20,14 @@ from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
 from tli_engine.data.words import Word, pack, packs_of
 from tli_engine.models.early import EarlyModel
-from tli_engine.models.fused import FusedBlocks, Rows
+from tli_engine.models.fused import Rows
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 from tli_engine.train.engine import Observed
 from tli_engine.train.flat_adamw import FlatAdamW
 from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.schedule import learning_rate
-from tli_engine.train.staging import Batch, BatchBuffer, WordTable, padded
+from tli_engine.train.staging import Batch, BatchBuffer, Ints, WordTable, padded
 
 # words a pack when inputs of the first adapted block are computed
 _PACK_TOKENS = 1024
@@ -48,6 +48,26 @@ class _Pending:
     tokens: int
     values: Tensor
     event: torch.cuda.Event | None
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Words of a batch that are encoded together, and their rows."""
+
+    words: slice
+    tokens: slice
+
+
+def _parts(lengths: Ints, most: int | None) -> list[_Part]:
+    """Cut words of these lengths into parts of at most ``most`` rows, or of one word."""
+    ends = lengths.cumsum().tolist()
+    parts, word, row = [], 0, 0
+    for i, end in enumerate(ends, 1):
+        full = most is not None and i < len(ends) and ends[i] - row > most
+        if full or i == len(ends):
+            parts.append(_Part(slice(word, i), slice(row, end)))
+            word, row = i, end
+    return parts
 
 
 class FusedStep:
@@ -80,13 +100,15 @@ class FusedStep:
             projection.expose()
         self._leaves = list(joined.values())
         self._first = next(
-            i for i, block in enumerate(self._blocks.blocks) if any(p.adapters for p in block.projections)
+            i
+            for i, block in enumerate(self._blocks.blocks)
+            if any(p.adapters for p in block.projections)
         )
         self._inputs, self._words = self._table_of(pairs)
         self._angles = self._table_of_angles(pairs.words)
         self._shapes: dict[tuple[int, int], _Captured] = {}
         self._pending: deque[_Pending] = deque()
-        self._stream = torch.cuda.Stream(model.device) if self._graphs else None
+        self._stream = torch.cuda.Stream(model.device) if self._graphs else None  # type: ignore[no-untyped-call]
         # one for all graphs: they never run side by side
         self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
 
@@ -112,12 +134,12 @@ class FusedStep:
         seed = step_seed(config.seed, step)
         batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
         shape.buffer.send()
-        observed = self._replay(shape) if self._graphs else self._compute(shape.buffer.batch)
+        observed = self._run(shape, self._words.lengths[chosen])
         values = torch.empty(observed.shape, dtype=observed.dtype, pin_memory=observed.is_cuda)
         values.copy_(observed, non_blocking=True)
         event = None
         if observed.is_cuda:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
         self._pending.append(_Pending(step, tokens, values, event))
 
@@ -128,7 +150,7 @@ class FusedStep:
             if first.event is not None:
                 if wait:
                     first.event.synchronize()
-                elif not first.event.query():
+                elif not first.event.query():  # type: ignore[no-untyped-call]
                     return
             self._pending.popleft()
             loss, true, random, grad_norm, *_ = first.values.tolist()
@@ -165,36 +187,77 @@ class FusedStep:
             raise KeyError(min(left))
         self._optimizer.load(joined)
 
+    def _run(self, shape: _Captured, lengths: Ints) -> Tensor:
+        parts = _parts(lengths, self._config.train.chunk_tokens)
+        if len(parts) > 1:
+            return self._compute_in_parts(shape.buffer.batch, parts)
+        return self._replay(shape) if self._graphs else self._compute(shape.buffer.batch)
+
     def _compute(self, batch: Batch) -> Tensor:
         """A step: loss, mean cosines, gradient norm, learning rate, whether skipped; ``[6]``."""
-        x = self._inputs.index_select(0, batch.rows)
-        cos, sin = {}, {}
-        for kind, table in self._angles.items():
-            cos[kind], sin[kind] = table.index_select(0, batch.positions).chunk(2, 1)
-        rows, depth = Rows(cos, sin, batch.bounds), self._config.align.layer
-        seeds = iter(batch.seeds.unbind()) if len(batch.seeds) else None
-        hidden = self._blocks.run(x, rows, self._first, depth, seeds)
-        loss, true, random = self._loss(self._model.read_out(depth, hidden), batch)
+        hidden = self._hidden(batch, slice(0, len(batch.rows)), batch.seeds)
+        loss, *cosines = self._loss(hidden, batch.weight, batch.offsets, batch)
         gradients = torch.autograd.grad(loss, self._leaves)
         torch._foreach_copy_(list(self._optimizer.gradients.values()), gradients)
-        norm, rate, skipped = self._optimizer.step().unbind()
-        return torch.stack([loss.detach(), true, random, norm, rate, skipped])
+        return self._update(loss, cosines)
 
-    def _loss(self, hidden: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _compute_in_parts(self, batch: Batch, parts: list[_Part]) -> Tensor:
+        """The same step with one part's activations at a time, each encoded twice.
+
+        Source: Gao et al. 2021 (GradCache).
+        """
+        with torch.no_grad():
+            encoded = [self._vectors(batch, part, i) for i, part in enumerate(parts)]
+        vectors = torch.cat(encoded).requires_grad_()
+        alone = torch.arange(len(vectors) + 1, device=vectors.device)
+        loss, *cosines = self._loss(vectors, torch.ones_like(vectors[:, 0]), alone, batch)
+        (gradient,) = torch.autograd.grad(loss, vectors)
+        sums = list(self._optimizer.gradients.values())
+        self._optimizer.zero_grad()
+        for i, part in enumerate(parts):
+            of_part = self._vectors(batch, part, i)
+            gradients = torch.autograd.grad(of_part, self._leaves, gradient[part.words])
+            torch._foreach_add_(sums, gradients)
+        return self._update(loss, cosines)
+
+    def _update(self, loss: Tensor, cosines: list[Tensor]) -> Tensor:
+        return torch.stack([loss.detach(), *cosines, *self._optimizer.step().unbind()])
+
+    def _hidden(self, batch: Batch, tokens: slice, seeds: Tensor) -> Tensor:
+        """Hidden states of some rows, whole words, at the loss's layer."""
+        x = self._inputs.index_select(0, batch.rows[tokens])
+        cos, sin = {}, {}
+        for kind, table in self._angles.items():
+            cos[kind], sin[kind] = table.index_select(0, batch.positions[tokens]).chunk(2, 1)
+        bounds = batch.bounds[:, tokens]
+        rows = Rows(cos, sin, bounds - tokens.start if tokens.start else bounds)
+        depth = self._config.align.layer
+        masks = iter(seeds.unbind()) if len(seeds) else None
+        return self._model.read_out(depth, self._blocks.run(x, rows, self._first, depth, masks))
+
+    def _vectors(self, batch: Batch, part: _Part, number: int) -> Tensor:
+        """Vectors of a part's words, ``[S, D]``, fp32; the part has masks of its own."""
+        hidden = self._hidden(batch, part.tokens, batch.seeds + number)
+        offsets = batch.offsets[part.words.start : part.words.stop + 1] - part.tokens.start
+        return segment_mean(hidden, batch.weight[part.tokens], offsets)
+
+    def _loss(
+        self, hidden: Tensor, weight: Tensor, offsets: Tensor, batch: Batch
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss, and the mean raw cosine of true and of mismatched pairs."""
         align = self._config.align
         if align.space == "raw":
             return pooled_alignment_loss(
                 hidden,
-                batch.weight,
-                batch.offsets,
+                weight,
+                offsets,
                 batch.groups if align.mask_duplicates else None,
                 loss=align.loss,
                 margin=align.margin,
                 temperature=align.temperature,
                 two_way=align.two_way,
             )
-        source, target = segment_mean(hidden, batch.weight, batch.offsets).chunk(2)
+        source, target = segment_mean(hidden, weight, offsets).chunk(2)
         negative = self._negatives(batch)
         cosine = cosine_similarity(self._space.source(source), self._space.target(target))
         loss = alignment_loss(cosine, negative, align)
@@ -220,7 +283,8 @@ class FusedStep:
     def _replay(self, shape: _Captured) -> Tensor:
         if shape.graph is None:
             self._capture(shape)
-        assert shape.graph is not None and shape.observed is not None
+        assert shape.graph is not None
+        assert shape.observed is not None
         shape.graph.replay()
         return shape.observed
 

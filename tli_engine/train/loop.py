@@ -11,9 +11,12 @@ from tli_engine.align.collapse import CollapseDetector
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
+from tli_engine.errors import UserError
 from tli_engine.models.device import peak_mib
 from tli_engine.models.early import EarlyModel
+from tli_engine.models.projection import NotFusedError
 from tli_engine.train.engine import Engine, Observed
+from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.module_step import ModuleStep
 from tli_engine.train.order import steps_per_epoch
 from tli_engine.train.schedule import learning_rate
@@ -123,7 +126,16 @@ class Trainer:
         return lines
 
     def _choose_engine(self) -> Engine:
-        return ModuleStep(self.model, self.config, self.pairs, self.space, self.total_steps)
+        arguments = (self.model, self.config, self.pairs, self.space, self.total_steps)
+        choice = self.config.train.engine
+        if choice == "fused" or (choice == "auto" and self.model.device.type == "cuda"):
+            try:
+                return FusedStep(*arguments)
+            except NotFusedError as reason:
+                if choice == "fused":
+                    raise UserError(f"train.engine: fused cannot run this: {reason}") from None
+                self.on_warning(f"training through transformers' modules: {reason}")
+        return ModuleStep(*arguments)
 
     def _report(self, wait: bool) -> int:
         """Report the steps that are done; return how many."""

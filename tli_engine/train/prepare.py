@@ -69,6 +69,8 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         device=device,
         quantize=config.quantize,
         double_quant=config.double_quant,
+        numerics=config.numerics,
+        weight_residency=config.weight_residency,
         token_ids=tokens_of(splits),
     )
     record = provenance(pairs, files, model)

@@ -49,12 +49,10 @@ class BatchBuffer:
     def __init__(self, tokens: int, pairs: int, seeds: int, device: torch.device) -> None:
         self.tokens, self.pairs = tokens, pairs
         self._parts = _lay_out(tokens, pairs, seeds)
-        name, dtype, shape, start = self._parts[-1]
+        _, dtype, shape, start = self._parts[-1]
         size = start + torch.Size(shape).numel() * dtype.itemsize
         pinned = device.type == "cuda"
-        self._host = [
-            torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)
-        ]
+        self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
         self._copied: list[torch.cuda.Event | None] = [None] * _RING
         self._turn = 0
         self._device = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -72,7 +70,7 @@ class BatchBuffer:
         """Copy what was written last to :attr:`batch`, in the current stream."""
         self._device.copy_(self._host[self._turn], non_blocking=True)
         if self._device.is_cuda:
-            event = torch.cuda.Event()
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
             event.record()
             self._copied[self._turn] = event
 
