@@ -57,7 +57,7 @@ def tile_offsets(T, I, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Row, column and mask of this program's tile; neighbours in a row run side by side."""
     across = tl.cdiv(I, COLUMNS)
     pid = tl.program_id(0)
-    # int64: T * 2 I passes 2**31 for 36,864 rows of 29568
+    # int64: T * 2 I passes 2**31 for 36,315 rows with an I of 29568
     row = (pid // across).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     offs_i = (pid % across) * COLUMNS + tl.arange(0, COLUMNS)
     return row[:, None], offs_i[None, :], (row < T)[:, None] & (offs_i < I)[None, :]

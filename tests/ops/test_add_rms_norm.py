@@ -114,6 +114,24 @@ def test_kernels_err_no_more_than_transformers(
     assert_within_error_budget(dweight, d_plain[1], d_exact[1], floor=2e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("plus_one", [False, True], ids=["llama", "gemma"])
+def test_kernel_rounds_where_transformers_does(
+    plus_one: bool, dtype: torch.dtype, device: torch.device
+) -> None:
+    """Rounding elsewhere changes one number in ten or more; the last bit of a row's sum, few."""
+    x, residual, weight = make_inputs(8, 500, dtype, device)
+    kinds = (LlamaRMSNorm, Gemma3RMSNorm)
+    y = triton_forward(x, residual, weight, EPS, plus_one)[0]
+    same, other = (module_of(kinds[flag], weight).to(device) for flag in (plus_one, not plus_one))
+    assert (y != same(x + residual)).double().mean() < 0.01
+    # what the other family would give for the same scale
+    other.weight.data.add_(-1 if not plus_one else 1)
+    scale_kept = (other.weight.data.double() - weight.double()).abs() == 1
+    differs = (y != other(x + residual))[:, scale_kept]
+    assert differs.double().mean() > 0.1
+
+
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("with_residual", [True, False], ids=["residual", "alone"])
 def test_reference_is_the_formula(with_residual: bool, plus_one: bool) -> None:
