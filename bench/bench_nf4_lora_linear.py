@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.harness import Row, print_gpu_rows, quantiles_ms, time_graphs, write_results
-from bench.nf4_shapes import SHAPES, Weights, check, make_weights
+from bench.nf4_shapes import SHAPES, Weights, bnb_linear, check, make_weights
 from bench.peers import load_unsloth
 from tli_engine.nn import NF4Linear
 
@@ -27,19 +27,11 @@ RANK, SCALING = 16, 2.0
 Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
-def peft_layer(packed: Tensor, state: object, N: int, K: int, dtype: torch.dtype) -> nn.Module:
+def peft_layer(packed: Tensor, state: object, dtype: torch.dtype) -> nn.Module:
     """PEFT's adapter around bitsandbytes' layer."""
-    import bitsandbytes as bnb
     from peft import LoraConfig, get_peft_model
 
-    linear = bnb.nn.Linear4bit(
-        K, N, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4", device="meta"
-    )
-    linear.weight = bnb.nn.Params4bit(
-        packed, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4",
-        compress_statistics=False, blocksize=64, module=linear,
-    )  # fmt: skip
-    linear.quant_state = state
+    linear = bnb_linear(packed, state)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -105,7 +97,7 @@ def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Layer]
     lora_B = (torch.randn(N, RANK, device="cuda") * 0.02).requires_grad_()
 
     def peft(dtype: torch.dtype) -> list[Layer]:
-        layers = [peft_layer(*w, N, K, dtype) for w in weights.bnb[: max(2, len(weights.dense))]]
+        layers = [peft_layer(*w, dtype) for w in weights.bnb[: max(2, len(weights.dense))]]
         return [(m, [x, *(p for p in m.parameters() if p.requires_grad)]) for m in layers]
 
     def adapted(layer: NF4Linear) -> Callable[[Tensor], Tensor]:

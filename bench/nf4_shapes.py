@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench.harness import Row, quantiles_ms
 from tli_engine.layouts import PortableWeight
@@ -71,9 +71,28 @@ def bnb_weight(weight: NF4Weight) -> tuple[Tensor, Any]:
         code=CODE.to(weight.device),
         blocksize=weight.block_size,
         quant_type="nf4",
-        dtype=torch.bfloat16,
+        dtype=weight.dtype,
     )
     return weight.packed, state
+
+
+def bnb_linear(packed: Tensor, state: Any, bias: Tensor | None = None) -> nn.Module:
+    """Make a layer of bitsandbytes of :func:`bnb_weight`'s; it computes in the state's dtype."""
+    from bitsandbytes.nn import Linear4bit, Params4bit
+
+    N, K = state.shape
+    linear: nn.Module = Linear4bit(
+        K, N, bias=False, compute_dtype=state.dtype, compress_statistics=False, quant_type="nf4",
+        device="meta",
+    )  # fmt: skip
+    linear.weight = Params4bit(
+        packed, requires_grad=False, quant_state=state, bnb_quantized=True, quant_type="nf4",
+        compress_statistics=False, blocksize=state.blocksize, module=linear,
+    )  # fmt: skip
+    linear.quant_state = state
+    if bias is not None:
+        linear.bias = nn.Parameter(bias, requires_grad=False)
+    return linear
 
 
 def rows_of(

@@ -22,7 +22,8 @@ def published_table() -> str:
     }
     for op, title in titles.items():
         rows = json.loads((RESULTS / "cpu" / f"{op}.json").read_text())["rows"]
-        by_provider = {row["provider"]: row for row in rows}
+        case = op.removeprefix("tli_")
+        by_provider = {row["provider"]: row for row in rows if row["case"] == case}
         published, ours = by_provider["published"], by_provider["tli-engine"]
         name = title.format(**ours["shape"])
         ratio = ours["ratio_to_baseline"]

@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from bench.published import Training, add_adapters
 from tli_engine.align.scan import scan
 from tli_engine.cli import main
 from tli_engine.data.words import pack
@@ -15,14 +16,6 @@ from tli_engine.models.early import load_early
 from tli_engine.train.order import batch_rows
 
 CPU = torch.device("cpu")
-MODULES = ["q_proj", "v_proj"]
-
-
-def published_embedding(tokens: Any, model: nn.Module, layer: int) -> Tensor:
-    """Mean over the attended tokens of ``hidden_states[layer]``, as in the published scripts."""
-    hidden = model(**tokens, output_hidden_states=True).hidden_states[layer]
-    mask = tokens["attention_mask"].unsqueeze(-1)
-    return (hidden * mask).sum(1) / mask.sum(1).clamp(min=1e-9)
 
 
 def test_scan_equals_one_word_at_a_time(
@@ -78,46 +71,31 @@ def test_truncated_model_equals_the_full_one(
 @pytest.fixture
 def peft_initialised(smollm2: Any, tmp_path: Path) -> Path:
     """A PEFT adapter on all 30 blocks, freshly initialised, as the published code makes it."""
-    from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_pretrained(smollm2.folder, dtype=torch.float32)
-    lora = LoraConfig(r=16, lora_alpha=32, target_modules=MODULES, task_type="CAUSAL_LM")
-    get_peft_model(model, lora).save_pretrained(tmp_path / "initial")
+    add_adapters(model, dropout=0.0).save_pretrained(tmp_path / "initial")
     return tmp_path / "initial"
 
 
 def published_training(
     folder: Path, adapter: Path, tokenizer: Any, pairs: Any, steps: int
 ) -> list[float]:
-    """The published loop: padded batches, two full forwards, hardest in-batch negative."""
+    """Losses of the published training on a tokenizer's own batches."""
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
+    from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    model = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-4)
-    scheduler = get_linear_schedule_with_warmup(optimizer, 50, steps)
+    training = Training(PeftModel.from_pretrained(model, adapter, is_trainable=True), steps)
     losses = []
     for step in range(steps):
         rows = batch_rows(len(pairs), 8, seed=0, step=step)
-        optimizer.zero_grad()
         anchor, positive = (
-            nn.functional.normalize(
-                published_embedding(
-                    tokenizer([side[i] for i in rows], padding=True, return_tensors="pt"), model, 2
-                )
-            )
+            tokenizer([side[i] for i in rows], padding=True, return_tensors="pt")
             for side in (pairs.source, pairs.target)
         )
-        similarity = anchor @ positive.T
-        hardest = similarity.clone().fill_diagonal_(-torch.inf).amax(1)
-        loss = torch.relu(0.4 + hardest - similarity.diagonal()).mean()
-        loss.backward()
-        optimizer.step()
-        scheduler.step()
-        losses.append(loss.item())
+        losses.append(training.step(anchor, positive))
     return losses
 
 

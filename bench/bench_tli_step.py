@@ -1,0 +1,170 @@
+"""The training step of the paper's recipe: wall time, the time the GPU is busy in it, and kernels.
+
+``published`` is the published procedure: both languages of a batch, padded, through every block and
+the LM head. ``peft+bitsandbytes`` (without NF4, ``peft``) is the same cut down to the blocks that
+the loss needs, which takes a few lines. All hold the same weights, train on the same batches, and
+must give the same loss at the first step. Tokenising is in none. On a GPU the models are of random
+weights, in NF4, and Qwen2-72B's shape is for the engine alone; on a CPU it is SmolLM2.
+
+python -m bench tli_step [--models NAME ...] [--pairs N ...] [--rounds N]
+"""
+
+import argparse
+import gc
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from itertools import count
+
+import torch
+
+from bench.engine import Floor, batch_tokens, engine_step
+from bench.harness import (
+    Row,
+    copy_bandwidth,
+    gpu_busy,
+    interleave,
+    matmul_rate,
+    print_rows,
+    quantiles_ms,
+    write_results,
+)
+from bench.models import NAMES, Subject, find
+from bench.published import Training, add_adapters, exit_early, padded
+from tli_engine.config import RunConfig
+from tli_engine.models.device import choose_device
+from tli_engine.train.order import batch_rows
+
+PEERS = ["transformers", "peft", "bitsandbytes"]
+WARM_UP = 4
+# steps of the schedule, more than are run
+STEPS = 5000
+# too large to be trained by the peers beside the engine
+ALONE = ("qwen2-72b",)
+# a step that computes the same up to rounding gives this loss, absolute
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A step that has run some times.
+
+    Attributes:
+        step: One more step.
+        loss: What the first gave.
+        peak_mib: GPU memory of the model and of a step, at most.
+    """
+
+    step: Callable[[], float]
+    loss: float
+    peak_mib: float | None
+
+
+def warm(build: Callable[[], Callable[[], float]]) -> Provider:
+    """Build a provider and run its first steps; what building takes for a moment is no peak."""
+    on_gpu = torch.cuda.is_available()
+    gc.collect()
+    before = torch.cuda.memory_allocated() if on_gpu else 0
+    step = build()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    loss, *_ = [step() for _ in range(WARM_UP)]
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
+    return Provider(step, loss, peak)
+
+
+def published_step(subject: Subject, config: RunConfig, cut: bool) -> Callable[[], float]:
+    """The published step on the engine's batches, ``cut`` down to the blocks it needs or not."""
+    layer, train = config.align.layer, subject.splits[0]
+    model = subject.causal_lm(layer if cut else None)
+    if cut:
+        exit_early(model, layer)
+    training = Training(add_adapters(model, config.lora.dropout).train(), STEPS, layer)
+    steps = count()
+
+    def step() -> float:
+        rows = batch_rows(len(train.pairs), config.train.batch_size, config.seed, next(steps))
+        sides = (padded([side[i] for i in rows]) for side in (train.source, train.target))
+        return training.step(*sides)
+
+    return step
+
+
+def make_providers(subject: Subject, config: RunConfig) -> tuple[dict[str, Provider], Floor]:
+    """Every provider, warm, the baseline first; and the floor of a step."""
+    floor: list[Floor] = []
+
+    def engine() -> Callable[[], float]:
+        step, found = engine_step(subject, config)
+        floor.append(found)
+        return step
+
+    builds: dict[str, Callable[[], Callable[[], float]]] = {}
+    if subject.name not in ALONE:
+        builds["published"] = lambda: published_step(subject, config, cut=False)
+        peer = "peft+bitsandbytes" if subject.nf4 else "peft"
+        builds[peer] = lambda: published_step(subject, config, cut=True)
+    builds["tli-engine"] = engine
+    providers = {name: warm(build) for name, build in builds.items()}
+    losses = {name: provider.loss for name, provider in providers.items()}
+    print(f"{subject.label}: loss of the first step: {losses}")
+    if max(losses.values()) - min(losses.values()) > _TOLERANCE[subject.dtype]:
+        raise SystemExit(f"{subject.label}: the first losses differ: {losses}; not timed")
+    return providers, floor[0]
+
+
+def bench_case(
+    subject: Subject, pairs: int, rounds: int, speed: tuple[float, float] | None
+) -> list[Row]:
+    """Time the step on batches of ``pairs``; ``speed`` is bandwidth and matmul rate of a GPU."""
+    train = subject.config.train.model_copy(
+        update={"batch_size": pairs, "steps": STEPS, "epochs": None}
+    )
+    config = subject.config.model_copy(update={"train": train})
+    providers, floor = make_providers(subject, config)
+    calls = {name: p.step for name, p in providers.items()}
+    slow = {"published": rounds}
+    times = interleave(calls, {name: slow.get(name, 4 * rounds) for name in calls}, warm_up=0)
+    shape = {"pairs": pairs, "tokens": batch_tokens(subject, config), "layer": config.align.layer}
+    base = statistics.median(times[next(iter(times))])
+    rows = []
+    for name, seconds in times.items():
+        median = statistics.median(seconds)
+        row = Row(
+            "step", shape, subject.label, name, *quantiles_ms(seconds), base / median,
+            peak_mib=providers[name].peak_mib, notes={"calls": len(seconds)},
+        )  # fmt: skip
+        if speed is not None:
+            row.notes["kernels"] = (busy := gpu_busy(calls[name]))[1]
+            row = replace(
+                row, gpu_ms=busy[0], roofline=floor.seconds(*speed) / median,
+                bytes=floor.bytes, flops=floor.flops,
+            )  # fmt: skip
+        rows.append(row)
+    print_rows(rows)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    device = choose_device("auto")
+    on_gpu = device.type == "cuda"
+    usual = ["llama-3-8b", "qwen2-72b"] if on_gpu else ["smollm2-135m"]
+    parser.add_argument("--models", nargs="+", choices=NAMES, default=usual)
+    parser.add_argument("--pairs", nargs="+", type=int, default=[8], help="pairs of a batch")
+    parser.add_argument("--rounds", type=int, default=12, help="published steps to time")
+    args = parser.parse_args()
+    speed = (copy_bandwidth(), matmul_rate()) if on_gpu else None
+    rows: list[Row] = []
+    for model, pairs in itertools.product(args.models, args.pairs):
+        rows += bench_case(find(model, device), pairs, args.rounds, speed)
+        gc.collect()
+        if on_gpu:
+            torch.cuda.empty_cache()
+    facts = {} if speed is None else dict(zip(("bandwidth", "flops_per_s"), speed, strict=True))
+    print(f"written: {write_results('tli_step', rows, PEERS, **facts)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""tli-engine's side of the benches of whole models, and the floor of its training step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from bench.models import Subject
+from tli_engine.align.scan import scan
+from tli_engine.align.space import fit_space
+from tli_engine.config import RunConfig
+from tli_engine.evaluate.alignment import encode_before_after, layer_curve
+from tli_engine.models.adapters import add_lora, add_transposed_copies
+from tli_engine.models.early import EarlyModel
+from tli_engine.train.loop import Trainer
+
+# packed codes and an fp32 absmax for each 64
+NF4_BYTES = 0.5625
+
+
+@dataclass(frozen=True)
+class Floor:
+    """Bytes and operations of each matmul that a step cannot do without."""
+
+    products: tuple[tuple[int, int], ...]
+
+    @property
+    def bytes(self) -> int:
+        """Of all."""
+        return sum(nbytes for nbytes, _ in self.products)
+
+    @property
+    def flops(self) -> int:
+        """Of all."""
+        return sum(flops for _, flops in self.products)
+
+    def seconds(self, bandwidth: float, rate: float) -> float:
+        """Each matmul takes its bytes' time or its operations', whichever is longer."""
+        return sum(max(nbytes / bandwidth, flops / rate) for nbytes, flops in self.products)
+
+
+def step_floor(config: Any, tokens: int, layer: int, first_adapted: int = 0) -> Floor:
+    """Floor of a training step with NF4 weights and adapters from block ``first_adapted`` on.
+
+    Forward, the weights of the first ``layer`` blocks are read once for all tokens. Backward, those
+    through which a gradient has to pass: from the first adapted block on, less that block's q, k
+    and v, whose input needs none. Adapters, activations and embeddings are left out.
+    """
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    qkv = [hidden * q, hidden * kv, hidden * kv]
+    others = [q * hidden, hidden * ffn, hidden * ffn, ffn * hidden]
+    weights = (qkv + others) * layer
+    weights += others + (qkv + others) * (layer - 1 - first_adapted)
+    return Floor(tuple((round(n * NF4_BYTES), 2 * n * tokens) for n in weights))
+
+
+def engine_step(subject: Subject, config: RunConfig) -> tuple[Callable[[], float], Floor]:
+    """One step of the recipe on the subject's training pairs, as ``tli-engine train`` runs it.
+
+    Returns:
+        A call that trains one step and returns its loss, and the step's floor.
+    """
+    train, layer = subject.splits[0], config.align.layer
+    model = subject.early(layer)
+    add_lora(model, config.lora, layer, config.seed)
+    add_transposed_copies(model)
+    space = fit_space("raw", torch.empty(0), torch.empty(0))
+    losses: list[float] = []
+    trainer = Trainer(
+        model, config, train, space, lambda step: losses.append(step.loss), lambda warning: None
+    )
+    model.train()
+
+    def step() -> float:
+        trainer.one_step()
+        return losses[-1]
+
+    return step, step_floor(subject.files.config, batch_tokens(subject, config), layer)
+
+
+def batch_tokens(subject: Subject, config: RunConfig) -> int:
+    """Tokens of a batch, both languages together, in the mean."""
+    train = subject.splits[0]
+    tokens = sum(len(word) for word in train.words)
+    return round(config.train.batch_size * tokens / len(train.pairs))
+
+
+def engine_scan(subject: Subject) -> Callable[[], object]:
+    """The scan of the training pairs at every layer, proposal included."""
+    train = subject.splits[0]
+    model = subject.early(subject.files.config.num_hidden_layers)
+    return lambda: scan(model, subject.name, train.pairs, train.source, train.target, "paper")
+
+
+def engine_evaluation(subject: Subject) -> Callable[[], object]:
+    """Alignment of every split before and after training, retrieval included."""
+    layer = subject.config.align.layer
+    model = subject.early(layer)
+    add_lora(model, subject.config.lora, layer, seed=0)
+    return lambda: [_evaluate(model, split, layer) for split in subject.splits]
+
+
+def _evaluate(model: EarlyModel, split: Any, layer: int) -> object:
+    return layer_curve(encode_before_after(model, split, [layer], "content"))

@@ -1,0 +1,74 @@
+"""The benches of the step and of the scan, from providers to rows, on a tiny model."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench import bench_tli_scan, bench_tli_step
+from bench.models import Subject
+
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+
+
+Make = Callable[..., Subject]
+
+
+@pytest.fixture
+def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Steps that were traced, each as 2 ms in 7 kernels."""
+    found: list[Any] = []
+
+    def trace(step: Callable[[], float]) -> tuple[float, int]:
+        found.append(step)
+        return 2.0, 7
+
+    monkeypatch.setattr(bench_tli_step, "gpu_busy", trace)
+    return found
+
+
+def test_step_of_every_provider(tiny_subject: Make, traced: list[Any]) -> None:
+    # a floor of bytes alone: 1 byte a second
+    rows = bench_tli_step.bench_case(tiny_subject(nf4=True), 4, 2, speed=(1.0, 1e30))
+    assert [row.provider for row in rows] == ["published", "peft+bitsandbytes", "tli-engine"]
+    assert [row.notes["calls"] for row in rows] == [2, 8, 8]
+    assert rows[0].ratio_to_baseline == 1.0
+    assert len(traced) == 3
+    for row in rows:
+        assert row.model == "tiny nf4 fp32"
+        assert row.shape == {"pairs": 4, "tokens": 32, "layer": 2}
+        assert (row.gpu_ms, row.notes["kernels"]) == (2.0, 7)
+        assert row.bytes is not None
+        assert row.roofline == pytest.approx(row.bytes / (row.ms / 1e3))
+
+
+def test_step_of_the_engine_alone(tiny_subject: Make, traced: list[Any]) -> None:
+    rows = bench_tli_step.bench_case(tiny_subject(nf4=True, name="qwen2-72b"), 4, 1, speed=None)
+    assert [(row.provider, row.ratio_to_baseline) for row in rows] == [("tli-engine", 1.0)]
+    assert traced == []
+
+
+def test_providers_that_disagree_are_not_timed(
+    tiny_subject: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(*_: Any) -> tuple[Callable[[], float], None]:
+        return (lambda: 0.123), None
+
+    monkeypatch.setattr(bench_tli_step, "engine_step", other)
+    with pytest.raises(SystemExit, match="the first losses differ"):
+        bench_tli_step.bench_case(tiny_subject(), 4, 1, speed=None)
+
+
+def test_scan_and_evaluation(tiny_subject: Make) -> None:
+    rows = bench_tli_scan.bench_subject(tiny_subject(), sample=1, rounds=1)
+    assert [(row.case, row.provider) for row in rows] == [
+        (case, provider)
+        for case in ("scan", "evaluate")
+        for provider in ("published", "tli-engine")
+    ]
+    assert rows[0].shape == {"pairs": 623, "layers": 4}
+    assert rows[2].shape == {"pairs": 686, "layer": 2}
+    assert rows[0].notes == {"calls": 1, "scaled_by": 623}
+    assert rows[2].notes == {"calls": 1, "scaled_by": 686 / 6}
+    assert rows[1].ratio_to_baseline == pytest.approx(rows[0].ms / rows[1].ms)
