@@ -2,7 +2,8 @@
 
 ``published`` is the published procedure: both languages of a batch, padded, through every block and
 the LM head. ``peft+bitsandbytes`` (without NF4, ``peft``) is the same cut down to the blocks that
-the loss needs, which takes a few lines. All hold the same weights, train on the same batches, and
+the loss needs, which takes a few lines. ``tli-engine:fast`` and ``:bf16`` are the engine with other
+numerics and with its weights resident in bf16. All hold the same weights, train on the same batches, and
 must give the same loss at the first step. Tokenising is in none. On a GPU the models are of random
 weights, in NF4, and Qwen2-72B's shape is for the engine alone; on a CPU it is SmolLM2.
 
@@ -51,30 +52,34 @@ class Provider:
     """A step that has run some times.
 
     Attributes:
-        step: One more step.
-        loss: What the first gave.
+        step: One more call.
+        loss: What the first step gave.
         peak_mib: GPU memory of the model and of a step, at most.
+        steps: Steps in a call.
     """
 
     step: Callable[[], float]
     loss: float
     peak_mib: float | None
+    steps: int
 
 
-def warm(build: Callable[[], Callable[[], float]]) -> Provider:
+def warm(build: Callable[[], tuple[Callable[[], float], int]]) -> Provider:
     """Build a provider and run its first steps; what building takes for a moment is no peak."""
     on_gpu = torch.cuda.is_available()
     gc.collect()
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    step = build()
+    step, steps = build()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
     loss, *_ = [step() for _ in range(WARM_UP)]
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
-    return Provider(step, loss, peak)
+    return Provider(step, loss, peak, steps)
 
 
-def published_step(subject: Subject, config: RunConfig, cut: bool) -> Callable[[], float]:
+def published_step(
+    subject: Subject, config: RunConfig, cut: bool
+) -> tuple[Callable[[], float], int]:
     """The published step on the engine's batches, ``cut`` down to the blocks it needs or not."""
     layer, train = config.align.layer, subject.splits[0]
     model = subject.causal_lm(layer if cut else None)
@@ -88,24 +93,27 @@ def published_step(subject: Subject, config: RunConfig, cut: bool) -> Callable[[
         sides = (padded([side[i] for i in rows]) for side in (train.source, train.target))
         return training.step(*sides)
 
-    return step
+    return step, 1
 
 
 def make_providers(subject: Subject, config: RunConfig) -> tuple[dict[str, Provider], Floor]:
     """Every provider, warm, the baseline first; and the floor of a step."""
     floor: list[Floor] = []
 
-    def engine() -> Callable[[], float]:
-        step, found = engine_step(subject, config)
+    def engine(**choice: str) -> tuple[Callable[[], float], int]:
+        step, steps, found = engine_step(subject, config.model_copy(update=choice))
         floor.append(found)
-        return step
+        return step, steps
 
-    builds: dict[str, Callable[[], Callable[[], float]]] = {}
+    builds: dict[str, Callable[[], tuple[Callable[[], float], int]]] = {}
     if subject.name not in ALONE:
         builds["published"] = lambda: published_step(subject, config, cut=False)
         peer = "peft+bitsandbytes" if subject.nf4 else "peft"
         builds[peer] = lambda: published_step(subject, config, cut=True)
     builds["tli-engine"] = engine
+    if subject.device.type == "cuda":
+        builds["tli-engine:fast"] = lambda: engine(numerics="fast")
+        builds["tli-engine:bf16"] = lambda: engine(weight_residency="bf16")
     providers = {name: warm(build) for name, build in builds.items()}
     losses = {name: provider.loss for name, provider in providers.items()}
     print(f"{subject.label}: loss of the first step: {losses}")
@@ -121,24 +129,28 @@ def bench_case(
     train = subject.config.train.model_copy(
         update={"batch_size": pairs, "steps": STEPS, "epochs": None}
     )
+    subject = subject.in_whole_batches(pairs)
     config = subject.config.model_copy(update={"train": train})
     providers, floor = make_providers(subject, config)
     calls = {name: p.step for name, p in providers.items()}
     slow = {"published": rounds}
     times = interleave(calls, {name: slow.get(name, 4 * rounds) for name in calls}, warm_up=0)
     shape = {"pairs": pairs, "tokens": batch_tokens(subject, config), "layer": config.align.layer}
-    base = statistics.median(times[next(iter(times))])
+    first = next(iter(times))
+    base = statistics.median(times[first]) / providers[first].steps
     rows = []
-    for name, seconds in times.items():
+    for name, calls_s in times.items():
+        seconds = [s / providers[name].steps for s in calls_s]
         median = statistics.median(seconds)
         row = Row(
             "step", shape, subject.label, name, *quantiles_ms(seconds), base / median,
             peak_mib=providers[name].peak_mib, notes={"calls": len(seconds)},
         )  # fmt: skip
         if speed is not None:
-            row.notes["kernels"] = (busy := gpu_busy(calls[name]))[1]
+            busy_ms, kernels = (n / providers[name].steps for n in gpu_busy(calls[name]))
+            row.notes["kernels"] = round(kernels)
             row = replace(
-                row, gpu_ms=busy[0], roofline=floor.seconds(*speed) / median,
+                row, gpu_ms=busy_ms, roofline=floor.seconds(*speed) / median,
                 bytes=floor.bytes, flops=floor.flops,
             )  # fmt: skip
         rows.append(row)
@@ -152,7 +164,13 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     usual = ["llama-3-8b", "qwen2-72b"] if on_gpu else ["smollm2-135m"]
     parser.add_argument("--models", nargs="+", choices=NAMES, default=usual)
-    parser.add_argument("--pairs", nargs="+", type=int, default=[8], help="pairs of a batch")
+    parser.add_argument(
+        "--pairs",
+        nargs="+",
+        type=int,
+        default=[8, 32, 512] if on_gpu else [8],
+        help="pairs of a batch",
+    )
     parser.add_argument("--rounds", type=int, default=12, help="published steps to time")
     args = parser.parse_args()
     speed = (copy_bandwidth(), matmul_rate()) if on_gpu else None

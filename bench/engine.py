@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import count
 from typing import Any
 
 import torch
@@ -15,6 +16,8 @@ from tli_engine.models.adapters import add_lora, add_transposed_copies
 from tli_engine.models.early import EarlyModel
 from tli_engine.train.loop import Trainer
 
+# steps between two waits for the GPU
+STEPS_A_CALL = 32
 # packed codes and an fp32 absmax for each 64
 NF4_BYTES = 0.5625
 
@@ -57,28 +60,30 @@ def step_floor(config: Any, tokens: int, layer: int, first_adapted: int = 0) -> 
     return Floor(tuple((round(n * NF4_BYTES), 2 * n * tokens) for n in weights))
 
 
-def engine_step(subject: Subject, config: RunConfig) -> tuple[Callable[[], float], Floor]:
-    """One step of the recipe on the subject's training pairs, as ``tli-engine train`` runs it.
+def engine_step(subject: Subject, config: RunConfig) -> tuple[Callable[[], float], int, Floor]:
+    """Steps of the recipe on the subject's training pairs, as ``tli-engine train`` runs them.
 
     Returns:
-        A call that trains one step and returns its loss, and the step's floor.
+        A call that trains some steps and returns the first one's loss; how many those are, for on
+        a GPU no step waits for the one before; and a step's floor.
     """
-    train, layer = subject.splits[0], config.align.layer
-    model = subject.early(layer)
+    layer = config.align.layer
+    model = subject.early(layer, config)
     add_lora(model, config.lora, layer, config.seed)
+    model.fuse_on_gpu()
     add_transposed_copies(model)
     space = fit_space("raw", torch.empty(0), torch.empty(0))
-    losses: list[float] = []
-    trainer = Trainer(
-        model, config, train, space, lambda step: losses.append(step.loss), lambda warning: None
-    )
+    engine = Trainer(model, config, subject.splits[0], space).engine
     model.train()
+    steps, a_call = count(), STEPS_A_CALL if subject.device.type == "cuda" else 1
 
-    def step() -> float:
-        trainer.one_step()
-        return losses[-1]
+    def call() -> float:
+        for _ in range(a_call):
+            engine.launch(next(steps))
+        first, *_ = engine.collect(wait=True)
+        return first.loss
 
-    return step, step_floor(subject.files.config, batch_tokens(subject, config), layer)
+    return call, a_call, step_floor(subject.files.config, batch_tokens(subject, config), layer)
 
 
 def batch_tokens(subject: Subject, config: RunConfig) -> int:
@@ -92,6 +97,7 @@ def engine_scan(subject: Subject) -> Callable[[], object]:
     """The scan of the training pairs at every layer, proposal included."""
     train = subject.splits[0]
     model = subject.early(subject.files.config.num_hidden_layers)
+    model.fuse_on_gpu()
     return lambda: scan(model, subject.name, train.pairs, train.source, train.target, "paper")
 
 
@@ -100,6 +106,7 @@ def engine_evaluation(subject: Subject) -> Callable[[], object]:
     layer = subject.config.align.layer
     model = subject.early(layer)
     add_lora(model, subject.config.lora, layer, seed=0)
+    model.fuse_on_gpu()
     return lambda: [_evaluate(model, split, layer) for split in subject.splits]
 
 

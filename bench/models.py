@@ -9,7 +9,7 @@ import copy
 import random
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from bench.nf4_shapes import bnb_linear, bnb_weight
 from tli_engine.config import RunConfig, apply_overrides, read_recipe, resolve_config
 from tli_engine.data.pairs import PairList
-from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits
+from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.data.words import Word
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
@@ -142,11 +142,26 @@ class Subject:
         config = self.files.config
         return [t for t in (config.bos_token_id, config.eos_token_id) if t is not None]
 
-    def early(self, depth: int) -> EarlyModel:
-        """The engine's model of the first blocks."""
+    def early(self, depth: int, config: RunConfig | None = None) -> EarlyModel:
+        """The engine's model of the first blocks, with the rows of the embeddings that it needs."""
+        config = config or self.config
         return load_early(
-            self.files, depth, dtype=self.dtype, device=self.device, quantize=self.config.quantize
+            self.files,
+            depth,
+            dtype=self.dtype,
+            device=self.device,
+            quantize=config.quantize,
+            numerics=config.numerics,
+            weight_residency=config.weight_residency,
+            token_ids=tokens_of(self.splits),
         )
+
+    def in_whole_batches(self, pairs: int) -> "Subject":
+        """The same with as many training pairs as make whole batches of ``pairs``."""
+        train, *others = self.splits
+        kept = len(train.pairs) // pairs * pairs
+        whole = Split(train.name, train.pairs[:kept], train.source[:kept], train.target[:kept])
+        return replace(self, splits=[whole, *others])
 
     def causal_lm(self, depth: int | None = None) -> Any:
         """The causal LM of transformers, first ``depth`` blocks or whole; NF4 by bitsandbytes."""

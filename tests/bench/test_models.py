@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench.engine import NF4_BYTES, step_floor
-from bench.harness import kernel_us
+from bench.harness import covered_us, kernels_of
 from bench.models import LONGEST, MEAN_LENGTH, PAIRS, SHORTEST, Subject, config_of
 from bench.published import padded
 from tli_engine.data.words import Word
@@ -67,11 +67,15 @@ def test_floor_follows_the_first_adapted_block() -> None:
 
 def test_only_kernels_of_a_trace_count() -> None:
     events = [
-        {"ph": "X", "cat": "kernel", "name": "gemm", "dur": 12.5},
+        {"ph": "X", "cat": "kernel", "name": "gemm", "ts": 10, "dur": 12.5},
         {"ph": "X", "cat": "gpu_memcpy", "name": "Memcpy HtoD", "dur": 3},
         {"ph": "X", "cat": "gpu_user_annotation", "name": "Optimizer.step", "dur": 40},
         {"ph": "X", "cat": "cuda_runtime", "name": "cudaLaunchKernel", "dur": 5},
         {"ph": "M", "name": "process_name"},
-        {"ph": "X", "cat": "kernel", "name": "adamw", "dur": 2},
+        {"ph": "X", "cat": "kernel", "name": "adamw", "ts": 20.5, "dur": 4},
     ]
-    assert kernel_us({"traceEvents": events}) == [12.5, 2.0]
+    kernels = kernels_of({"traceEvents": events})
+    assert kernels == [(10.0, 22.5), (20.5, 24.5)]
+    # two of 16.5 us are the overlap's
+    assert covered_us(kernels) == 14.5
+    assert covered_us([(5, 6), (0, 4), (1, 2)]) == 5

@@ -52,8 +52,8 @@ def test_step_of_the_engine_alone(tiny_subject: Make, traced: list[Any]) -> None
 def test_providers_that_disagree_are_not_timed(
     tiny_subject: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(*_: Any) -> tuple[Callable[[], float], None]:
-        return (lambda: 0.123), None
+    def other(*_: Any) -> tuple[Callable[[], float], int, None]:
+        return (lambda: 0.123), 1, None
 
     monkeypatch.setattr(bench_tli_step, "engine_step", other)
     with pytest.raises(SystemExit, match="the first losses differ"):

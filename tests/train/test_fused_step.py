@@ -18,10 +18,11 @@ from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import Split
 from tli_engine.data.words import pack
-from tli_engine.errors import TrainingError, UserError
+from tli_engine.errors import TrainingError
 from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
+from tli_engine.models.projection import NotFusedError
 from tli_engine.testing import random_words, save_tiny_model
 from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.loop import StepMetrics, Trainer
@@ -204,7 +205,7 @@ def test_a_step_without_a_finite_norm_changes_nothing_and_stops_the_run(start: S
 
 def test_what_cannot_be_fused_says_why(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tli_engine.models.fused._MODEL_TYPES", ())
-    with pytest.raises(UserError, match=r"train\.engine: fused cannot run this: no fused blocks for"):
+    with pytest.raises(NotFusedError, match="no fused blocks for model type 'llama'"):
         start("fused")
 
 

@@ -67,10 +67,14 @@ def evaluate_run(
         device=where,
         quantize=config.quantize,
         double_quant=config.double_quant,
+        numerics=config.numerics,
+        weight_residency=config.weight_residency,
         # predicting text takes every row of the embeddings
         token_ids=None if lines else tokens_of(splits),
     )
     load_adapter(model, folder / "adapter")
+    if config.train.engine != "modules":
+        model.fuse_on_gpu()
     measured = measure(model, config, splits, strengths, final_layer)
     if final_layer:
         _curve(model, config, splits[-1], folder)

@@ -15,7 +15,7 @@ from tli_engine.models.lora import LoRALinear
 from tli_engine.nn import NF4Linear
 
 # the layers of a block that read its input, adapted or not
-_READS_INPUT = re.compile(r"\.[qkv]_proj(\.base_layer)?$")
+_READS_INPUT = re.compile(r"\.[qkv]_proj(\+[kv]_proj)*(\.base_layer)?$")
 
 
 def parse_layers(text: str, total: int) -> list[int]:
@@ -129,7 +129,7 @@ def add_transposed_copies(model: EarlyModel) -> tuple[int, int]:
     Returns:
         Bytes of all NF4 layers, and of the copies among them.
     """
-    layers = {n: m for n, m in model.decoder.named_modules() if isinstance(m, NF4Linear)}
+    layers = _nf4_layers(model)
     blocks = {name: int(name.split(".")[1]) for name in layers if name.startswith("layers.")}
     first = min((int(name.split(".")[1]) for name in adapters(model)), default=len(model.blocks))
     for name, block in blocks.items():
@@ -138,6 +138,15 @@ def add_transposed_copies(model: EarlyModel) -> tuple[int, int]:
             layers[name].add_transposed_copy()
     nbytes = sum(layer.nbytes for layer in layers.values())
     return nbytes, sum(layer.transposed_nbytes for layer in layers.values())
+
+
+def _nf4_layers(model: EarlyModel) -> dict[str, NF4Linear]:
+    """The layers that hold NF4 weights, by name: joined ones where the blocks are fused."""
+    if model.fused is None:
+        named = model.decoder.named_modules()
+    else:
+        named = ((p.name, p.layer) for p in model.fused.projections())
+    return {name: layer for name, layer in named if isinstance(layer, NF4Linear)}
 
 
 def adapter_tensors(model: EarlyModel) -> dict[str, nn.Parameter]:

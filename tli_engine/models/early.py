@@ -18,6 +18,7 @@ from tli_engine.errors import UserError
 from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlocks, Rows
+from tli_engine.models.projection import NotFusedError
 from tli_engine.nf4_checkpoint import nf4_state_dict
 from tli_engine.nn import NF4Linear
 
@@ -108,6 +109,16 @@ class EarlyModel(nn.Module):
         if self.fused is None:
             self.fused = FusedBlocks(self.decoder, self.config)
         return self.fused
+
+    def fuse_on_gpu(self) -> str | None:
+        """:meth:`fuse` where the ops have kernels, if they run this model; return why not."""
+        if self.device.type != "cuda":
+            return "the ops have kernels for GPUs"
+        try:
+            self.fuse()
+        except NotFusedError as reason:
+            return str(reason)
+        return None
 
     def embedding_table(self) -> tuple[Tensor, Tensor]:
         """The embeddings that are held, ``[R, D]``, and each token's row, ``[V]``, on the CPU."""

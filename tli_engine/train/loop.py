@@ -11,10 +11,8 @@ from tli_engine.align.collapse import CollapseDetector
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
-from tli_engine.errors import UserError
 from tli_engine.models.device import peak_mib
 from tli_engine.models.early import EarlyModel
-from tli_engine.models.projection import NotFusedError
 from tli_engine.train.engine import Engine, Observed
 from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.module_step import ModuleStep
@@ -127,15 +125,9 @@ class Trainer:
 
     def _choose_engine(self) -> Engine:
         arguments = (self.model, self.config, self.pairs, self.space, self.total_steps)
-        choice = self.config.train.engine
-        if choice == "fused" or (choice == "auto" and self.model.device.type == "cuda"):
-            try:
-                return FusedStep(*arguments)
-            except NotFusedError as reason:
-                if choice == "fused":
-                    raise UserError(f"train.engine: fused cannot run this: {reason}") from None
-                self.on_warning(f"training through transformers' modules: {reason}")
-        return ModuleStep(*arguments)
+        # blocks that were put on the engine's ops do not go back
+        fused = self.model.fused is not None or self.config.train.engine == "fused"
+        return FusedStep(*arguments) if fused else ModuleStep(*arguments)
 
     def _report(self, wait: bool) -> int:
         """Report the steps that are done; return how many."""

@@ -12,11 +12,13 @@ from tli_engine.align.space import PairSpace, fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.check import leaks
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.errors import UserError
 from tli_engine.models.adapters import add_lora, add_transposed_copies
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
+from tli_engine.models.projection import NotFusedError
 from tli_engine.train.manifest import sha256
 from tli_engine.train.metrics import check_tensorboard
 from tli_engine.train.provenance import provenance
@@ -79,6 +81,8 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         add_lora(model, config.lora, config.align.layer, config.seed)
     else:
         record["lora_init_sha256"] = _go_on_from(model, config, say)
+    if config.train.engine != "modules":
+        _fuse(model, config, say)
     nbytes, copies = add_transposed_copies(model)
     if copies:
         say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
@@ -94,6 +98,19 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     )
 
 
+def _fuse(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> None:
+    """Put the blocks on the engine's ops if the run asks for it, or has a GPU and they can."""
+    if config.train.engine == "fused":
+        try:
+            model.fuse()
+        except NotFusedError as reason:
+            raise UserError(f"train.engine: fused cannot run this: {reason}") from None
+    elif model.device.type == "cuda":
+        why_not = model.fuse_on_gpu()
+        if why_not is not None:
+            say(f"training through transformers' modules: {why_not}")
+
+
 def leak_warnings(splits: list[Split]) -> list[str]:
     """A line for each language whose control words are not all unseen."""
     control = splits[1].pairs if len(splits) > 1 else None
@@ -106,6 +123,9 @@ def leak_warnings(splits: list[Split]) -> list[str]:
 
 def _fit_space(model: EarlyModel, train: Split, config: RunConfig) -> PairSpace:
     """The loss space, fitted on the base model's vectors of the distinct training words."""
+    if config.align.space == "raw":
+        # nothing is fitted
+        return fit_space("raw", torch.empty(0), torch.empty(0))
     sides = (
         encode(model, list(dict.fromkeys(words)), [config.align.layer], config.align.pooling)[0]
         for words in (train.source, train.target)
