@@ -101,7 +101,8 @@ __device__ __forceinline__ void fill_table(int thread) {
 }
 
 // The scales that a thread needs for a record, which lie from `offset` on. Of the forward, those of its
-// two rows; transposed, those of its 16 columns, or their pairs.
+// two rows; transposed, those of its 16 columns, or their pairs. What four neighbouring threads load at
+// once lies side by side, in banks of its own.
 template <class T, bool TRANSPOSED, bool EXACT>
 struct Scales;
 
@@ -121,11 +122,11 @@ template <class T>
 struct Scales<T, true, true> {
     float4 columns[4];
 
-    static __device__ __forceinline__ int offset(int thread) { return (thread & 3) * 64; }
+    static __device__ __forceinline__ int offset(int thread) { return (thread & 3) * 16; }
     __device__ __forceinline__ void load(uint32_t address) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            columns[i] = hopper::load_float4(address + i * 16);
+            columns[i] = hopper::load_float4(address + i * 64);
         }
     }
     __device__ __forceinline__ uint32_t apply(float2 codes, int step, int i) const {
@@ -154,11 +155,11 @@ template <class T>
 struct Scales<T, true, false> {
     uint32_t columns[4][2];
 
-    static __device__ __forceinline__ int offset(int thread) { return (thread & 3) * 64; }
+    static __device__ __forceinline__ int offset(int thread) { return (thread & 3) * 16; }
     __device__ __forceinline__ void load(uint32_t address) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
-            const float4 v = hopper::load_float4(address + i * 16);
+            const float4 v = hopper::load_float4(address + i * 64);
             columns[i][0] = round_pair<T>(v.x, v.y);
             columns[i][1] = round_pair<T>(v.z, v.w);
         }

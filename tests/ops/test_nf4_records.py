@@ -28,7 +28,7 @@ def decode(records: Tensor, contraction: int, transposed: bool) -> Tensor:
                     column = 16 * step + 8 * (register // 2) + 2 * (lane % 4) + e
                     index = 16 * warp + 2 * (lane // 4) + register % 2
                     if transposed:
-                        index = 16 * (lane % 4) + 4 * step + 2 * (register // 2) + e
+                        index = 16 * step + 4 * (lane % 4) + 2 * (register // 2) + e
                     dense[row::64, column::64] = CODE[code] * scales[..., index]
     assert (dense[:, contraction:] == 0).all(), "what fills up the contraction must be zero"
     return dense[:, :contraction]

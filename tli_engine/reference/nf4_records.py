@@ -8,7 +8,8 @@ byte ``[warp, r, c, step, part, half]`` holds the columns ``e = 0`` (high nibble
 
 For the forward product ``x @ W.T`` the rows are W's and the scales ``[warp, r, half]``, one a row.
 For ``dy @ W`` (``transposed``) the rows are W's columns; 64 of them share a block, so that a scale
-belongs to a column of the contraction: ``[c, step, part, e]``.
+belongs to a column of the contraction: ``[step, c, part, e]``, so that the loads of a warp do not
+meet in a bank.
 
 A contraction that is no multiple of 128 is filled up by codes of zero and scales of zero.
 """
@@ -49,7 +50,7 @@ def to_records(packed: Tensor, absmax: Tensor, N: int, K: int, transposed: bool)
     codes = codes.view(rows // 64, 4, 2, 8, columns, 4, 2, 4).permute(0, 4, 1, 3, 7, 5, 6, 2)
     if transposed:
         # [row block, column block, step, part, c, e]
-        scales = scales.reshape(rows // 64, columns, 4, 2, 4, 2).permute(0, 1, 4, 2, 3, 5)
+        scales = scales.reshape(rows // 64, columns, 4, 2, 4, 2).transpose(3, 4)
     else:
         # [row block, warp, half, r, column block]
         scales = scales.reshape(rows // 64, 4, 2, 8, columns).permute(0, 4, 1, 3, 2)
@@ -67,7 +68,7 @@ def from_records(records: Tensor, N: int, K: int, transposed: bool) -> tuple[Ten
     codes = codes[:, : contraction // 2]
     scales = records[..., _CODES:].contiguous().view(torch.float32)
     if transposed:
-        scales = scales.view(blocks, columns, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5)
+        scales = scales.view(blocks, columns, 4, 4, 2, 2).transpose(3, 4)
         scales = scales.reshape(blocks, columns * 64)[:, :contraction].t()
         codes = _transpose_nibbles(codes)
     else:
