@@ -30,6 +30,8 @@ KERNELS = (
     *((16, 1, 4, 1), (16, 1, 2, 1), (16, 1, 2, 2), (32, 1, 4, 1), (64, 1, 2, 1), (64, 1, 4, 1)),
     *((128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1)),
 )
+# those that it compiles for clusters of two too
+CLUSTERED = ((128, 1, 2, 1), (256, 1, 2, 1))
 
 
 def candidates(rows: int, contraction: int, M: int) -> list[Tile | Gemv]:
@@ -44,13 +46,18 @@ def candidates(rows: int, contraction: int, M: int) -> list[Tile | Gemv]:
         block_m, blocks, warpgroups, ctas = kernel
         if block_m > max(16, M) or 4 * block_m < min(M, 1024):
             continue
-        tiles = -(-M // block_m) * -(-rows // (64 * blocks * warpgroups))
         most = sms * ctas
-        found += [Tile(*kernel, 0, 1, 0), Tile(*kernel, 0, 1, most)]
-        if ctas == 1:
-            found.append(Tile(*kernel, 0, 1, 128))
-        splits = range(2, min(16, contraction // 128) + 1)
-        found += [Tile(*kernel, 1, s, 0) for s in splits if most * 2 // 3 <= tiles * s <= most]
+        for cluster in (1, 2) if kernel in CLUSTERED else (1,):
+            ctas_of_tiles = (
+                cluster * -(-M // block_m) * -(-rows // (64 * blocks * warpgroups * cluster))
+            )
+            grids = [0, most // cluster * cluster, *([128] if ctas == 1 else [])]
+            found += [Tile(*kernel, 0, 1, grid, cluster) for grid in grids]
+            found += [
+                Tile(*kernel, 1, split, 0, cluster)
+                for split in range(2, min(16, contraction // 128) + 1)
+                if most * 2 // 3 <= ctas_of_tiles * split <= most
+            ]
     return found
 
 

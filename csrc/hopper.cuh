@@ -1,5 +1,6 @@
 // PTX that CUDA C++ has no name for: barriers in shared memory, bulk copies, wgmma's fences.
-// Shared memory is addressed by 32-bit offsets of its own window.
+// Shared memory is addressed by 32-bit offsets of its own window; in a cluster the top byte of them
+// says whose it is.
 
 #pragma once
 
@@ -34,6 +35,17 @@ __device__ __forceinline__ void barrier_arrive_expect(uint32_t barrier, int byte
                  : "memory");
 }
 
+// Arrives at the barrier in the same place of a CTA of the cluster: after reads, for there is no fence
+// for writes. With .release.cluster it would be one of the whole device (MEMBAR.ALL.GPU).
+__device__ __forceinline__ void barrier_arrive_at(uint32_t barrier, uint32_t rank) {
+    asm volatile(
+        "{ .reg .b32 remote;\n"
+        "mapa.shared::cluster.u32 remote, %0, %1;\n"
+        "mbarrier.arrive.shared::cluster.b64 _, [remote]; }" ::"r"(barrier),
+        "r"(rank)
+        : "memory");
+}
+
 // returns when the phase of that parity is complete; at once for parity 1 of a new barrier
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
     asm volatile(
@@ -50,6 +62,24 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) 
 template <int THREADS>
 __device__ __forceinline__ void sync_threads(int barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
+}
+
+// ---- clusters
+
+// this CTA's place in its cluster
+__device__ __forceinline__ uint32_t cluster_rank() {
+    uint32_t rank;
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    return rank;
+}
+
+// Waits for all threads of the cluster. Of what they wrote it orders only barriers, initialised before
+// barrier_init_fence().
+__device__ __forceinline__ void sync_cluster() {
+    __syncwarp();
+    asm volatile(
+        "barrier.cluster.arrive.relaxed.aligned;\n"
+        "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // ---- copies into shared memory; each adds its bytes to a barrier's phase
@@ -70,6 +100,16 @@ __device__ __forceinline__ void copy_box(
         "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%2, %3}], [%4];" ::"r"(destination),
         "l"(&map), "r"(column), "r"(row), "r"(barrier)
+        : "memory");
+}
+
+// the same into the same place of each CTA of the cluster in `ranks`, a bit each, and to its barrier
+__device__ __forceinline__ void copy_box_to(
+    uint16_t ranks, uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t barrier) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes"
+        ".multicast::cluster [%0], [%1, {%2, %3}], [%4], %5;" ::"r"(destination),
+        "l"(&map), "r"(column), "r"(row), "r"(barrier), "h"(ranks)
         : "memory");
 }
 

@@ -86,7 +86,7 @@ __device__ __forceinline__ float code(int nibble) {
 // EXACT: a row is 32 pairs of fp32, or 16, one for two lanes: halves of a warp load 8 bytes a lane one
 // after the other. Else it is 32 pairs of T. The second half of a shorter row is free for other use.
 template <class T, bool EXACT, int THREADS, int CHUNKS = EXACT ? 16 : 8>
-__device__ __forceinline__ void fill_table(int thread) {
+__device__ __forceinline__ void fill_table(int thread, uint32_t table = TABLE) {
     for (int byte = thread; byte < 256; byte += THREADS) {
         const float high = code(byte >> 4), low = code(byte & 15);
         const uint32_t pair = round_pair<T>(high, low);
@@ -95,7 +95,7 @@ __device__ __forceinline__ void fill_table(int thread) {
         // neighbouring rows start at other banks
 #pragma unroll
         for (int i = 0; i < CHUNKS; i++) {
-            hopper::store_twice(TABLE + byte * 256 + ((i + byte) & (CHUNKS - 1)) * 16, a, b);
+            hopper::store_twice(table + byte * 256 + ((i + byte) & (CHUNKS - 1)) * 16, a, b);
         }
     }
 }
@@ -186,17 +186,19 @@ __device__ __forceinline__ float2 look_up_floats(uint32_t offset) {
     return v;
 }
 
-// the four registers of one of a record's 16-column steps
+// the four registers of one of a record's 16-column steps; `window` is what the table's address has in
+// its top byte
 template <class T, bool TRANSPOSED, bool EXACT>
 __device__ __forceinline__ void decode_step(
     uint32_t (&registers)[4],
     uint32_t word,
     const Scales<T, TRANSPOSED, EXACT>& scales,
     int step,
-    int lane) {
+    int lane,
+    uint32_t window = 0) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
-        const uint32_t offset = table_offset(word, i, lane * (EXACT ? 8 : 4));
+        const uint32_t offset = table_offset(word, i, window | lane * (EXACT ? 8 : 4));
         if constexpr (EXACT) {
             registers[i] = scales.apply(look_up_floats(offset), step, i);
         } else {

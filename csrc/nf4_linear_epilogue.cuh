@@ -42,13 +42,14 @@ __device__ __forceinline__ void store_partial(
 // The owner of a tile's first part adds the others, in order, and resets their flags.
 template <class C>
 __device__ __forceinline__ void add_partials(
-    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist& work, const Part& part) {
+    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist<C>& work, const Part& part) {
     const int end = (part.tile - p.whole_tiles + 1) * p.steps;
     int done = part.last - part.first;
-    for (int cta = Worklist::cta() + 1; done < p.steps; cta++) {
-        const int first = work.share(cta), last = min(work.share(cta + 1), end);
-        // with fewer steps than CTAs, some have none, and raise no flag
+    for (int worker = work.worker() + 1; done < p.steps; worker++) {
+        const int first = work.share(worker), last = min(work.share(worker + 1), end);
+        // with fewer steps than workers, some have none, and raise no flag
         if (first >= last) continue;
+        const int cta = work.cta(worker);
         if (threadIdx.x == 0) {
             while (hopper::load_acquire(p.flags + cta) == 0) {
             }
@@ -79,26 +80,28 @@ __device__ __forceinline__ void meet(unsigned* flag, unsigned ctas) {
     if (atomicAdd(flag, 1u << 16) >> 16 == ctas - 1) atomicExch(flag, 0u);
 }
 
-// Each of a tile's CTAs adds up and stores an equal slice of its groups.
+// Each of the CTAs with parts of the same rows adds up and stores an equal slice of their groups.
 template <class C>
 __device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part) {
     using T = typename C::T;
-    if (threadIdx.x == 0) meet(p.flags + part.tile, p.split);
+    using Work = Worklist<C>;
+    if (threadIdx.x == 0) meet(p.flags + Work::cta(part.tile), p.split);
     sync_consumers<C>();
     __threadfence();
-    const int first_cta = part.tile * p.split, own = Worklist::cta() - first_cta;
+    const int first_worker = part.tile * p.split, own = Work::worker() - first_worker;
     const int thread = threadIdx.x & 127, lane = thread & 31;
     for (int g = GROUPS<C> * own / p.split; g < GROUPS<C> * (own + 1) / p.split; g++) {
         float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
         for (int i = 0; i < p.split; i++) {
-            const float4 v = __ldcg(partial_sums<C>(p, first_cta + i) + g * C::CONSUMERS + threadIdx.x);
+            const float4* sums = partial_sums<C>(p, Work::cta(first_worker + i)) + threadIdx.x;
+            const float4 v = __ldcg(sums + g * C::CONSUMERS);
             sum.x += v.x;
             sum.y += v.y;
             sum.z += v.z;
             sum.w += v.w;
         }
         const int block = (threadIdx.x >> 7) * C::BLOCKS + g / (C::ACCUMULATORS / 4);
-        const int row = part.tile / p.tiles_m * C::BLOCK_ROWS + block * 64 + thread / 32 * 16 + lane / 4;
+        const int row = row_tile<C>(p, part.tile) * C::BLOCK_ROWS + block * 64 + thread / 32 * 16 + lane / 4;
         const int m = part.tile % p.tiles_m * C::BLOCK_M + g % (C::ACCUMULATORS / 4) * 8 + lane % 4 * 2;
         // rows come in 64s: either both of the thread's are there or neither
         if (row >= p.rows) continue;
@@ -126,13 +129,14 @@ __device__ __forceinline__ void store_tile(
     constexpr int STAGING_ROWS = C::EXACT ? 32 : 256 / C::WARPGROUPS;
     constexpr int CHUNK = STAGING_ROWS < C::BLOCK_M ? STAGING_ROWS : C::BLOCK_M;
     const int warpgroup = threadIdx.x >> 7, thread = threadIdx.x & 127, lane = thread & 31;
-    const uint32_t staging = (C::EXACT ? C::STAGING : TABLE + 128) + warpgroup * STAGING_ROWS * STRIDE;
+    const uint32_t staging =
+        window<C>() + (C::EXACT ? C::STAGING : TABLE + 128) + warpgroup * STAGING_ROWS * STRIDE;
     // 16-byte column `chunk` of a row, swizzled against bank conflicts
     auto place = [&](int row, int chunk) { return staging + row * STRIDE + ((chunk ^ (row & 7)) << 4); };
 #pragma unroll
     for (int b = 0; b < C::BLOCKS; b++) {
         const int first_row =
-            part.tile / p.tiles_m * C::BLOCK_ROWS + (warpgroup * C::BLOCKS + b) * 64;
+            row_tile<C>(p, part.tile) * C::BLOCK_ROWS + (warpgroup * C::BLOCKS + b) * 64;
         const int row = first_row + thread / 32 * 16 + lane / 4;
         const float bias[2] = {load_bias<T>(p.bias, row, p.rows), load_bias<T>(p.bias, row + 8, p.rows)};
 #pragma unroll
@@ -169,17 +173,18 @@ __device__ __forceinline__ void store_tile(
 // Hands a part's sums on to whoever stores them, or stores the tile.
 template <class C>
 __device__ __forceinline__ void finish_part(
-    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist& work, const Part& part) {
+    float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, const Worklist<C>& work, const Part& part) {
     // before the first write: the kernel before may still read what is overwritten
     hopper::wait_for_previous_kernel();
+    const int cta = work.cta(work.worker());
     if (p.split > 1) {
-        store_partial<C>(acc, p, Worklist::cta());
+        store_partial<C>(acc, p, cta);
         reduce_slice<C>(p, part);
         return;
     }
     if (part.first != 0) {
-        store_partial<C>(acc, p, Worklist::cta());
-        if (threadIdx.x == 0) atomicExch(p.flags + Worklist::cta(), 1u);
+        store_partial<C>(acc, p, cta);
+        if (threadIdx.x == 0) atomicExch(p.flags + cta, 1u);
         return;
     }
     if (part.last != p.steps) add_partials<C>(acc, p, work, part);

@@ -39,28 +39,34 @@ Plan make_plan(int rows, int m, const Tile& tile, int sm_count) {
     const int block_rows = 64 * tile.blocks_per_warpgroup * tile.warpgroups;
     require(rows > 0 && m > 0 && sm_count > 0, "rows, m and sm_count must be positive");
     require(block_rows > 0 && tile.block_m > 0 && tile.ctas_per_sm > 0, "tile must be positive");
+    require(tile.cluster == 1 || tile.cluster == 2, "cluster must be 1 or 2");
+    const int64_t cluster = tile.cluster, tile_rows = block_rows * cluster;
     const int64_t tiles_m = (static_cast<int64_t>(m) + tile.block_m - 1) / tile.block_m;
-    const int64_t tiles = tiles_m * ((static_cast<int64_t>(rows) + block_rows - 1) / block_rows);
+    const int64_t tiles = tiles_m * ((rows + tile_rows - 1) / tile_rows);
     require(tiles < 1 << 30, "too many tiles");
     // the parts of a tile wait for one another: all CTAs must fit on the device at once
     const int64_t most = static_cast<int64_t>(sm_count) * tile.ctas_per_sm;
     Plan plan{static_cast<int>(tiles_m), static_cast<int>(tiles), 0, 0, 0, 0};
-    int64_t grid = 0;
+    // CTAs, or clusters of them
+    int64_t workers = 0;
     if (tile.mode == 1) {
         require(tile.split >= 2 && tile.split <= 0x7fff, "split must be 2 or more in mode 1");
-        grid = tiles * tile.split;
+        workers = tiles * tile.split;
     } else {
         require(tile.mode == 0 && tile.split == 1, "mode must be 0, with split 1, or 1");
-        grid = tile.grid > 0 ? tile.grid : std::min<int64_t>(tiles, sm_count);
+        require(tile.grid % cluster == 0, "grid must be a multiple of cluster");
+        workers = tile.grid > 0 ? tile.grid / cluster : std::min(tiles, sm_count / cluster);
+        require(workers > 0, "a cluster does not fit on the SMs");
         // whole waves, and a last one that is nearly full, tile by tile; the rest is shared evenly, with
         // one more wave if it would be little (measured on an H100)
-        const int64_t left = tiles % grid;
-        if (tiles >= grid) {
-            const bool full = left == 0 || left * 100 >= grid * 80;
+        const int64_t left = tiles % workers;
+        if (tiles >= workers) {
+            const bool full = left == 0 || left * 100 >= workers * 80;
             plan.whole_tiles = static_cast<int>(
-                full ? tiles : std::max<int64_t>(0, tiles - left - (left * 4 < grid ? grid : 0)));
+                full ? tiles : std::max<int64_t>(0, tiles - left - (left * 4 < workers ? workers : 0)));
         }
     }
+    const int64_t grid = workers * cluster;
     require(
         grid <= most,
         std::to_string(grid) + " CTAs do not fit on " + std::to_string(sm_count) + " SMs at once");

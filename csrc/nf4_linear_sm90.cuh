@@ -11,10 +11,13 @@
 
 namespace tli_engine::nf4 {
 
-template <class T_, int BLOCK_M_, int BLOCKS_, int WARPGROUPS_, int CTAS_, bool TRANSPOSED_, bool EXACT_>
+template <
+    class T_, int BLOCK_M_, int BLOCKS_, int WARPGROUPS_, int CTAS_, int CLUSTER_, bool TRANSPOSED_, bool EXACT_>
 struct Config {
     using T = T_;
     static constexpr int BLOCK_M = BLOCK_M_, BLOCKS = BLOCKS_, WARPGROUPS = WARPGROUPS_, CTAS = CTAS_;
+    // CTAs that take neighbouring row blocks of W; each fetches its part of x's rows for all
+    static constexpr int CLUSTER = CLUSTER_, FETCHED_ROWS = BLOCK_M / CLUSTER;
     static constexpr bool TRANSPOSED = TRANSPOSED_, EXACT = EXACT_;
 
     static constexpr int ROW_BLOCKS = BLOCKS * WARPGROUPS, BLOCK_ROWS = 64 * ROW_BLOCKS;
@@ -23,6 +26,7 @@ struct Config {
     // small tiles: fewer, larger stages, for the one thread that fetches them limits (15-25 %, H100)
     static constexpr int STAGE_BLOCKS = BLOCK_M <= 64 && (CTAS == 1 || BLOCK_M <= 16) ? 2 : 1;
     static_assert(STAGE_BLOCKS == 1 || BLOCKS == 1, "a stage has either two columns or two rows a warpgroup");
+    static_assert(CLUSTER == 1 || FETCHED_ROWS % 8 == 0, "a part of x must start where the swizzle does");
     // small tiles: each step's product starts as soon as it is decoded
     static constexpr bool INTERLEAVED = BLOCK_M <= 64 && !EXACT;
 
@@ -69,15 +73,42 @@ struct Part {
     int tile, first, last;
 };
 
-// What one CTA does: its even share of the steps of the tiles that are shared, then whole tiles.
+// Which of the CTAs that work on a tile's parts this is.
+template <class C>
+__device__ __forceinline__ int rank() {
+    return C::CLUSTER == 1 ? 0 : hopper::cluster_rank();
+}
+
+// What shared addresses have in their top byte.
+template <class C>
+__device__ __forceinline__ uint32_t window() {
+    if constexpr (C::CLUSTER == 1) return 0;
+    extern __shared__ __align__(1024) uint8_t shared[];
+    return hopper::shared_address(shared) & 0xff000000;
+}
+
+// Which BLOCK_ROWS rows of W are this CTA's; a tile is as wide as the cluster.
+template <class C>
+__device__ __forceinline__ int row_tile(const Problem& p, int tile) {
+    return tile / p.tiles_m * C::CLUSTER + rank<C>();
+}
+
+// What one worker, a CTA or a cluster of them, does: its even share of the steps of the tiles that are
+// shared, then whole tiles. The CTAs of a cluster do the same steps, for they fetch x for one another.
+template <class C>
 class Worklist {
 public:
     __device__ __forceinline__ explicit Worklist(const Problem& problem)
-        : p(problem), next_step(share(cta())), last_step(share(cta() + 1)), next_whole(cta()) {}
+        : p(problem), next_step(share(worker())), last_step(share(worker() + 1)), next_whole(worker()) {}
 
-    // A tile's first part, which waits for the others, belongs to a CTA that the hardware started after
-    // theirs: they never wait behind it.
-    static __device__ __forceinline__ int cta() { return gridDim.x - 1 - blockIdx.x; }
+    // A tile's first part, which waits for the others, belongs to a worker that the hardware started
+    // after theirs: they never wait behind it.
+    static __device__ __forceinline__ int worker() {
+        return (gridDim.x - 1 - blockIdx.x) / C::CLUSTER;
+    }
+    static __device__ __forceinline__ int workers() { return gridDim.x / C::CLUSTER; }
+    // numbers the CTAs: where a worker's partial sums and flag are
+    static __device__ __forceinline__ int cta(int worker) { return worker * C::CLUSTER + rank<C>(); }
 
     __device__ __forceinline__ bool next(Part& part) {
         if (next_step < last_step) {
@@ -89,15 +120,15 @@ public:
         }
         if (next_whole < p.whole_tiles) {
             part = {next_whole, 0, p.steps};
-            next_whole += gridDim.x;
+            next_whole += workers();
             return true;
         }
         return false;
     }
 
-    // the shared step at which a CTA starts; fits in 31 bits (checked by the launcher)
-    __device__ __forceinline__ int share(int cta) const {
-        return (p.tiles - p.whole_tiles) * p.steps * cta / static_cast<int>(gridDim.x);
+    // the shared step at which a worker starts; fits in 31 bits (checked by the launcher)
+    __device__ __forceinline__ int share(int worker) const {
+        return (p.tiles - p.whole_tiles) * p.steps * worker / workers();
     }
 
 private:
@@ -118,13 +149,29 @@ struct Slot {
         }
     }
     // the copies of the stage have arrived; its readers are done
-    __device__ __forceinline__ uint32_t full() const { return C::BARRIERS + 16 * stage; }
+    __device__ __forceinline__ uint32_t full() const { return window<C>() + C::BARRIERS + 16 * stage; }
     __device__ __forceinline__ uint32_t empty() const { return full() + 8; }
-    __device__ __forceinline__ uint32_t x() const { return C::STAGES_AT + stage * C::STAGE_STRIDE; }
+    __device__ __forceinline__ uint32_t x() const {
+        return window<C>() + C::STAGES_AT + stage * C::STAGE_STRIDE;
+    }
     __device__ __forceinline__ uint32_t records() const { return x() + C::STAGE_BLOCKS * C::X_BYTES; }
 };
 
 // ---- the producer, one thread
+
+// 64 columns of a tile's rows of x, or of lora_x, of which each CTA of a cluster sends a part to all.
+// It may come before its receiver expects it: the phase there waits for that producer too.
+template <class C>
+__device__ __forceinline__ void fetch_box(
+    uint32_t destination, const CUtensorMap& map, int column, int row, uint32_t full) {
+    if constexpr (C::CLUSTER == 1) {
+        hopper::copy_box(destination, map, column, row, full);
+    } else {
+        constexpr uint16_t ALL = (1 << C::CLUSTER) - 1;
+        const int first = rank<C>() * C::FETCHED_ROWS;
+        hopper::copy_box_to(ALL, destination + first * 128, map, column, row + first, full);
+    }
+}
 
 template <class C>
 __device__ __forceinline__ void produce(
@@ -132,13 +179,13 @@ __device__ __forceinline__ void produce(
     using namespace hopper;
     constexpr int STAGE_RECORDS = C::STAGE_BLOCKS * RECORD_BYTES;
     const int blocks = p.rows / 64;
-    Worklist work(p);
+    Worklist<C> work(p);
     Part part;
     Slot<C> slot;
     bool started = false;
     while (work.next(part)) {
         const int row = part.tile % p.tiles_m * C::BLOCK_M;
-        const int block = part.tile / p.tiles_m * C::ROW_BLOCKS;
+        const int block = row_tile<C>(p, part.tile) * C::ROW_BLOCKS;
         const int column = part.first * 128;
         const int count = 2 * (part.last - part.first) / C::STAGE_BLOCKS;
         // offsets, for an array of pointers would spill; a weight's records are under 4 GB. A row block
@@ -160,7 +207,7 @@ __device__ __forceinline__ void produce(
 #pragma unroll
             for (int b = 0; b < C::STAGE_BLOCKS; b++) {
                 const int at = column + (i * C::STAGE_BLOCKS + b) * 64;
-                copy_box(to.x() + b * C::X_BYTES, x_map, at, row, to.full());
+                fetch_box<C>(to.x() + b * C::X_BYTES, x_map, at, row, to.full());
             }
         };
         int i = 0;
@@ -181,9 +228,13 @@ __device__ __forceinline__ void produce(
         if (p.low_rank.width > 0 && part.first == 0) {
             barrier_wait(slot.empty(), slot.parity ^ 1);
             barrier_arrive_expect(slot.full(), C::X_BYTES);
-            copy_box(slot.x(), low_rank_map, 0, row, slot.full());
+            fetch_box<C>(slot.x(), low_rank_map, 0, row, slot.full());
             slot.advance();
         }
+    }
+    if constexpr (C::CLUSTER > 1) {
+        // this CTA's shared memory must last until the others' readers have arrived at its barriers
+        for (int i = 0; i < C::STAGES; i++, slot.advance()) barrier_wait(slot.empty(), slot.parity ^ 1);
     }
 }
 
@@ -206,7 +257,7 @@ __device__ __forceinline__ void multiply_block(
     const uint64_t right = operand_descriptor(x);
 #pragma unroll
     for (int step = 0; step < 4; step++) {
-        decode_step<typename C::T>(a[step], words[step], scales, step, lane);
+        decode_step<typename C::T>(a[step], words[step], scales, step, lane, window<C>());
         if constexpr (C::INTERLEAVED) {
             wgmma_fence();
             Product::run(acc, a[step], right + step * DESCRIPTOR_STEP);
@@ -224,10 +275,17 @@ __device__ __forceinline__ void multiply_block(
 }
 
 // A warp is done with a stage. One lane says so for all: their reads must come before it, which waiting
-// for wgmma, no barrier for memory, does not promise (racecheck).
+// for wgmma, no barrier for memory, does not promise (racecheck). In a cluster a lane for each CTA says
+// so to its producer.
+template <class C>
 __device__ __forceinline__ void give_back(uint32_t empty) {
     __syncwarp();
-    if (threadIdx.x % 32 == 0) hopper::barrier_arrive(empty);
+    const uint32_t lane = threadIdx.x % 32;
+    if constexpr (C::CLUSTER == 1) {
+        if (lane == 0) hopper::barrier_arrive(empty);
+    } else {
+        if (lane < C::CLUSTER) hopper::barrier_arrive_at(empty, lane);
+    }
 }
 
 // acc = the part's product; every stage is given back
@@ -270,7 +328,7 @@ __device__ __forceinline__ void multiply_part(
                     thread & 31);
                 wgmma_wait<1>();
                 // all of the stage before has been multiplied
-                if (b == 0 && is_stage && before != 0) give_back(before);
+                if (b == 0 && is_stage && before != 0) give_back<C>(before);
             }
             if (C::STAGE_BLOCKS == 1 || half == 1) {
                 before = slot.empty();
@@ -281,73 +339,7 @@ __device__ __forceinline__ void multiply_part(
     wgmma_wait<0>();
 #pragma unroll
     for (int b = 0; b < C::BLOCKS; b++) keep_order(acc[b]);
-    give_back(before);
-}
-
-// The left operand of the low-rank product: for 64 rows of W, of which `row` is the thread's first, B's
-// columns; zeros outside of a row's group. All loads are under way before the first is needed.
-template <class T, class B>
-__device__ __forceinline__ void load_low_rank(
-    uint32_t (&a)[4][4], const LowRank& b, int row, int rows, int first_column) {
-    B values[4][4][2];
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int own_row = row + (i & 1) * 8;
-        const int group = (own_row >= b.ends[0]) + (own_row >= b.ends[1]);
-        const B* start = static_cast<const B*>(b.b) + static_cast<int64_t>(own_row) * b.row_stride;
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-#pragma unroll
-            for (int e = 0; e < 2; e++) {
-                const int column = step * 16 + (i >> 1) * 8 + first_column + e - group * b.rank;
-                const bool keep = own_row < rows && column >= 0 && column < b.rank;
-                values[step][i][e] =
-                    keep ? start[static_cast<int64_t>(column) * b.column_stride] : static_cast<B>(0.f);
-            }
-        }
-    }
-#pragma unroll
-    for (int step = 0; step < 4; step++) {
-#pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const B* pair = values[step][i];
-            a[step][i] = round_pair<T>(static_cast<float>(pair[0]), static_cast<float>(pair[1]));
-        }
-    }
-}
-
-// acc += B lora_x^T, one more stage, which holds lora_x as the others hold x
-template <class C>
-__device__ __forceinline__ void add_low_rank(
-    float (&acc)[C::BLOCKS][C::ACCUMULATORS], Slot<C>& slot, const Problem& p, int first_row) {
-    using namespace hopper;
-    using T = typename C::T;
-    const int lane = threadIdx.x & 31, column = (lane & 3) * 2;
-    // B may be the work of the kernel before
-    wait_for_previous_kernel();
-#pragma unroll
-    for (int b = 0; b < C::BLOCKS; b++) {
-        const int row = first_row + b * 64 + (threadIdx.x >> 5 & 3) * 16 + (lane >> 2);
-        uint32_t a[4][4];
-        if (p.low_rank.fp32) {
-            load_low_rank<T, float>(a, p.low_rank, row, p.rows, column);
-        } else {
-            load_low_rank<T, T>(a, p.low_rank, row, p.rows, column);
-        }
-        barrier_wait(slot.full(), slot.parity);
-        keep_order(acc[b]);
-        wgmma_fence();
-#pragma unroll
-        for (int step = 0; step < 4; step++) {
-            const uint64_t right = operand_descriptor(slot.x()) + step * DESCRIPTOR_STEP;
-            Wgmma<T, C::BLOCK_M>::run(acc[b], a[step], right);
-        }
-        wgmma_commit();
-        wgmma_wait<0>();
-        keep_order(acc[b]);
-    }
-    give_back(slot.empty());
-    slot.advance();
+    give_back<C>(before);
 }
 
 }  // namespace tli_engine::nf4

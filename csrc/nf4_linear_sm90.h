@@ -18,7 +18,8 @@ struct Tile {
     int ctas_per_sm;
     int mode;                  // 0: whole tiles, the rest cut evenly among the CTAs; 1: each tile in `split`
     int split;                 // CTAs a tile in mode 1; 1 in mode 0
-    int grid;                  // CTAs in mode 0; 0: a CTA a tile, at most one an SM
+    int grid;                  // CTAs in mode 0; 0: those of a tile for each, at most one an SM
+    int cluster;               // CTAs a tile, side by side along W's rows, which share x: 1 or 2
 };
 
 // What follows from a tile and the sizes.
@@ -26,7 +27,7 @@ struct Plan {
     int tiles_m, tiles;
     int whole_tiles;           // the first ones, each done by one CTA
     int grid;
-    int64_t workspace_floats;  // partial sums, a tile for each CTA; 0 where no tile is shared
+    int64_t workspace_floats;  // partial sums of each CTA; 0 where no tile is shared
     int flags;                 // zero before and after each launch
 };
 

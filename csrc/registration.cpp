@@ -48,12 +48,13 @@ int device_attribute(cudaDeviceAttr attribute, int device) {
 }
 
 nf4::Tile to_tile(const std::vector<int64_t>& v) {
-    STD_TORCH_CHECK(v.size() == 7, "tile must have 7 numbers, got ", v.size());
+    // without the last, no clusters
+    STD_TORCH_CHECK(v.size() == 7 || v.size() == 8, "tile must have 8 numbers, got ", v.size());
     for (const int64_t number : v) {
         STD_TORCH_CHECK(number >= 0 && number < 1 << 20, "tile must be small, got ", number);
     }
     const auto at = [&](int i) { return static_cast<int>(v[i]); };
-    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6)};
+    return {at(0), at(1), at(2), at(3), at(4), at(5), at(6), v.size() == 8 ? at(7) : 1};
 }
 
 void check_tensor(const Tensor& t, const Tensor& x, ScalarType dtype, const char* name) {

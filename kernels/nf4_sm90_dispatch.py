@@ -26,6 +26,7 @@ class Tile(NamedTuple):
     mode: int
     split: int
     grid: int
+    cluster: int = 1
 
 
 class Gemv(NamedTuple):
@@ -69,7 +70,7 @@ def _choose(
     tile = Tile(*known)
     tiles = triton.cdiv(M, tile.block_m) * _row_tiles(rows, tile)
     # another GPU may have fewer multiprocessors, and a bucket's other M more tiles
-    ctas = tile.grid if tile.mode == 0 else tiles * tile.split
+    ctas = tile.grid if tile.mode == 0 else tiles * tile.split * tile.cluster
     if ctas <= count * tile.ctas_per_sm:
         return tile
     return default_tile(M, rows, contraction, count)
@@ -120,7 +121,8 @@ def default_tile(M: int, rows: int, contraction: int, processors: int) -> Tile:
 
 
 def _row_tiles(rows: int, tile: Tile) -> int:
-    count: int = triton.cdiv(rows, 64 * tile.blocks_per_warpgroup * tile.warpgroups)
+    blocks = tile.blocks_per_warpgroup * tile.warpgroups * tile.cluster
+    count: int = triton.cdiv(rows, 64 * blocks)
     return count
 
 

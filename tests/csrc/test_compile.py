@@ -12,7 +12,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 NVCC = shutil.which("nvcc")
-TILES = 9
+TILES = 11
 INSTANCES = 8  # two dtypes, two directions, exact and fast
 KERNELS = TILES * INSTANCES + 2 * INSTANCES  # that for few rows has blocks of 64 and 32 rows
 
@@ -108,19 +108,21 @@ def test_machine_code_is_what_was_meant(build: Build) -> None:
             f"{name} waits for every product"
         )
         assert re.search(r"HGMMA\S* R\d+, R\d+, gdesc", code), f"{name} multiplies from memory"
+        # the fifth number; giving a stage back to others in the cluster must not cost a fence
+        (cluster,) = re.findall(r"nf4_linear_kernel\w+?(?:Li\d+E){4}Li(\d)E", name)
+        assert ("UTMALDG.2D.MULTICAST" in code) == (cluster == "2"), name
+        assert not re.search(r"MEMBAR(?:(?!MEMBAR)[\s\S]){,1000}SYNCS\.ARRIVE", code), name
         (taken,) = re.findall(r"USETMAXREG\.TRY_ALLOC\S* \w+, (0x[0-9a-f]+)", code)
         used = max(int(n) for n in re.findall(r"\bR(\d+)\b", code))
         assert used < int(taken, 16), f"{name} uses R{used} of {int(taken, 16)}"
 
 
-def test_torch_without_cuda_loads_it(build: Build) -> None:
-    """In a process of its own: an op can be registered only once."""
-    program = f"""
+LOADING = """
 import torch
 from pathlib import Path
 from torch._subclasses.fake_tensor import FakeTensorMode
 from tli_engine import extension
-extension._LIBRARY = Path({str(build.library)!r})
+extension._LIBRARY = Path(@LIBRARY@)
 assert extension.load(), extension.status()
 assert extension.status() == "loaded from _C.so"
 assert extension.load()
@@ -130,6 +132,8 @@ print(ops.nf4_gemv_sm90.default._schema)
 print(ops.nf4_linear_sm90_workspace(4096, 64, [64, 1, 2, 1, 1, 4, 0], 132))
 print(ops.nf4_linear_sm90_workspace(28672, 16, [16, 1, 4, 1, 0, 1, 0], 132))
 print(ops.nf4_linear_sm90_workspace(4096, 128, [64, 1, 2, 1, 0, 1, 128], 132))
+for cut in ([0, 1, 0, 1], [0, 1, 0, 2], [0, 1, 12, 2], [1, 3, 0, 2]):
+    print(ops.nf4_linear_sm90_workspace(1088, 300, [256, 1, 2, 1, *cut], 132))
 with FakeTensorMode():
     x = torch.empty(3, 64, dtype=torch.float16, device="cuda")
     records = torch.empty(2, 2, 2304, dtype=torch.uint8, device="cuda")
@@ -140,11 +144,35 @@ with FakeTensorMode():
     z = ops.nf4_gemv_sm90(x, records, None, None, None, [], 128, 64, False, True, [64, 1, 2], w, f)
 print(tuple(y.shape), y.dtype)
 print(tuple(z.shape), z.dtype)
-try:
-    ops.nf4_linear_sm90_workspace(4096, 64, [64, 1, 2, 1, 1, 9, 0], 132)
-except RuntimeError as e:
-    print(e)
+for cut in ([1, 9, 0], [0, 1, 134, 2], [0, 1, 7, 2], [0, 1, 0, 3]):
+    try:
+        ops.nf4_linear_sm90_workspace(4096, 64, [64, 1, 2, 1, *cut], 132)
+    except RuntimeError as e:
+        print(e)
 """
+PRINTED = [
+    # split-K: 32 tiles of 64 x 128 for each of 4 CTAs
+    f"({32 * 4 * 64 * 128}, 128)",
+    "(0, 0)",
+    f"({128 * 64 * 128}, 128)",
+    # 9 row blocks of 128 and 2 of x, without clusters; 5 pairs of row blocks
+    "(0, 0)",
+    "(0, 0)",
+    # 10 tiles for 6 clusters, which share the last 4; in three parts, each by a cluster
+    f"({12 * 256 * 128}, 12)",
+    f"({60 * 256 * 128}, 60)",
+    "(3, 128) torch.float16",
+    "(3, 128) torch.float16",
+    "nf4_linear_sm90: 288 CTAs do not fit on 132 SMs at once",
+    "nf4_linear_sm90: 134 CTAs do not fit on 132 SMs at once",
+    "nf4_linear_sm90: grid must be a multiple of cluster",
+    "nf4_linear_sm90: cluster must be 1 or 2",
+]
+
+
+def test_torch_without_cuda_loads_it(build: Build) -> None:
+    """In a process of its own: an op can be registered only once."""
+    program = LOADING.replace("@LIBRARY@", repr(str(build.library)))
     result = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False
     )
@@ -154,12 +182,4 @@ except RuntimeError as e:
     assert schema.endswith("Tensor(a!) workspace, Tensor(b!) flags) -> Tensor")
     # the same but for the name, and what the cut is called
     assert gemv == schema.replace("linear", "gemv").replace("int[] tile", "int[] plan")
-    assert rest == [
-        # split-K: 32 tiles of 64 x 128 for each of 4 CTAs
-        f"({32 * 4 * 64 * 128}, 128)",
-        "(0, 0)",
-        f"({128 * 64 * 128}, 128)",
-        "(3, 128) torch.float16",
-        "(3, 128) torch.float16",
-        "nf4_linear_sm90: 288 CTAs do not fit on 132 SMs at once",
-    ]
+    assert rest == PRINTED

@@ -1,10 +1,13 @@
 """Which of the CUDA products a shape gets, where no GPU is: the cut for few rows is valid and even."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
+from bench.tune_sm90 import candidates
 from tli_engine.kernels import nf4_sm90_dispatch as dispatch
 from tli_engine.kernels.nf4_sm90_dispatch import Gemv, Tile
 
@@ -61,6 +64,28 @@ def test_the_table_decides(tuned: dict) -> None:
     assert dispatch._choose("dx", 3, 4096, 4096, True, 132) is None
 
 
+def test_a_tile_of_seven_numbers_has_no_cluster(tuned: dict) -> None:
+    tuned["fwd", 4096, 4096, 512, False] = (256, 1, 2, 1, 0, 1, 128)
+    tuned["fwd", 4096, 4096, 512, True] = (256, 1, 2, 1, 0, 1, 128, 2)
+    chosen = [dispatch._choose("fwd", 512, 4096, 4096, fast, 132) for fast in (False, True)]
+    assert [tile.cluster for tile in chosen if isinstance(tile, Tile)] == [1, 2]
+
+
+def test_clusters_that_do_not_fit_are_not_taken(tuned: dict) -> None:
+    # 33 row blocks are 17 pairs, so 34 CTAs a part
+    tuned["fwd", 33 * 128, 4096, 256, True] = (256, 1, 2, 1, 1, 3, 0, 2)
+    fitting, other = (dispatch._choose("fwd", 256, 33 * 128, 4096, True, n) for n in (102, 101))
+    assert fitting == Tile(256, 1, 2, 1, 1, 3, 0, 2)
+    assert isinstance(other, Tile)
+    assert other.cluster == 1
+
+
+@pytest.mark.parametrize("M", [9, 64, 128, 256, 1024, 4096])
+@pytest.mark.parametrize(("rows", "contraction"), SHAPES[1:], ids=str)
+def test_rules_choose_no_cluster(rows: int, contraction: int, M: int) -> None:
+    assert dispatch.default_tile(M, rows, contraction, 132).cluster == 1
+
+
 def test_scratch_of_shared_sums() -> None:
     assert dispatch._workspace(4096, 3, Gemv(64, 2, 64), 132) == (2 * 4096 * 3, 64)
     assert dispatch._workspace(4096, 3, Gemv(64, 1, 64), 132) == (0, 0)
@@ -71,9 +96,9 @@ def test_measured_tiles_fit_on_smaller_gpus_or_are_not_taken(processors: int) ->
     for direction, rows, contraction, M, fast in dispatch.TUNED:
         tile = dispatch._choose(direction, M, rows, contraction, fast, processors)
         if isinstance(tile, Tile):
-            blocks = -(-rows // (64 * tile.blocks_per_warpgroup * tile.warpgroups))
-            tiles = -(-M // tile.block_m) * blocks
-            ctas = tile.grid if tile.mode == 0 else tiles * tile.split
+            width = 64 * tile.blocks_per_warpgroup * tile.warpgroups * tile.cluster
+            tiles = -(-M // tile.block_m) * -(-rows // width)
+            ctas = tile.grid if tile.mode == 0 else tiles * tile.split * tile.cluster
             assert ctas <= processors * tile.ctas_per_sm, (direction, rows, contraction, M, tile)
 
 
@@ -85,3 +110,21 @@ def test_rows_between_the_measured_buckets(tuned: dict) -> None:
     # an untuned one: on the way back cuBLAS takes many rows
     assert dispatch._choose("dx", 4096, 5120, 5120, False, 132) is None
     assert dispatch._choose("fwd", 4096, 5120, 5120, False, 132) is not None
+
+
+@pytest.mark.parametrize("M", [16, 64, 128, 256, 1024, 4096])
+@pytest.mark.parametrize(("rows", "contraction"), SHAPES[1:], ids=str)
+def test_tuning_tries_what_fits_and_clusters_of_tall_tiles(
+    rows: int, contraction: int, M: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: device)
+    tiles = [tile for tile in candidates(rows, contraction, M) if isinstance(tile, Tile)]
+    for tile in tiles:
+        count = -(-M // tile.block_m) * dispatch._row_tiles(rows, tile)
+        ctas = tile.grid if tile.mode == 0 else count * tile.split * tile.cluster
+        assert ctas <= 132 * tile.ctas_per_sm, tile
+        assert tile.grid % tile.cluster == 0, tile
+    assert len(set(tiles)) == len(tiles)
+    assert {tile.block_m for tile in tiles if tile.cluster == 2} <= {128, 256}
+    assert any(tile.cluster == 2 for tile in tiles) == (M >= 128)

@@ -22,18 +22,20 @@ pytestmark = [
 ]
 
 SMS = torch.cuda.get_device_properties(0).multi_processor_count if HOPPER else 0
-TILES = [  # block_m, blocks_per_warpgroup, warpgroups, ctas_per_sm
-    (16, 1, 4, 1), (16, 1, 2, 1), (16, 1, 2, 2), (32, 1, 4, 1), (64, 1, 2, 1),
-    (64, 1, 4, 1), (128, 1, 2, 1), (128, 2, 2, 1), (256, 1, 2, 1),
+TILES = [  # block_m, blocks_per_warpgroup, warpgroups, ctas_per_sm, cluster
+    (16, 1, 4, 1, 1), (16, 1, 2, 1, 1), (16, 1, 2, 2, 1), (32, 1, 4, 1, 1), (64, 1, 2, 1, 1),
+    (64, 1, 4, 1, 1), (128, 1, 2, 1, 1), (128, 2, 2, 1, 1), (256, 1, 2, 1, 1),
+    (128, 1, 2, 1, 2), (256, 1, 2, 1, 2),
 ]  # fmt: skip
-CUTS = [  # mode, split, grid: whole tiles; evenly among 7 CTAs, or all; in 2 and 3 parts
+CUTS = [  # mode, split, CTAs or clusters: whole tiles; evenly among 7, or all; in 2 and 3 parts
     (0, 1, 0), (0, 1, 7), (0, 1, SMS), (1, 2, 0), (1, 3, 0),
 ]  # fmt: skip
-# neither is a multiple of a tile, nor of 128
+# neither is a multiple of a tile, nor of 128; of both, a cluster's last CTA has no rows
 N, K = 65 * 64, 5 * 64
 HALF = [torch.bfloat16, torch.float16]
 directions = pytest.mark.parametrize("transposed", [False, True], ids=["forward", "dx"])
 tiles = pytest.mark.parametrize("tile", TILES, ids=str)
+clustered = pytest.mark.parametrize("tile", [t for t in TILES if t[4] > 1], ids=str)
 dtypes = pytest.mark.parametrize("dtype", HALF, ids=str)
 
 
@@ -88,14 +90,21 @@ def make_product(
     return Product(W.t().contiguous() if transposed else W, records, transposed, exact)
 
 
+def spec_of(tile: tuple[int, ...], cut: tuple[int, ...]) -> list[int]:
+    """What the op takes."""
+    cluster = tile[4]
+    grid = min(cut[2] * cluster, SMS // cluster * cluster)
+    return [*tile[:4], *cut[:2], grid, cluster]
+
+
 def specs(product: Product, m: int, tile: tuple[int, ...]) -> Iterator[list[int]]:
     """Every way to share the work that fits on the device and the sizes."""
     rows, contraction = product.W.shape
-    count = -(-m // tile[0]) * -(-rows // (64 * tile[1] * tile[2]))
+    count = -(-m // tile[0]) * -(-rows // (64 * tile[1] * tile[2] * tile[4])) * tile[4]
     for cut in CUTS:
         if cut[0] == 1 and (count * cut[1] > SMS * tile[3] or cut[1] > -(-contraction // 128)):
             continue
-        yield [*tile, *cut]
+        yield spec_of(tile, cut)
 
 
 def inputs(m: int, product: Product) -> Tensor:
@@ -132,7 +141,7 @@ def test_exact_multiplies_by_bitsandbytes_values(
 ) -> None:
     product = make_product(transposed, True, dtype)
     eye = torch.eye(product.W.shape[1], device="cuda", dtype=dtype)
-    assert torch.equal(product(eye, [*tile, 0, 1, 0]), product.W.T)
+    assert torch.equal(product(eye, spec_of(tile, (0, 1, 0))), product.W.T)
 
 
 @tiles
@@ -148,6 +157,39 @@ def test_long_contraction_goes_round_the_stages(
         first = product(x, spec)
         assert_within_error_budget(first, plain, truth, floor=1e-4)
         assert all(torch.equal(product(x, spec), first) for _ in range(10)), spec
+
+
+@clustered
+@pytest.mark.parametrize("exact", [True, False], ids=["exact", "fast"])
+@directions
+def test_clusters_change_no_bit(transposed: bool, exact: bool, tile: tuple[int, ...]) -> None:
+    """Of many rows, whose tiles are cut as they are for single CTAs: the sums are the same."""
+    product = make_product(transposed, exact, torch.bfloat16, 29 * 64, 37 * 64)
+    rows = product.W.shape[0]
+    bias = torch.randn(rows, device="cuda").to(torch.bfloat16)
+    b = torch.randn((16, rows) if transposed else (rows, 16), device="cuda")
+    for m in (1, 200, 256, 321, 512):
+        x = inputs(m, product)
+        lora = (x[:, :16].contiguous(), b, [rows])
+        blocks = -(-m // tile[0]) * -(-rows // 256) * 2
+        for cut in ((0, 1, 0), (1, 2, 0), (1, 5, 0)):
+            if blocks * cut[1] > SMS:
+                continue
+            single = product(x, spec_of((*tile[:4], 1), cut), bias=bias, lora=lora)
+            for _ in range(20):
+                assert torch.equal(product(x, spec_of(tile, cut), bias=bias, lora=lora), single)
+
+
+@clustered
+def test_clusters_go_through_many_tiles(tile: tuple[int, ...]) -> None:
+    """More than there are clusters, cut evenly at the end, and after one another in a stream."""
+    product = make_product(False, False, torch.bfloat16, 4096, 4096)
+    x = inputs(2100, product)
+    plain, truth = x @ product.W.T, x.double() @ product.W.double().T
+    for cut in ((0, 1, 0), (0, 1, 7), (0, 1, 50), (0, 1, SMS)):
+        first = product(x, spec_of(tile, cut))
+        assert_within_error_budget(first, plain, truth, floor=1e-4)
+        assert all(torch.equal(product(x, spec_of(tile, cut)), first) for _ in range(20)), cut
 
 
 @dtypes
@@ -209,9 +251,10 @@ def test_low_rank_update(
 
 
 @pytest.mark.parametrize("cut", CUTS, ids=str)
-def test_replays_from_a_graph_bit_for_bit(cut: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("tile", [TILES[0], *TILES[-2:]], ids=str)
+def test_replays_from_a_graph_bit_for_bit(tile: tuple[int, ...], cut: tuple[int, ...]) -> None:
     forward, dx = (make_product(t, True, torch.bfloat16, 512, 640) for t in (False, True))
-    spec = [16, 1, 4, 1, *cut]
+    spec = spec_of(tile, cut)
     x = inputs(16, forward)
     scratch = [make_scratch(p, x, spec) for p in (forward, dx)]
 
@@ -254,17 +297,18 @@ def test_launches_that_overlap_wait_for_what_they_read(tile: tuple[int, ...]) ->
             operand = (b * (i + 1)).T.contiguous() if i % 2 == 0 else A * (i + 1)
             if synchronise:
                 torch.cuda.synchronize()
-            y = product(y, [*tile, 0, 1, 7], lora=(s, operand, [1024]))
-            y = product(y, [*tile, 0, 1, 0])
+            y = product(y, spec_of(tile, (0, 1, 7)), lora=(s, operand, [1024]))
+            y = product(y, spec_of(tile, (0, 1, 0)))
         return y
 
     assert torch.equal(chain(False), chain(True))
 
 
 @pytest.mark.parametrize("cut", [(0, 1, 0), (0, 1, SMS), (1, 2, 0)], ids=str)
-def test_two_streams_with_their_own_workspaces(cut: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("tile", [(64, 1, 2, 1, 1), *TILES[-2:]], ids=str)
+def test_two_streams_with_their_own_workspaces(tile: tuple[int, ...], cut: tuple[int, ...]) -> None:
     product = make_product(False, True, torch.bfloat16, 4096, 1024)
-    spec = [64, 1, 2, 1, *cut]
+    spec = spec_of(tile, cut)
     xs = [inputs(64, product) for _ in range(2)]
     expected = [product(x, spec) for x in xs]
     scratch = [make_scratch(product, x, spec) for x in xs]
@@ -316,6 +360,8 @@ def test_unsafe_arguments_are_refused() -> None:
         ("must hold", lambda: product(x, spec, scratch=(workspace[1:].clone(), flags))),
         ("must hold", lambda: product(x, spec, scratch=(workspace, flags[1:].clone()))),
         ("no kernel was compiled", lambda: product(x, [48, 1, 4, 1, 0, 1, 0])),
+        ("no kernel was compiled", lambda: product(x, [16, 1, 4, 1, 0, 1, 0, 2])),
+        ("tile must have 8 numbers", lambda: product(x, spec[:6], scratch=(workspace, flags))),
         ("split must be at most 3", lambda: product(x, [16, 1, 4, 1, 1, 4, 0])),
         ("do not fit", lambda: product(x, [16, 1, 4, 1, 0, 1, 1000])),
         ("go together", lambda: product(x, spec, lora=(s, None, [N]))),
