@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tli_engine.align import retrieval
+from tli_engine.align import pairing
 from tli_engine.align.retrieval import Alignment, chance_mrr, measure_alignment
 
 
@@ -145,11 +145,12 @@ def test_csls_ranks_otherwise_than_the_cosine() -> None:
     assert forward.csls_p_at_1 > forward.p_at_1
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_chunks_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 40), (40, 7), (8, 11)])
+def test_tiles_change_nothing(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     pairs = random_pairs(40, 25, seed=1)
     whole = pairs.measure()
-    monkeypatch.setattr(retrieval, "_ROWS", rows)
+    monkeypatch.setattr(pairing, "_ROWS", rows)
+    monkeypatch.setattr(pairing, "_COLUMNS", columns)
     chunked = pairs.measure()
     torch.testing.assert_close(chunked.true, whole.true, rtol=0, atol=1e-14)
     assert chunked.cosine_random == pytest.approx(whole.cosine_random, abs=1e-14)
