@@ -67,7 +67,7 @@ def stage(model: EarlyModel, words: Sequence[Word], poolings: Sequence[Pooling])
     """Put the distinct words into packs on the model's device."""
     distinct = list(dict.fromkeys(words))
     packs, row_of = [], dict[Word, int]()
-    for members in packs_of(distinct, _pack_tokens(model, sum(map(len, distinct)))):
+    for members in packs_of(distinct, _pack_tokens(model, [len(word) for word in distinct])):
         together = pack([distinct[i] for i in members])
         weights = [
             pooling_weight(together, pooling).to(model.device, non_blocking=True)
@@ -79,15 +79,15 @@ def stage(model: EarlyModel, words: Sequence[Word], poolings: Sequence[Pooling])
     return Staged(packs, row_of)
 
 
-def _pack_tokens(model: EarlyModel, total: int) -> int:
-    """Most tokens of a pack, of ``total`` tokens of all words."""
-    if model.device.type == "cpu":
+def _pack_tokens(model: EarlyModel, lengths: list[int]) -> int:
+    """Most tokens of a pack of words of these lengths."""
+    if model.device.type == "cpu" or not lengths:
         return _PACK_TOKENS
     fit: int = _MLP_VALUES // model.config.intermediate_size
     most = max(_PACK_TOKENS, min(_PACK_TOKENS_GPU, fit))
-    # packs of like size: a small last one would read the weights for little
-    packs = max(1, -(-total // most))
-    return max(_PACK_TOKENS, -(-total // packs))
+    # packs of like size: a small last one would read all weights for little
+    packs = -(-sum(lengths) // most)
+    return -(-sum(lengths) // packs) + max(lengths)
 
 
 def encode(

@@ -14,8 +14,8 @@ from tli_engine.align.word_groups import Grouping, Side, translations_by_tile
 _NEIGHBOURS = 10
 # cosines this close are a tie: more than fp64 rounding, less than any fp32 vector can tell apart
 _TIE = 1e-12
-# distinct sources and distinct targets in a tile of cosines: 128 MB
-_ROWS = 4096
+# distinct sources and distinct targets in a tile of cosines: 64 MB
+_ROWS = 2048
 _COLUMNS = 4096
 # bytes of cosines kept for a second look, not computed twice
 _KEPT = 1 << 28
@@ -97,16 +97,16 @@ class Pairing:
             near_x.look_at(tile.row, tile.cosine)
             near_y.look_at(tile.column, tile.cosine.T)
             self._leave_translations_out(tile)
-            plain.count(tile, tile.cosine, tile.cosine.T)
+            plain.count(0, tile.row, tile.cosine)
+            plain.count(1, tile.column, tile.cosine.T)
         x_hub, y_hub = near_x.mean(), near_y.mean()
         scaled = _Ranking(x, y, 2 * ranked - y_hub[y.groups], 2 * ranked - x_hub[x.groups])
         for tile in tiles:
             self._leave_translations_out(tile)
-            scaled.count(
-                tile,
-                torch.add(-y_hub[y.block(tile.column)], tile.cosine, alpha=2),
-                torch.add(-x_hub[x.block(tile.row)], tile.cosine.T, alpha=2),
-            )
+            hub = y_hub[y.block(tile.column)]
+            scaled.count(0, tile.row, torch.add(-hub, tile.cosine, alpha=2))
+            hub = x_hub[x.block(tile.row)]
+            scaled.count(1, tile.column, torch.add(-hub, tile.cosine.T, alpha=2))
         (forward, reverse), (csls_forward, csls_reverse) = plain.ranks(), scaled.ranks()
         of_pairs = torch.stack([true, forward, csls_forward, reverse, csls_reverse])
         return Figures(of_pairs, random, (y.words, x.words))
@@ -234,17 +234,22 @@ class _Ranking:
         ]
         self._less = [torch.zeros_like(side.order) for side in self._sides]
 
-    def count(self, tile: _Tile, forward: Tensor, reverse: Tensor) -> None:
-        """Count the candidates that score less than the translation; a tie or NaN does not."""
-        for way, block, score in ((0, tile.row, forward), (1, tile.column, reverse)):
-            side, less, bars = self._sides[way], self._less[way], self._bars[way]
-            start, end = side.starts[block : block + 2]
-            if side.local is None:
-                less[start:end] += (score < bars[start:end]).sum(1)
-                continue
-            for first in range(start, end, len(score)):
-                pairs = slice(first, min(first + len(score), end))
-                less[pairs] += (score[side.local[pairs]] < bars[pairs]).sum(1)
+    def count(self, way: int, block: int, score: Tensor) -> None:
+        """Count the candidates that score less than the translation; a tie or NaN does not.
+
+        Args:
+            way: 0 among targets, 1 among sources.
+            block: Of the words for which candidates are ranked.
+            score: Their scores, ``[words, candidates]``.
+        """
+        side, less, bars = self._sides[way], self._less[way], self._bars[way]
+        start, end = side.starts[block : block + 2]
+        if side.local is None:
+            less[start:end] += (score < bars[start:end]).sum(1)
+            return
+        for first in range(start, end, len(score)):
+            pairs = slice(first, min(first + len(score), end))
+            less[pairs] += (score[side.local[pairs]] < bars[pairs]).sum(1)
 
     def ranks(self) -> list[Tensor]:
         """Rank of each pair's target, then of its source, ``[N]``, fp64."""
