@@ -1,11 +1,14 @@
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from tli_engine.align import encode as encode_module
-from tli_engine.align.encode import encode, pool
+from tli_engine.align.encode import _pack_tokens, encode, pool
 from tli_engine.config import Pooling
-from tli_engine.data.words import Word, pack
+from tli_engine.data.words import Word, pack, packs_of
 from tli_engine.models.early import EarlyModel
 from tli_engine.testing import random_words
 
@@ -85,3 +88,21 @@ def test_progress_counts_every_distinct_word(
     encode(model, random_words(20, 8), [1], "content", done.append)
     assert len(done) > 3
     assert sum(done) == 20
+
+
+@pytest.mark.parametrize("count", [0, 1, 500, 1366, 2500, 9000])
+@pytest.mark.parametrize(("width", "most"), [(1536, 8192), (14336, 4681), (1 << 20, 1024)])
+def test_packs_on_a_gpu_are_large_and_of_like_size(count: int, width: int, most: int) -> None:
+    model: Any = SimpleNamespace(
+        device=torch.device("cuda"), config=SimpleNamespace(intermediate_size=width)
+    )
+    words = random_words(count, 9) if count else []
+    tokens = sum(map(len, words))
+    sizes = [
+        sum(len(words[i]) for i in members)
+        for members in packs_of(words, _pack_tokens(model, [len(w) for w in words]))
+    ]
+    assert len(sizes) <= -(-tokens // most)
+    assert all(size <= most + 10 for size in sizes)
+    # the last one is not a rest of a few words
+    assert min(sizes, default=0) >= max(sizes, default=0) - 10 * (len(sizes) + 1)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from tli_engine.align import retrieval
+from tli_engine.align import pairing
 from tli_engine.align.retrieval import Alignment, chance_mrr, measure_alignment
 
 
@@ -55,31 +55,37 @@ def distinct_pairs(source: Tensor, target: Tensor) -> Pairs:
 
 
 def cosine(a: Tensor, b: Tensor) -> float:
-    return float(a.double() @ b.double() / (a.double().norm() * b.double().norm()))
+    a, b = a.double(), b.double()
+    # zeros are like nothing, NaN is like NaN
+    return float(a @ b / (a.norm().clamp(min=1e-12) * b.norm().clamp(min=1e-12)))
 
 
 def naive_ranks(pairs: Pairs, csls: bool = False) -> list[int]:
     """Rank of each pair's target among all distinct target words, counted one by one."""
-    sources = dict(zip(pairs.source_groups, pairs.source, strict=True))
-    targets = dict(zip(pairs.target_groups, pairs.target, strict=True))
+    # of a word that is there twice, the first
+    sources = dict(reversed(list(zip(pairs.source_groups, pairs.source, strict=True))))
+    targets = dict(reversed(list(zip(pairs.target_groups, pairs.target, strict=True))))
 
     def nearest(vector: Tensor, words: dict[int, Tensor]) -> float:
-        best = sorted((cosine(vector, w) for w in words.values()), reverse=True)[:10]
-        return sum(best) / len(best)
+        cosines = [cosine(vector, w) for w in words.values()]
+        best = sorted(cosines, reverse=True)[:10]
+        # NaN has no order; any makes the mean NaN
+        return math.nan if any(map(math.isnan, cosines)) else sum(best) / len(best)
 
     def score(a: int, b: int) -> float:
         value = cosine(sources[a], targets[b])
         if not csls:
             return value
-        # Conneau et al. 2018, eq. 3
-        return 2 * value - nearest(sources[a], targets) - nearest(targets[b], sources)
+        # Conneau et al. 2018, eq. 3; the query's own term, the same for all, must break nothing
+        own = nearest(sources[a], targets)
+        return 2 * value - (0 if math.isnan(own) else own) - nearest(targets[b], sources)
 
     translations = set(zip(pairs.source_groups, pairs.target_groups, strict=True))
     ranks = []
     for a, b in zip(pairs.source_groups, pairs.target_groups, strict=True):
         true = score(a, b)
         others = [c for c in targets if (a, c) not in translations]
-        ranks.append(1 + sum(score(a, c) >= true - 1e-12 for c in others))
+        ranks.append(1 + sum(not score(a, c) < true - 1e-12 for c in others))
     return ranks
 
 
@@ -145,18 +151,89 @@ def test_csls_ranks_otherwise_than_the_cosine() -> None:
     assert forward.csls_p_at_1 > forward.p_at_1
 
 
-@pytest.mark.parametrize("rows", [1, 7])
-def test_chunks_change_nothing(rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def small_tiles(monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, kept: int = 0) -> None:
+    """Tiles of few words, none kept, a few numbers at a time: as for very many words."""
+    sizes = {
+        "_ROWS": rows,
+        "_COLUMNS": columns,
+        "_KEPT": kept,
+        "_VALUES": 5,
+        "_MANY": 1,
+        "_GROUP": 2,
+    }
+    for name, size in sizes.items():
+        monkeypatch.setattr(pairing, name, size)
+
+
+@pytest.mark.parametrize("kept", [0, 1 << 28], ids=["twice", "kept"])
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 40), (40, 7), (8, 11)])
+def test_tiles_change_nothing(
+    rows: int, columns: int, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pairs = random_pairs(40, 25, seed=1)
     whole = pairs.measure()
-    monkeypatch.setattr(retrieval, "_ROWS", rows)
-    chunked = pairs.measure()
-    torch.testing.assert_close(chunked.true, whole.true, rtol=0, atol=1e-14)
-    assert chunked.cosine_random == pytest.approx(whole.cosine_random, abs=1e-14)
-    for ours, theirs in ((chunked.forward, whole.forward), (chunked.reverse, whole.reverse)):
+    small_tiles(monkeypatch, rows, columns, kept)
+    tiled = pairs.measure()
+    torch.testing.assert_close(tiled.true, whole.true, rtol=0, atol=1e-14)
+    assert tiled.cosine_random == pytest.approx(whole.cosine_random, abs=1e-14)
+    for ours, theirs in ((tiled.forward, whole.forward), (tiled.reverse, whole.reverse)):
         assert torch.equal(ours.reciprocal_ranks, theirs.reciprocal_ranks)
         assert torch.equal(ours.hits, theirs.hits)
         assert ours.csls_p_at_1 == theirs.csls_p_at_1
+
+
+@pytest.mark.parametrize("kind", ["ties", "nan", "collapsed", "one-word", "of-any-case"])
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole", "tiled"])
+def test_equals_the_count_where_it_is_easily_got_wrong(
+    kind: str, tiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if tiled:
+        small_tiles(monkeypatch, 5, 4)
+    for seed in range(6):
+        pairs = random_pairs(24, 1 if kind == "one-word" else 14, seed, D=3)
+        if kind == "ties":
+            pairs.source, pairs.target = pairs.source.round(), pairs.target.round()
+        elif kind == "nan":
+            word = pairs.source_groups[seed]
+            pairs.source[torch.tensor(pairs.source_groups) == word] = torch.nan
+        elif kind == "collapsed":
+            pairs.target[:] = pairs.target[0].clone()
+        elif kind == "of-any-case":
+            # words that differ in case are one word, of which the first stands for all
+            pairs.source = pairs.source + torch.randn(24, 3)
+        actual = pairs.measure()
+        for direction, way in ((actual.forward, pairs), (actual.reverse, pairs.reversed())):
+            ranks = naive_ranks(way)
+            assert [round(1 / r) for r in direction.reciprocal_ranks.tolist()] == ranks
+            csls_hits = naive_ranks(way, csls=True).count(1)
+            assert direction.csls_p_at_1 == pytest.approx(csls_hits / 24)
+        expected = naive_random(pairs)
+        assert actual.cosine_random == pytest.approx(expected, abs=1e-12, nan_ok=True)
+        cosines = [cosine(a, b) for a, b in zip(pairs.source, pairs.target, strict=True)]
+        assert actual.true.tolist() == pytest.approx(cosines, abs=1e-12, nan_ok=True)
+
+
+def test_a_collapsed_space_scores_nothing_in_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_tiles(monkeypatch, 7, 9)
+    vectors = torch.randn(33).expand(50, 33)
+    collapsed = distinct_pairs(vectors, 3 * vectors).measure()
+    for direction in (collapsed.forward, collapsed.reverse):
+        assert (direction.p_at_1, direction.csls_p_at_1) == (0, 0)
+        assert direction.mrr == pytest.approx(1 / 50)
+
+
+@pytest.mark.parametrize("columns", [1, 9, 10, 11, 170, 2048, 2100])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_largest_are_found_in_groups(columns: int, transposed: bool) -> None:
+    cosine = torch.randn(columns, 6).T if transposed else torch.randn(6, columns)
+    # neighbours that lie in one group, in the rest beyond the groups, and that are equal
+    cosine[1, : min(columns, 12)] += 5
+    cosine[2, -min(columns, 12) :] += 5
+    cosine[3] = 1
+    cosine[4, columns // 2] = torch.nan
+    largest = pairing._largest(cosine)
+    expected = cosine.sort(descending=True).values[:, :10]
+    assert torch.equal(largest.nan_to_num(9), expected.nan_to_num(9))
 
 
 def test_the_order_of_pairs_changes_nothing() -> None:

@@ -171,7 +171,7 @@ def test_a_scan_measures_every_layer(model: EarlyModel) -> None:
     advanced: list[int] = []
     result = scan_tiny(model, "content", advanced)
     assert len(result.layers) == model.depth + 1 == 4
-    assert sum(advanced) == 2 * PAIRS - 1
+    assert sum(advanced) == (2 * PAIRS - 1) * 4
     report = result.to_json()
     assert [row["layer"] for row in report["layers"]] == [0, 1, 2, 3]
     assert {"cosine_true", "cosine_random", "p_at_1", "reverse"} <= report["layers"][0].keys()

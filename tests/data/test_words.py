@@ -220,3 +220,13 @@ def test_packs_do_not_depend_on_the_order_of_unlike_words() -> None:
         [[len(ws[i]) for i in members] for members in packs_of(ws, 40)] for ws in (words, shuffled)
     ]
     assert contents[0] == contents[1]
+
+
+@pytest.mark.parametrize("config", [WordsConfig(), template_of(swahili="neno: {word}!")])
+def test_many_words_are_tokenised_some_at_a_time(
+    config: WordsConfig, bytes_bpe: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"maji{i}" for i in range(11)]
+    at_once = WordTokenizer(bytes_bpe, config)(texts, "swahili")
+    monkeypatch.setattr("tli_engine.data.words._AT_ONCE", 4)
+    assert WordTokenizer(bytes_bpe, config)(texts, "swahili") == at_once

@@ -1,19 +1,12 @@
 """How well translations find each other: cosines, and ranks that an artefact cannot inflate."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tli_engine.ops import cosine_similarity
-
-# neighbours in CSLS's local scaling
-_NEIGHBOURS = 10
-# cosines this close are a tie: more than fp64 rounding, less than any fp32 vector can tell apart
-_TIE = 1e-12
-_ROWS = 1024
+from tli_engine.align.pairing import Figures, Pairing
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class Alignment:
     """Cosines and retrieval of a list of pairs.
 
     Attributes:
-        true: Cosine of each pair, ``[N]``, fp64.
+        true: Cosine of each pair, ``[N]``, fp64, on the host.
         cosine_random: Mean cosine over all mismatched pairs, those that repeat a word left out.
         forward: Targets retrieved by sources.
         reverse: Sources retrieved by targets.
@@ -99,18 +92,30 @@ def measure_alignment(
         it, so that a collapsed space scores P@1 = 0. Another translation of the same word is
         left out of the ranking.
     """
-    x, y = source.double(), target.double()
-    x_groups = torch.tensor(source_groups, device=x.device)
-    y_groups = torch.tensor(target_groups, device=x.device)
-    x_words, y_words = distinct(x, x_groups), distinct(y, y_groups)
-    x_hub, y_hub = _neighbourhood(x_words, y_words), _neighbourhood(y_words, x_words)
-    rows = [slice(start, start + _ROWS) for start in range(0, len(x), _ROWS)]
-    true = torch.cat([cosine_similarity(x[r], y[r]).diagonal() for r in rows])
+    return read(Pairing(source_groups, target_groups, source.device).measure(source, target))
+
+
+def read(figures: Figures) -> Alignment:
+    """Bring figures to the host, which waits for their device."""
+    true, *ranks = figures.of_pairs.cpu()
+    targets, sources = figures.candidates
     return Alignment(
         true=true,
-        cosine_random=_mean_of_mismatched(x, y, x_groups, y_groups),
-        forward=_direction(x_words, y_words, x_groups, y_groups, y_hub),
-        reverse=_direction(y_words, x_words, y_groups, x_groups, x_hub),
+        cosine_random=float(figures.random),
+        forward=_direction(ranks[0], ranks[1], targets),
+        reverse=_direction(ranks[2], ranks[3], sources),
+    )
+
+
+def _direction(ranks: Tensor, csls_ranks: Tensor, candidates: int) -> Direction:
+    reciprocal = 1 / ranks
+    return Direction(
+        p_at_1=float((ranks == 1).double().mean()),
+        mrr=float(reciprocal.mean()),
+        csls_p_at_1=float((csls_ranks == 1).double().mean()),
+        reciprocal_ranks=reciprocal,
+        hits=ranks == 1,
+        candidates=candidates,
     )
 
 
@@ -124,69 +129,3 @@ def distinct(vectors: Tensor, groups: Tensor) -> Tensor:
     first = torch.full((int(groups.max()) + 1,), len(groups), device=groups.device)
     rows = torch.arange(len(groups), device=groups.device)
     return vectors[first.scatter_reduce(0, groups, rows, "amin")]
-
-
-def _cosine_rows(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    for start in range(0, len(x), _ROWS):
-        rows = slice(start, min(start + _ROWS, len(x)))
-        yield rows, cosine_similarity(x[rows], y)
-
-
-def _neighbourhood(x: Tensor, y: Tensor) -> Tensor:
-    """Mean cosine of each row of x with its nearest rows of y: CSLS's hubness, ``[N]``."""
-    k = min(_NEIGHBOURS, len(y))
-    return torch.cat([cosine.topk(k).values.mean(1) for _, cosine in _cosine_rows(x, y)])
-
-
-def _mean_of_mismatched(x: Tensor, y: Tensor, x_groups: Tensor, y_groups: Tensor) -> float:
-    """Mean cosine over pairs (i, j) that share neither word; exact, in ``O(N)`` memory a row."""
-    total, count = 0.0, 0
-    for rows, cosine in _cosine_rows(x, y):
-        keep = (x_groups[rows, None] != x_groups) & (y_groups[rows, None] != y_groups)
-        total += float(cosine[keep].sum())
-        count += int(keep.sum())
-    return total / count if count else float("nan")
-
-
-def _direction(
-    queries: Tensor, words: Tensor, query_groups: Tensor, word_groups: Tensor, hub: Tensor
-) -> Direction:
-    """Rank ``words`` for each pair's query; all are distinct words, groups give each pair's own."""
-    pairs = torch.arange(len(query_groups), device=queries.device)
-    order = query_groups.argsort(stable=True)
-    ranks, csls_ranks = torch.empty_like(pairs), torch.empty_like(pairs)
-    for start in range(0, len(order), _ROWS):
-        chunk = order[start : start + _ROWS]
-        cosine = cosine_similarity(queries[query_groups[chunk]], words)
-        own = word_groups[chunk, None]
-        # every translation of this query is out of the race, the pair's own one included
-        out = torch.zeros_like(cosine, dtype=torch.bool).scatter_(1, own, True)
-        for other in _other_translations(chunk, query_groups, word_groups):
-            out[other[:, 0], other[:, 1]] = True
-        ranks[chunk] = _rank(cosine, own, out)
-        csls_ranks[chunk] = _rank(2 * cosine - hub, own, out)
-    reciprocal = 1 / ranks.double()
-    return Direction(
-        p_at_1=float((ranks == 1).double().mean()),
-        mrr=float(reciprocal.mean()),
-        csls_p_at_1=float((csls_ranks == 1).double().mean()),
-        reciprocal_ranks=reciprocal.cpu(),
-        hits=(ranks == 1).cpu(),
-        candidates=len(words),
-    )
-
-
-def _other_translations(
-    chunk: Tensor, query_groups: Tensor, word_groups: Tensor
-) -> Iterator[Tensor]:
-    """(row of the chunk, word) for every pair whose query is that row's, ``[P, 2]``."""
-    repeated = query_groups.bincount() > 1
-    for row in repeated[query_groups[chunk]].nonzero()[:, 0]:
-        translations = word_groups[query_groups == query_groups[chunk[row]]]
-        yield torch.stack([row.expand_as(translations), translations], dim=1)
-
-
-def _rank(score: Tensor, own: Tensor, out: Tensor) -> Tensor:
-    true = score.gather(1, own)
-    # not ">=": what is NaN must come before the translation, or a broken model would score 1
-    return 1 + (~(score < true - _TIE) & ~out).sum(1)

@@ -10,8 +10,10 @@ import numpy as np
 import torch
 
 from tli_engine.align.bootstrap import bootstrap_means
-from tli_engine.align.encode import encode_poolings
-from tli_engine.align.retrieval import Alignment, chance_mrr, measure_alignment
+from tli_engine.align.encode import stage
+from tli_engine.align.layers import vectors_by_layer
+from tli_engine.align.pairing import Figures, Pairing
+from tli_engine.align.retrieval import Alignment, chance_mrr, read
 from tli_engine.config import Pooling
 from tli_engine.data.pairs import PairList, group_ids
 from tli_engine.data.words import Word
@@ -86,6 +88,8 @@ def scan(
     target: Sequence[Word],
     pooling: Pooling,
     advance: Callable[[int], None] = lambda words: None,
+    say: Callable[[str], None] = lambda line: None,
+    room: int | None = None,
 ) -> Scan:
     """Measure the alignment of ``pairs`` at every layer of ``model``, and propose one.
 
@@ -96,18 +100,22 @@ def scan(
         source: The pairs' first words, tokenised.
         target: The pairs' second words, tokenised.
         pooling: How a word's tokens become one vector.
-        advance: Called with the number of words done after each pack.
+        advance: Called with the number of words done after each pack of each layer.
+        say: Called with a line if hidden states do not fit on the model's device.
+        room: Bytes of it that they may take; by default what is free.
     """
     start = time.perf_counter()
-    layers = list(range(model.depth + 1))
-    groups = group_ids(pairs.source), group_ids(pairs.target)
     # a layer is proposed by content pooling, whatever is looked at; both come from one pass
     poolings = list(dict.fromkeys((pooling, "content")))
-    vectors = encode_poolings(model, [*source, *target], layers, poolings, advance)
-    by_pooling = [
-        [measure_alignment(v[: len(pairs)], v[len(pairs) :], *groups) for v in of_pooling]
-        for of_pooling in vectors
-    ]
+    staged = stage(model, [*source, *target], poolings)
+    groups = group_ids(pairs.source), group_ids(pairs.target)
+    rows = ([staged.row_of[word] for word in side] for side in (source, target))
+    pairing = Pairing(*groups, model.device, *rows)
+    figures: list[list[Figures]] = [[] for _ in poolings]
+    for _, vectors in vectors_by_layer(model, staged, room=room, advance=advance, say=say):
+        for of_pooling, v in zip(figures, vectors, strict=True):
+            of_pooling.append(pairing.measure(v, v))
+    by_pooling = [[read(of_layer) for of_layer in of_pooling] for of_pooling in figures]
     measured = by_pooling[0]
     proposal = propose_layer(by_pooling[-1])
     warnings = _warnings(measured, proposal)

@@ -59,8 +59,10 @@ def run_scan(
         token_ids={token for word in source + target for token in word.input_ids},
     )
     say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
-    with progress("scan", len(set(source + target))) as advance:
-        result = scan(early, model, pair_list, source, target, pooling, lambda n: advance(n, ""))
+    with progress("scan", len(set(source + target)) * (depth + 1)) as advance:
+        result = scan(
+            early, model, pair_list, source, target, pooling, lambda n: advance(n, ""), say
+        )
     _report(result, out)
 
 

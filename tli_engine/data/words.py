@@ -48,7 +48,7 @@ class WordTokenizer:
             UserError: A language without a template, or a word that yields no token.
         """
         before, after = self._surroundings(language) if words else ("", "")
-        result = []
+        result: list[Word] = []
         for start in range(0, len(words), _AT_ONCE):
             result += self._tokenize(words[start : start + _AT_ONCE], language, before, after)
         return result
