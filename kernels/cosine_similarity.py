@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.fp32_product import product_of_rows
 from tli_engine.kernels.segment_mean import acc_of, divide, triton_acc_of, with_dense_rows
 from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
@@ -103,7 +104,7 @@ def _cosine_few_kernel(
         y = _load_tile(y_ptr, offs_m, offs_k, M, D, stride_ym)
         xx += squares(x)
         yy += squares(y)
-        dot = tl.dot(x, tl.trans(y), dot, input_precision="ieee")
+        dot += product_of_rows(x, y)
     finish_tile(
         dot, xx, yy, cos_ptr, x_norm_ptr, y_norm_ptr, part_ptr, square_ptr, lock_ptr,
         tile_n, tile_m, tiles_m, part, N, M, BLOCK, SPLIT,

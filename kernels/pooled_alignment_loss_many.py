@@ -1,7 +1,7 @@
-"""Loss of many pooled pairs and its gradient, in chunks of rows: ``[N, N]`` is never held.
+"""Loss of many pooled pairs and its gradient, in chunks of rows of the cosines.
 
-cuBLAS multiplies, in fp32. Between its products one kernel reads a chunk's cosines twice and turns
-them into their gradient in place, which takes plain PyTorch a dozen passes and as many copies.
+cuBLAS multiplies, in fp32. Cosines that fit into one chunk are made once and kept for the gradient;
+others are made again for it, by the same products and so bit for bit the same.
 """
 
 import torch
@@ -9,48 +9,80 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tli_engine.kernels.cosine_similarity import unit_rows
-from tli_engine.kernels.segment_mean import segment_mean
+from tli_engine.kernels.cosine_similarity import norm_of
+from tli_engine.kernels.pooled_loss import (
+    Choice,
+    gathered,
+    losses_of,
+    merged,
+    negatives_of,
+    semihard_of,
+)
+from tli_engine.kernels.segment_mean import mean_of, with_dense_rows
 
-# cosines of a chunk: 64 MiB
-_CHUNK = 1 << 24
-
-
-@triton.jit
-def _load_row(
-    cos_ptr, groups_ptr, offs, row, mine_0, mine_1, N, GROUPED: tl.constexpr
-):  # fmt: skip
-    """Some cosines of one row, and which of them are negatives."""
-    keep = offs < N
-    cos = tl.load(cos_ptr + offs, mask=keep, other=0.0)
-    negative = keep & (offs != row)
-    if GROUPED:
-        negative &= tl.load(groups_ptr + offs, mask=keep, other=0) != mine_0
-        negative &= tl.load(groups_ptr + N + offs, mask=keep, other=0) != mine_1
-    return cos, negative
+# columns whose losses a program takes, and rows that it reads at once
+COLUMNS, ROWS = 16, 64
+# numbers of a row that a program reads at once
+MOST_BLOCK = 1024
 
 
 @triton.jit
-def _candidates(cos, negative, positive, margin, SEMIHARD: tl.constexpr):
-    if SEMIHARD:
-        gap = positive - cos
-        return negative & (gap > 0) & (gap < margin)
-    return negative
+def _pool_pairs_kernel(
+    hidden_ptr,
+    weight_ptr,
+    offsets_ptr,
+    pooled_ptr,
+    norm_ptr,
+    positive_ptr,
+    H,
+    stride_ht,
+    BLOCK_H: tl.constexpr,
+    UNROLL: tl.constexpr,
+):
+    pair, N = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    xx = tl.zeros((BLOCK_H,), tl.float32)
+    yy = tl.zeros((BLOCK_H,), tl.float32)
+    xy = tl.zeros((BLOCK_H,), tl.float32)
+    for start in tl.range(0, H, BLOCK_H):
+        offs_h = start + tl.arange(0, BLOCK_H)
+        keep = offs_h < H
+        x = mean_of(
+            hidden_ptr, weight_ptr, offsets_ptr, pair, offs_h, keep, stride_ht, UNROLL, tl.float32
+        )
+        y = mean_of(
+            hidden_ptr, weight_ptr, offsets_ptr, N + pair, offs_h, keep, stride_ht, UNROLL,
+            tl.float32,
+        )  # fmt: skip
+        tl.store(pooled_ptr + pair * H + offs_h, x, mask=keep)
+        tl.store(pooled_ptr + (N + pair) * H + offs_h, y, mask=keep)
+        xx += x * x
+        yy += y * y
+        xy += x * y
+    norm_x, norm_y = norm_of(tl.sum(xx)), norm_of(tl.sum(yy))
+    tl.store(norm_ptr + pair, norm_x)
+    tl.store(norm_ptr + N + pair, norm_y)
+    tl.store(positive_ptr + pair, tl.sum(xy) * (1 / norm_x) * (1 / norm_y))
+
+
+@triton.jit
+def cosines_of(dot, norm_row, norm_column, positive, true):
+    """Cosines of products; the true ones are those that the losses are told."""
+    return tl.where(true, positive, dot * (1 / norm_row) * (1 / norm_column))
 
 
 @triton.jit(do_not_specialize=["N", "first"])
-def _row_loss_kernel(
+def _row_tops_kernel(
     cos_ptr,
+    norm_ptr,
+    positive_ptr,
     groups_ptr,
-    loss_ptr,
-    true_ptr,
+    stats_ptr,
     wrong_ptr,
     count_ptr,
     N,
     first,
     margin,
     inv_temperature,
-    scale,
     BLOCK_N: tl.constexpr,
     INFONCE: tl.constexpr,
     SEMIHARD: tl.constexpr,
@@ -58,127 +90,168 @@ def _row_loss_kernel(
 ):
     row = first + tl.program_id(0)
     cos_ptr += tl.program_id(0).to(tl.int64) * N
-    positive = tl.load(cos_ptr + row)
-    mine_0, mine_1 = 0, 0
-    if GROUPED:
-        mine_0, mine_1 = tl.load(groups_ptr + row), tl.load(groups_ptr + N + row)
-    lane = tl.arange(0, BLOCK_N)
+    positive, norm = tl.load(positive_ptr + row), tl.load(norm_ptr + row)
     wrong = tl.zeros((BLOCK_N,), tl.float32)
-    negatives = tl.zeros((BLOCK_N,), tl.float32)
-    # of InfoNCE the largest logit and the sum of powers; of triplets the hardest, and its ties
-    top = positive * inv_temperature if INFONCE else float("-inf")
-    total = 0.0
+    count = tl.zeros((BLOCK_N,), tl.float32)
+    top = tl.full((BLOCK_N,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_N,), tl.float32)
     for start in tl.range(0, N, BLOCK_N):
-        offs = start + lane
-        cos, negative = _load_row(cos_ptr, groups_ptr, offs, row, mine_0, mine_1, N, GROUPED)
+        offs = start + tl.arange(0, BLOCK_N)
+        keep = offs < N
+        dot = tl.load(cos_ptr + offs, mask=keep, other=0.0)
+        norms = tl.load(norm_ptr + N + offs, mask=keep, other=1.0)
+        cos = cosines_of(dot, norm, norms, positive, offs == row)
+        tl.store(cos_ptr + offs, cos, mask=keep)
+        negative = negatives_of(groups_ptr, row, offs, keep, N, GROUPED)
         wrong += tl.where(negative, cos, 0.0)
-        negatives += tl.where(negative, 1.0, 0.0)
-        chosen = negative | (offs == row)
-        value = cos * inv_temperature
-        if not INFONCE:
-            chosen = _candidates(cos, negative, positive, margin, SEMIHARD)
-            value = cos
-        value = tl.where(chosen, value, float("-inf"))
-        higher = tl.maximum(top, tl.max(value))
+        count += tl.where(negative, 1.0, 0.0)
+        chosen = semihard_of(cos, negative, positive, margin) if SEMIHARD else negative
         if INFONCE:
-            total = total * tl.exp(top - higher) + tl.sum(tl.exp(value - higher))
-        else:
-            ties = tl.sum((chosen & (value == higher)).to(tl.float32))
-            total = tl.where(top == higher, total, 0.0) + ties
-        top = higher
-    if INFONCE:
-        loss = tl.log(total) + (top - positive * inv_temperature)
-    else:
-        loss = margin + top - positive
-    # not a maximum, which would turn NaN into a loss of zero
-    tl.store(loss_ptr + row, loss if INFONCE else tl.where(loss <= 0, 0.0, loss))
-    tl.store(true_ptr + row, positive)
+            chosen |= offs == row
+        value = tl.where(chosen, cos * inv_temperature if INFONCE else cos, float("-inf"))
+        top, total = merged(top, total, value, chosen.to(tl.float32), INFONCE)
+    highest, sums = gathered(top, total, 0, INFONCE)
+    tl.store(stats_ptr + row, highest)
+    tl.store(stats_ptr + N + row, sums)
     tl.store(wrong_ptr + row, tl.sum(wrong))
-    tl.store(count_ptr + row, tl.sum(negatives))
-    # every thread has read the positive before one of them overwrites it
-    tl.debug_barrier()
-    for start in tl.range(0, N, BLOCK_N):
-        offs = start + lane
-        cos, negative = _load_row(cos_ptr, groups_ptr, offs, row, mine_0, mine_1, N, GROUPED)
-        true = tl.where(offs == row, 1.0, 0.0)
+    tl.store(count_ptr + row, tl.sum(count))
+
+
+@triton.jit(do_not_specialize=["N", "first", "last"])
+def _column_tops_kernel(
+    cos_ptr,
+    positive_ptr,
+    groups_ptr,
+    stats_ptr,
+    N,
+    first,
+    last,
+    margin,
+    inv_temperature,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    INFONCE: tl.constexpr,
+    SEMIHARD: tl.constexpr,
+    GROUPED: tl.constexpr,
+):
+    lane = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    column = lane[None, :]
+    positive = tl.load(positive_ptr + column, mask=column < N, other=0.0)
+    top = tl.full((ROWS, COLUMNS), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for start in tl.range(first, last, ROWS):
+        row = start + tl.arange(0, ROWS)[:, None]
+        keep = (row < last) & (column < N)
+        offs = (row - first).to(tl.int64) * N + column
+        cos = tl.load(cos_ptr + offs, mask=keep, other=0.0)
+        negative = negatives_of(groups_ptr, row, column, keep, N, GROUPED)
+        chosen = semihard_of(cos, negative, positive, margin) if SEMIHARD else negative
         if INFONCE:
-            share = tl.exp(cos * inv_temperature - top) / total
-            dcos = tl.where(negative | (offs == row), share, 0.0) - true
-            dcos *= inv_temperature
-        else:
-            tied = _candidates(cos, negative, positive, margin, SEMIHARD) & (cos == top)
-            share = tl.where(tied, 1.0 / tl.maximum(total, 1.0), 0.0)
-            dcos = tl.where(loss > 0, share - true, 0.0)
-        tl.store(cos_ptr + offs, dcos * scale, mask=offs < N)
+            chosen |= keep & (row == column)
+        value = tl.where(chosen, cos * inv_temperature if INFONCE else cos, float("-inf"))
+        top, total = merged(top, total, value, chosen.to(tl.float32), INFONCE)
+    highest, sums = gathered(top, total, 0, INFONCE)
+    # with those of the chunks before
+    before = (lane < N) & (first > 0)
+    other = tl.load(stats_ptr + 2 * N + lane, mask=before, other=float("-inf"))
+    more = tl.load(stats_ptr + 3 * N + lane, mask=before, other=0.0)
+    highest, sums = merged(highest, sums, other, more, INFONCE)
+    tl.store(stats_ptr + 2 * N + lane, highest, mask=lane < N)
+    tl.store(stats_ptr + 3 * N + lane, sums, mask=lane < N)
 
 
-@triton.jit
-def _tangent_rows_kernel(dunit_ptr, unit_ptr, norm_ptr, dx_ptr, D, BLOCK_D: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    dunit_ptr += row * D
-    unit_ptr += row * D
-    radial = tl.zeros((BLOCK_D,), tl.float32)
-    for start in tl.range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        dunit = tl.load(dunit_ptr + offs_d, mask=offs_d < D, other=0.0)
-        radial += dunit * tl.load(unit_ptr + offs_d, mask=offs_d < D, other=0.0)
-    along = tl.sum(radial)
-    norm = tl.load(norm_ptr + row)
-    for start in tl.range(0, D, BLOCK_D):
-        offs_d = start + tl.arange(0, BLOCK_D)
-        dunit = tl.load(dunit_ptr + offs_d, mask=offs_d < D, other=0.0)
-        unit = tl.load(unit_ptr + offs_d, mask=offs_d < D, other=0.0)
-        tl.store(dx_ptr + row * D + offs_d, (dunit - along * unit) / norm, mask=offs_d < D)
+@triton.jit(do_not_specialize=["N"])
+def _end_kernel(
+    positive_ptr,
+    wrongs_ptr,
+    count_ptr,
+    stats_ptr,
+    loss_ptr,
+    true_ptr,
+    wrong_ptr,
+    N,
+    margin,
+    inv_temperature,
+    BLOCK_N: tl.constexpr,
+    INFONCE: tl.constexpr,
+    WAYS: tl.constexpr,
+):
+    losses = tl.zeros((BLOCK_N,), tl.float32)
+    true = tl.zeros((BLOCK_N,), tl.float32)
+    wrong = tl.zeros((BLOCK_N,), tl.float32)
+    count = tl.zeros((BLOCK_N,), tl.float32)
+    for start in tl.range(0, N, BLOCK_N):
+        offs = start + tl.arange(0, BLOCK_N)
+        keep = offs < N
+        positive = tl.load(positive_ptr + offs, mask=keep, other=0.0)
+        true += positive
+        wrong += tl.load(wrongs_ptr + offs, mask=keep, other=0.0)
+        count += tl.load(count_ptr + offs, mask=keep, other=0.0)
+        for way in tl.static_range(WAYS):
+            total_ptrs = stats_ptr + (2 * way + 1) * N + offs
+            top = tl.load(stats_ptr + 2 * way * N + offs, mask=keep, other=0.0)
+            total = tl.load(total_ptrs, mask=keep, other=1.0)
+            loss, worth = losses_of(top, total, positive, margin, inv_temperature, INFONCE)
+            losses += tl.where(keep, loss, 0.0)
+            tl.store(total_ptrs, worth, mask=keep)
+    tl.store(loss_ptr, tl.sum(losses) / (WAYS * N))
+    tl.store(true_ptr, tl.sum(true) / N)
+    tl.store(wrong_ptr, tl.sum(wrong) / tl.sum(count))
 
 
-def tangent_rows(dunit: Tensor, unit: Tensor, norm: Tensor) -> Tensor:
-    """Return the gradient for rows, given that for the same rows scaled to length one."""
-    dx = torch.empty_like(unit)
-    block_d = min(4096, triton.next_power_of_2(unit.shape[1]))
-    _tangent_rows_kernel[(len(unit),)](
-        dunit, unit, norm, dx, unit.shape[1], BLOCK_D=block_d, num_warps=8
-    )
-    return dx
+def rows_at_once(N: int, most_cosines: int) -> int:
+    """Rows of a chunk of cosines: all of them if they are to be kept."""
+    return max(1, min(N, most_cosines // N))
 
 
 def pooled_alignment_loss_many(
-    hidden: Tensor,
-    weight: Tensor,
-    offsets: Tensor,
-    groups: Tensor | None,
-    margin: float,
-    inv_temperature: float,
-    flags: dict[str, bool],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Launch; the flags are the constants of the kernel for few pairs."""
-    unit, norm = unit_rows(segment_mean(hidden, weight, offsets))
-    dunit = torch.zeros_like(unit)
-    sides, dsides = unit.chunk(2), dunit.chunk(2)
-    N = len(sides[0])
-    ways = 2 if flags["TWO_WAY"] else 1
-    rows = unit.new_empty(ways, 4, N)
-    step = max(1, min(N, _CHUNK // N))
-    buffer = unit.new_empty(step, N)
-    for way in range(ways):
-        own, other = sides[way], sides[1 - way]
-        for first in range(0, N, step):
-            chunk = slice(first, min(first + step, N))
-            cos = torch.mm(own[chunk], other.T, out=buffer[: chunk.stop - first])
-            _row_loss_kernel[(len(cos),)](
-                cos,
-                offsets if groups is None else groups.contiguous(),
-                *rows[way],
-                N,
-                first,
-                margin,
-                inv_temperature,
-                1 / (ways * N),
-                BLOCK_N=min(1024, triton.next_power_of_2(N)),
-                **{name: flags[name] for name in ("INFONCE", "SEMIHARD", "GROUPED")},
-                num_warps=4,
-            )
-            dsides[way][chunk].addmm_(cos, other)
-            dsides[1 - way].addmm_(cos.T, own[chunk])
-    losses, true, wrong, count = rows[:, 0], *rows[0, 1:]
-    dpooled = tangent_rows(dunit, unit, norm)
-    return losses.mean(), true.mean(), wrong.sum() / count.sum(), dpooled
+    hidden: Tensor, weight: Tensor, offsets: Tensor, choice: Choice, most_cosines: int
+) -> tuple[Tensor, ...]:
+    """Launch; see ``tli_engine::pooled_alignment_loss``."""
+    words, H = offsets.shape[0] - 1, hidden.shape[1]
+    N = words // 2
+    hidden, offsets = with_dense_rows(hidden), offsets.contiguous()
+    groups = offsets if choice.groups is None else choice.groups.contiguous()
+    pooled = torch.empty(words, H, dtype=torch.float32, device=hidden.device)
+    norm, stats = pooled.new_empty(words), pooled.new_empty(2 * choice.ways + 1, N)
+    positive, wrongs, count = stats[-1], pooled.new_empty(N), pooled.new_empty(N)
+    _pool_pairs_kernel[(N,)](
+        hidden,
+        weight.contiguous(),
+        offsets,
+        pooled,
+        norm,
+        positive,
+        H,
+        hidden.stride(0),
+        BLOCK_H=min(MOST_BLOCK, triton.next_power_of_2(H)),
+        UNROLL=4,
+        num_warps=4,
+    )
+    step = rows_at_once(N, most_cosines)
+    cos = pooled.new_empty(step, N)
+    numbers = (choice.margin, choice.inv_temperature)
+    constants = choice.constants
+    ways = constants.pop("WAYS")
+    constants["SEMIHARD"] = choice.loss == "triplet-semihard"
+    block = min(MOST_BLOCK, triton.next_power_of_2(N))
+    for first in range(0, N, step):
+        last = min(first + step, N)
+        chunk = torch.mm(pooled[first:last], pooled[N:].T, out=cos[: last - first])
+        _row_tops_kernel[(len(chunk),)](
+            chunk, norm, positive, groups, stats, wrongs, count, N, first, *numbers,
+            BLOCK_N=block, **constants, num_warps=4,
+        )  # fmt: skip
+        if ways == 2:
+            _column_tops_kernel[(triton.cdiv(N, COLUMNS),)](
+                chunk, positive, groups, stats, N, first, last, *numbers,
+                ROWS=ROWS, COLUMNS=COLUMNS, **constants, num_warps=4,
+            )  # fmt: skip
+    loss, true, wrong = (pooled.new_empty(()) for _ in range(3))
+    del constants["GROUPED"], constants["SEMIHARD"]
+    _end_kernel[(1,)](
+        positive, wrongs, count, stats, loss, true, wrong, N, *numbers,
+        BLOCK_N=block, WAYS=ways, **constants, num_warps=4,
+    )  # fmt: skip
+    kept = cos if most_cosines >= N * N else cos.new_empty(0, N)
+    return loss, true, wrong, pooled, norm, kept, stats

@@ -22,6 +22,28 @@ def divide(a, b):
 
 
 @triton.jit
+def mean_of(
+    x_ptr, weight_ptr, offsets_ptr, segment, offs_d, keep_d, stride, UNROLL: tl.constexpr,
+    ACC: tl.constexpr,
+):  # fmt: skip
+    """Mean of a segment's rows, some columns; zeros for a segment of no weight."""
+    first = tl.load(offsets_ptr + segment)
+    last = tl.load(offsets_ptr + segment + 1)
+    acc = tl.zeros(offs_d.shape, ACC)
+    total = tl.full((), 0, ACC)
+    for start in tl.range(first, last, UNROLL):
+        for i in tl.static_range(UNROLL):
+            row = start + i
+            w = tl.load(weight_ptr + row, mask=row < last, other=0.0).to(ACC)
+            x_ptrs = x_ptr + row * stride + offs_d
+            x = tl.load(x_ptrs, mask=keep_d & (row < last), other=0.0).to(ACC)
+            # not the product alone: a row left out may be infinite
+            acc += tl.where(w != 0, x * w, 0.0)
+            total += w
+    return divide(acc, tl.where(total == 0, 1, total) + tl.zeros(offs_d.shape, ACC))
+
+
+@triton.jit
 def _segment_mean_fwd_kernel(
     x_ptr,
     weight_ptr,
@@ -34,22 +56,9 @@ def _segment_mean_fwd_kernel(
     ACC: tl.constexpr,
 ):
     segment = tl.program_id(0).to(tl.int64)
-    first = tl.load(offsets_ptr + segment)
-    last = tl.load(offsets_ptr + segment + 1)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     keep_d = offs_d < D
-    acc = tl.zeros((BLOCK_D,), ACC)
-    total = tl.full((), 0, ACC)
-    for start in tl.range(first, last, UNROLL):
-        for i in tl.static_range(UNROLL):
-            row = start + i
-            w = tl.load(weight_ptr + row, mask=row < last, other=0.0).to(ACC)
-            x_ptrs = x_ptr + row * stride_xt + offs_d
-            x = tl.load(x_ptrs, mask=keep_d & (row < last), other=0.0).to(ACC)
-            # not the product alone: a row left out may be infinite
-            acc += tl.where(w != 0, x * w, 0.0)
-            total += w
-    mean = divide(acc, tl.where(total == 0, 1, total) + tl.zeros((BLOCK_D,), ACC))
+    mean = mean_of(x_ptr, weight_ptr, offsets_ptr, segment, offs_d, keep_d, stride_xt, UNROLL, ACC)
     tl.store(mean_ptr + segment * D + offs_d, mean, mask=keep_d)
 
 

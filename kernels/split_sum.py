@@ -17,7 +17,7 @@ _MAX_SPLIT = 128
 
 
 @triton.jit
-def _is_last(lock_ptr, count: tl.constexpr):
+def arrives_last(lock_ptr, count):
     """Count this program in; whether all have come, in which case the counter is zero again."""
     # every thread's part is written before one of them says so
     tl.debug_barrier()
@@ -28,7 +28,8 @@ def _is_last(lock_ptr, count: tl.constexpr):
 
 
 @triton.jit
-def _add(part_ptr, offs, keep, stride, count: tl.constexpr):
+def add_parts(part_ptr, offs, keep, stride, count: tl.constexpr):
+    """Sum of so many parts, in order; read from the L2 cache, where other programs' are."""
     total = tl.load(part_ptr + offs, mask=keep, other=0.0, cache_modifier=".cg")
     for i in tl.static_range(1, count):
         total += tl.load(part_ptr + i * stride + offs, mask=keep, other=0.0, cache_modifier=".cg")
@@ -48,15 +49,15 @@ def sum_of_parts(acc, part_ptr, lock_ptr, part, offs, keep, stride, SPLIT: tl.co
         tl.store(part_ptr + part * stride + offs, acc, mask=keep)
         group = part // GROUP
         first = group * GROUP
-        is_last = _is_last(lock_ptr + group, GROUP)
+        is_last = arrives_last(lock_ptr + group, GROUP)
         if is_last:
-            acc = _add(part_ptr + first * stride, offs, keep, stride, GROUP)
+            acc = add_parts(part_ptr + first * stride, offs, keep, stride, GROUP)
         if GROUPS > 1 and is_last:
             # its members are done with the first of their parts
             tl.store(part_ptr + first * stride + offs, acc, mask=keep)
-            is_last = _is_last(lock_ptr + 63, GROUPS)
+            is_last = arrives_last(lock_ptr + 63, GROUPS)
             if is_last:
-                acc = _add(part_ptr, offs, keep, stride * GROUP, GROUPS)
+                acc = add_parts(part_ptr, offs, keep, stride * GROUP, GROUPS)
     return acc, is_last
 
 

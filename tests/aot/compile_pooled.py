@@ -3,6 +3,7 @@
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
+import itertools
 import json
 import re
 import sys
@@ -18,6 +19,8 @@ from triton.compiler import ASTSource
 from tli_engine.kernels import (
     cosine_similarity,
     pooled_alignment_loss,
+    pooled_alignment_loss_backward,
+    pooled_alignment_loss_backward_many,
     pooled_alignment_loss_many,
     segment_mean,
     segment_mean_backward,
@@ -28,8 +31,11 @@ POINTERS = {"offsets_ptr": "*i64", "groups_ptr": "*i64", "lock_ptr": "*i32"}
 SCALARS = {"margin": "fp32", "inv_temperature": "fp32", "scale": "fp32"}
 # hidden sizes and row strides are multiples of 16 in every model, which the launcher tells Triton too
 DIVISIBLE = {"D", "H", "stride_xt", "stride_ht", "stride_xn", "stride_ym"}
-INFONCE = {"INFONCE": True, "SEMIHARD": False}
-SEMIHARD = {"INFONCE": False, "SEMIHARD": True}
+LOSSES = {
+    "infonce": {"INFONCE": True, "SEMIHARD": False},
+    "hardest": {"INFONCE": False, "SEMIHARD": False},
+    "semihard": {"INFONCE": False, "SEMIHARD": True},
+}
 Case = tuple[Any, str, set[str], dict[str, Any], int]
 
 
@@ -39,7 +45,7 @@ def cases() -> dict[str, Case]:
     for name, acc in (("bf16", tl.float32), ("fp32", tl.float32), ("fp64", tl.float64)):
         forward = {"BLOCK_D": 1024, "UNROLL": segment_mean.UNROLL, "ACC": acc}
         backward = {
-            "BLOCK_D": 1024, "BLOCK_T": 32, "ACC": acc, "SCALED": name != "fp64", "PORTABLE": False,
+            "BLOCK_D": 1024, "BLOCK_T": 32, "ACC": acc, "PORTABLE": False,
         }  # fmt: skip
         found[f"mean-{name}"] = (
             segment_mean._segment_mean_fwd_kernel, name, {"x_ptr"}, forward, 4,
@@ -56,32 +62,59 @@ def cases() -> dict[str, Case]:
         found[f"cosine-{block}-{split}"] = (
             cosine_similarity._cosine_few_kernel, "fp32", rows, tile, 4,
         )  # fmt: skip
-        for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
-            block_k, warps = pooled_alignment_loss.pooled_tile(block, dtype)
-            pooled = tile | {"BLOCK_K": block_k, "UNROLL": pooled_alignment_loss.UNROLL}
-            found[f"pooled-{block}-{split}-{name}"] = (
-                pooled_alignment_loss._pooled_cosine_kernel, name, {"hidden_ptr"}, pooled, warps,
-            )  # fmt: skip
-    return found | losses()
+    return found | few() | many()
 
 
-def losses() -> dict[str, Case]:
-    """The kernels of the loss itself, which see fp32 alone."""
+def few() -> dict[str, Case]:
+    """The two kernels of up to 64 pairs."""
     found: dict[str, Case] = {}
-    gradient = pooled_alignment_loss._pooled_gradient_kernel
-    many = pooled_alignment_loss_many
-    for name, loss in (("infonce", INFONCE), ("semihard", SEMIHARD)):
-        for B in (16, 32, 64):
-            for ways in (1, 2):
-                constants = {
-                    "B": B, "BLOCK_K": pooled_alignment_loss.COLUMNS, "TWO_WAY": ways == 2,
-                    "GROUPED": True, **loss,
-                }  # fmt: skip
-                warps = pooled_alignment_loss.gradient_warps(B)
-                found[f"gradient-{B}-{ways}-{name}"] = (gradient, "fp32", set(), constants, warps)
-        rows = {"BLOCK_N": 1024, "GROUPED": True, **loss}
-        found[f"rows-{name}"] = (many._row_loss_kernel, "fp32", set(), rows, 4)
-    found["tangent"] = (many._tangent_rows_kernel, "fp32", set(), {"BLOCK_D": 4096}, 8)
+    for N, loss, dtype in itertools.product((16, 32, 64), LOSSES, ("bf16", "fp32")):
+        shared = {"EVEN": True, "UNROLL": pooled_alignment_loss.UNROLL, "GROUPED": True, "WAYS": 2}
+        words, columns, warps = pooled_alignment_loss.forward_tile(N)
+        constants = {
+            "W": words, "BLOCK_K": columns, "SPLIT": 32, "TILES": N // words, "APART": 32,
+            **shared, **LOSSES[loss],
+        }  # fmt: skip
+        found[f"few-{N}-{loss}-{dtype}"] = (
+            pooled_alignment_loss._pooled_loss_kernel, dtype, {"hidden_ptr"}, constants, warps,
+        )  # fmt: skip
+        words, columns, warps = pooled_alignment_loss_backward.backward_tile(N)
+        constants = {
+            "W": words, "BLOCK_K": columns, "B": N, "PORTABLE": False, **shared,
+            "INFONCE": loss == "infonce",
+        }  # fmt: skip
+        kernel = pooled_alignment_loss_backward._hidden_gradient_kernel
+        found[f"few-backward-{N}-{loss}-{dtype}"] = (
+            kernel, dtype, {"dhidden_ptr"}, constants, warps,
+        )  # fmt: skip
+    return found
+
+
+def many() -> dict[str, Case]:
+    """The kernels of more pairs."""
+    forward, backward = pooled_alignment_loss_many, pooled_alignment_loss_backward_many
+    block = forward.MOST_BLOCK
+    pool = {"BLOCK_H": block, "UNROLL": 4}
+    rows = {"BLOCK_H": block, "BLOCK_T": 32, "PORTABLE": False}
+    found: dict[str, Case] = {
+        "pairs": (forward._pool_pairs_kernel, "bf16", {"hidden_ptr"}, pool, 4),
+        "word-rows": (backward._word_rows_kernel, "bf16", {"dhidden_ptr"}, rows, 4),
+    }
+    columns = {"ROWS": forward.ROWS, "COLUMNS": forward.COLUMNS, "GROUPED": True}
+    for name, loss in LOSSES.items():
+        infonce = {"INFONCE": loss["INFONCE"]}
+        across = {"BLOCK_N": block, "GROUPED": True}
+        for key, kernel, constants in (
+            ("rows", forward._row_tops_kernel, {**across, **loss}),
+            ("columns", forward._column_tops_kernel, {**columns, **loss}),
+            ("end", forward._end_kernel, {"BLOCK_N": block, "WAYS": 2, **infonce}),
+            (
+                "gradient",
+                backward._cosine_gradient_kernel,
+                {**across, "MADE": False, "WAYS": 2, **infonce},
+            ),
+        ):
+            found[f"{key}-{name}"] = (kernel, "fp32", set(), constants, 4)
     return found
 
 
@@ -110,6 +143,10 @@ def compile_case(case: Case, capability: int) -> Any:
         },
     )
     options = {"num_warps": warps, "launch_pdl": constants.get("OVERLAP", False)}
+    if "INFONCE" in names:
+        options["enable_fp_fusion"] = False
+    if "OVERLAP" in names:
+        options["num_stages"] = 1
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 

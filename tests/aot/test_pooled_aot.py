@@ -14,7 +14,8 @@ pytest.importorskip("triton")
 ARCHITECTURES = {80: 163, 89: 99, 90: 227, 100: 227}
 EXPECTED = {
     *("mean-bf16", "mean-backward-bf16", "mean-fp64", "unit-fp32", "cosine-32-32"),
-    *("pooled-32-32-bf16", "gradient-64-2-infonce", "gradient-64-2-semihard", "rows-infonce"),
+    *("few-64-infonce-bf16", "few-backward-64-infonce-bf16", "few-64-semihard-fp32", "pairs"),
+    *("rows-infonce", "columns-semihard", "gradient-hardest", "end-infonce", "word-rows"),
 }
 
 

@@ -1,5 +1,6 @@
 """The fused loss against the chain of ops that it stands for, and its kernels against it."""
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,17 +13,15 @@ from torch import Tensor
 from tli_engine.align.losses import alignment_loss
 from tli_engine.config import AlignConfig
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
-from tli_engine.reference import pooled_alignment_loss as reference
 from tli_engine.testing import assert_within_error_budget
 
 pytest.importorskip("triton")
-from tli_engine.kernels import pooled_alignment_loss as few
-from tli_engine.kernels import pooled_alignment_loss_many as many
-from tli_engine.kernels.pooled_alignment_loss_backward import (
-    pooled_alignment_loss_backward as triton_backward,
-)
+from tli_engine.kernels import pooled_alignment_loss as forward
+from tli_engine.kernels import pooled_alignment_loss_backward as backward
 
 OPS = torch.ops.tli_engine
+# the module, not the function that hides it
+ops = importlib.import_module("tli_engine.ops.pooled_alignment_loss")
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 LOSSES = ["infonce", "triplet-hardest", "triplet-semihard"]
 BATCHES = [  # pairs, hidden size
@@ -75,30 +74,23 @@ def with_gradient(function: Any, hidden: Tensor, *args: Any, **choice: Any) -> t
     return loss.detach(), true.detach(), wrong.detach(), torch.autograd.grad(loss, leaf)[0]
 
 
-def launch(kernel: Any, inputs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
-    """A kernel of the forward, then that of the backward; as :func:`with_gradient`."""
-    loss, true, wrong, dpooled = kernel(*inputs, *rest)
-    one = torch.ones_like(loss)
-    return loss, true, wrong, triton_backward(one, dpooled, *inputs[1:], inputs[0].dtype)
+def launch(how: str, inputs: Sequence[Tensor], *rest: Any) -> tuple[Tensor, ...]:
+    """Both directions of the kernels for few pairs or for many, of these with cosines kept or, of
+    more than 4 pairs, in chunks that are not; as :func:`with_gradient`."""
+    groups, loss, _, temperature, _ = rest
+    hidden, weight, offsets = inputs
+    most_cosines = 4 * (len(offsets) // 2) if how == "chunks" else 1 << 24
+    with pytest.MonkeyPatch.context() as patch:
+        if how != "few":
+            patch.setattr(forward, "MOST_PAIRS", 0)
+        value, true, wrong, *kept = forward.pooled_alignment_loss(*inputs, *rest, most_cosines)
+        choice = (groups, loss, temperature, hidden.dtype, most_cosines)
+        one = torch.ones_like(value)
+        dhidden = backward.pooled_alignment_loss_backward(one, *kept, weight, offsets, *choice)
+    return value, true, wrong, dhidden
 
 
-def as_many(*args: Any) -> tuple[Tensor, ...]:
-    """The launcher for many pairs, on as few as there are."""
-    hidden, weight, offsets, groups, loss, margin, temperature, two_way = args
-    flags = {
-        "INFONCE": loss == "infonce",
-        "SEMIHARD": loss == "triplet-semihard",
-        "TWO_WAY": two_way,
-        "GROUPED": groups is not None,
-    }
-    return many.pooled_alignment_loss_many(
-        hidden, weight, offsets, groups, margin, 1 / temperature, flags
-    )
-
-
-KERNELS = pytest.mark.parametrize(
-    "kernel", [few.pooled_alignment_loss, as_many], ids=["few", "many"]
-)
+KERNELS = pytest.mark.parametrize("how", ["few", "many", "chunks"])
 
 
 @pytest.mark.parametrize("two_way", [True, False], ids=["two-way", "one-way"])
@@ -118,17 +110,17 @@ def test_reference_is_the_chain_of_ops(N: int, loss: Any, grouped: bool, two_way
     N=st.integers(1, 12),
     groups=st.integers(1, 12),
     loss=st.sampled_from(LOSSES),
-    rows=st.integers(1, 5),
+    most_cosines=st.integers(1, 60),
     seed=st.integers(0, 2**31),
 )
 def test_chunks_of_any_size_change_nothing(
-    N: int, groups: int, loss: Any, rows: int, seed: int
+    N: int, groups: int, loss: Any, most_cosines: int, seed: int
 ) -> None:
     torch.manual_seed(seed)
     inputs = (*make_inputs(N, 6, torch.float64), torch.randint(groups, (2, N)))
     expected = with_gradient(chain, *inputs, loss=loss)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reference, "_ROWS", rows)
+        patch.setattr(ops, "_MOST_COSINES", most_cosines)
         actual = with_gradient(pooled_alignment_loss, *inputs, loss=loss)
     torch.testing.assert_close(actual, expected, rtol=1e-11, atol=1e-11, equal_nan=True)
 
@@ -138,11 +130,11 @@ def test_chunks_of_any_size_change_nothing(
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize(("N", "H"), BATCHES)
 def test_kernels_err_no_more_than_plain_torch(
-    N: int, H: int, loss: str, two_way: bool, kernel: Any, device: torch.device
+    N: int, H: int, loss: str, two_way: bool, how: str, device: torch.device
 ) -> None:
     inputs = make_inputs(N, H, torch.float32, device)
     groups = make_groups(N, device)
-    actual = launch(kernel, inputs, groups, loss, 0.4, 0.05, two_way)
+    actual = launch(how, inputs, groups, loss, 0.4, 0.05, two_way)
     choice = {"loss": loss, "two_way": two_way}
     plain = with_gradient(chain, *inputs, groups, **choice)
     exact = with_gradient(chain, inputs[0].double(), *inputs[1:], groups, **choice)
@@ -156,9 +148,9 @@ def test_kernels_err_no_more_than_plain_torch(
 @KERNELS
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_every_dtype(dtype: torch.dtype, loss: str, kernel: Any, device: torch.device) -> None:
+def test_every_dtype(dtype: torch.dtype, loss: str, how: str, device: torch.device) -> None:
     inputs = make_inputs(12, 96, dtype, device)
-    actual = launch(kernel, inputs, None, loss, 0.4, 0.05, True)
+    actual = launch(how, inputs, None, loss, 0.4, 0.05, True)
     plain = with_gradient(chain, *inputs, None, loss=loss)
     exact = with_gradient(chain, inputs[0].double(), *inputs[1:], None, loss=loss)
     assert [x.dtype for x in actual] == [torch.float32] * 3 + [dtype]
@@ -166,28 +158,47 @@ def test_every_dtype(dtype: torch.dtype, loss: str, kernel: Any, device: torch.d
         assert_within_error_budget(got, same, truth, floor=2e-6)
 
 
-def test_more_pairs_than_few_are_taken_in_chunks(
-    device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_more_pairs_than_few(device: torch.device) -> None:
     inputs = make_inputs(70, 40, torch.float32, device)
     rest = (make_groups(70, device), "infonce", 0.4, 0.05, True)
-    whole = few.pooled_alignment_loss(*inputs, *rest)
-    monkeypatch.setattr(many, "_CHUNK", 70 * 16)
-    for got, expected in zip(few.pooled_alignment_loss(*inputs, *rest), whole, strict=True):
+    whole, chunks = (launch(how, inputs, *rest) for how in ("few", "chunks"))
+    for got, expected in zip(chunks, whole, strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-7)
     exact = with_gradient(chain, inputs[0].double(), *inputs[1:], rest[0])
-    torch.testing.assert_close(whole[0].double(), exact[0], rtol=1e-5, atol=0)
+    for got, truth in zip(whole, exact, strict=True):
+        torch.testing.assert_close(got.double(), truth, rtol=1e-5, atol=1e-6)
+
+
+@KERNELS
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_tokens_of_no_word_get_no_gradient(
+    dtype: torch.dtype, how: str, device: torch.device
+) -> None:
+    """A pack may be filled up: what lies beyond its last word is not read, and its gradient is 0."""
+    hidden, weight, offsets = make_inputs(6, 24, dtype, device)
+    rest = (make_groups(6, device), "infonce", 0.4, 0.05, True)
+    expected = launch(how, (hidden, weight, offsets), *rest)
+    filled = torch.cat([hidden, torch.full_like(hidden, torch.nan)])
+    inputs = (filled, torch.cat([weight, torch.ones_like(weight)]), offsets)
+    *results, dhidden = launch(how, inputs, *rest)
+    T = len(hidden)
+    assert (dhidden[T:] == 0).all()
+    for got, same in zip((*results, dhidden[:T]), expected, strict=True):
+        assert torch.equal(got, same)
+    plain = with_gradient(pooled_alignment_loss, *inputs, rest[0])
+    assert (plain[3][T:] == 0).all()
+    torch.testing.assert_close(plain[3][:T], expected[3], rtol=1e-2, atol=1e-5)
 
 
 @KERNELS
 @pytest.mark.parametrize("loss", LOSSES[1:])
 def test_equally_hard_negatives_share_the_gradient(
-    loss: Any, kernel: Any, device: torch.device
+    loss: Any, how: str, device: torch.device
 ) -> None:
     """Targets 1 and 2 are the same word twice: both are the hardest of source 0."""
     hidden = torch.tensor([[3.0, 4], [0, 1], [1, 0], [3, 4.2], [1, 1], [1, 1]], device=device)
     inputs = (hidden, torch.ones(6, device=device), torch.arange(7, device=device))
-    actual = launch(kernel, inputs, None, loss, 0.4, 0.05, True)
+    actual = launch(how, inputs, None, loss, 0.4, 0.05, True)
     exact = with_gradient(chain, hidden.double(), *inputs[1:], None, loss=loss)
     assert exact[0] > 0
     for got, truth in zip(actual, exact, strict=True):
@@ -199,46 +210,45 @@ def test_equally_hard_negatives_share_the_gradient(
 
 @KERNELS
 @pytest.mark.parametrize("loss", LOSSES)
-def test_no_negatives(loss: str, kernel: Any, device: torch.device) -> None:
+def test_no_negatives(loss: str, how: str, device: torch.device) -> None:
     inputs = make_inputs(5, 16, torch.float32, device)
     same = torch.zeros(2, 5, dtype=torch.int64, device=device)
-    value, true, wrong, dhidden = launch(kernel, inputs, same, loss, 0.4, 0.05, True)
+    value, true, wrong, dhidden = launch(how, inputs, same, loss, 0.4, 0.05, True)
     assert value == 0
     assert true.isfinite()
     assert wrong.isnan()
-    # of InfoNCE up to the rounding of a softmax over one
     assert (dhidden == 0).all()
 
 
 @KERNELS
 @pytest.mark.parametrize("loss", LOSSES)
-def test_a_row_of_no_weight_may_be_infinite(loss: str, kernel: Any, device: torch.device) -> None:
+def test_a_row_of_no_weight_may_be_infinite(loss: str, how: str, device: torch.device) -> None:
     hidden, weight, offsets = make_inputs(6, 16, torch.float32, device)
-    expected = launch(kernel, (hidden, weight, offsets), None, loss, 0.4, 0.05, True)
+    expected = launch(how, (hidden, weight, offsets), None, loss, 0.4, 0.05, True)
     hidden[weight == 0] = torch.inf
     assert (weight == 0).any()
-    actual = launch(kernel, (hidden, weight, offsets), None, loss, 0.4, 0.05, True)
+    actual = launch(how, (hidden, weight, offsets), None, loss, 0.4, 0.05, True)
     assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @KERNELS
 @pytest.mark.parametrize("loss", LOSSES)
-def test_nan_is_not_swallowed(loss: str, kernel: Any, device: torch.device) -> None:
+def test_nan_is_not_swallowed(loss: str, how: str, device: torch.device) -> None:
     inputs = make_inputs(6, 16, torch.float32, device)
     inputs[0][0] = torch.nan
-    assert launch(kernel, inputs, None, loss, 0.4, 0.05, True)[0].isnan()
+    assert launch(how, inputs, None, loss, 0.4, 0.05, True)[0].isnan()
 
 
 @KERNELS
-def test_extreme_temperatures_stay_finite(kernel: Any, device: torch.device) -> None:
+def test_extreme_temperatures_stay_finite(how: str, device: torch.device) -> None:
     inputs = make_inputs(6, 16, torch.float32, device)
     for temperature in (1e-4, 1e4):
-        results = launch(kernel, inputs, None, "infonce", 0.4, temperature, True)
+        results = launch(how, inputs, None, "infonce", 0.4, temperature, True)
         assert all(x.isfinite().all() for x in results)
 
 
 @KERNELS
-def test_strided_inputs(kernel: Any, device: torch.device) -> None:
+def test_strided_inputs(how: str, device: torch.device) -> None:
     hidden, weight, offsets = make_inputs(5, 16, torch.float32, device)
     groups = make_groups(5, device)
     strided = (
@@ -247,15 +257,15 @@ def test_strided_inputs(kernel: Any, device: torch.device) -> None:
         torch.stack([offsets, offsets + 99], 1)[:, 0],
     )
     arguments = ("infonce", 0.4, 0.05, True)
-    dense = launch(kernel, (hidden, weight, offsets), groups, *arguments)
-    other = launch(kernel, strided, groups.T.contiguous().T, *arguments)
+    dense = launch(how, (hidden, weight, offsets), groups, *arguments)
+    other = launch(how, strided, groups.T.contiguous().T, *arguments)
     assert all(torch.equal(a, b) for a, b in zip(dense, other, strict=True))
 
 
 def test_is_deterministic_bit_for_bit(device: torch.device) -> None:
     inputs = make_inputs(33, 300, torch.bfloat16, device)
-    for kernel in (few.pooled_alignment_loss, as_many):
-        first, again = (launch(kernel, inputs, None, "infonce", 0.4, 0.05, True) for _ in range(2))
+    for how in ("few", "many", "chunks"):
+        first, again = (launch(how, inputs, None, "infonce", 0.4, 0.05, True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -292,13 +302,14 @@ def test_operator_contract(dtype: torch.dtype, grouped: bool, device: torch.devi
     """Schema, fake tensors, autograd registration and AOT dispatch agree with the op."""
     hidden, weight, offsets = make_inputs(3, 8, dtype, device)
     groups = make_groups(3, device) if grouped else None
-    args = (hidden.requires_grad_(), weight, offsets, groups, "infonce", 0.4, 0.05, True)
-    torch.library.opcheck(OPS.pooled_alignment_loss.default, args)
-    dloss = torch.tensor(0.5, device=device)
-    dpooled = torch.randn(6, 8, device=device)
-    torch.library.opcheck(
-        OPS.pooled_alignment_loss_backward.default, (dloss, dpooled, weight, offsets, dtype)
-    )
+    for most_cosines in (9, 8):
+        args = (weight, offsets, groups, "infonce", 0.4, 0.05, True, most_cosines)
+        torch.library.opcheck(OPS.pooled_alignment_loss.default, (hidden.requires_grad_(), *args))
+        kept = OPS.pooled_alignment_loss.default(hidden.detach(), *args)[3:]
+        assert len(kept[2]) == (3 if most_cosines == 9 else 0)
+        dloss = torch.tensor(0.5, device=device)
+        args = (dloss, *kept, weight, offsets, groups, "infonce", 0.05, dtype, most_cosines)
+        torch.library.opcheck(OPS.pooled_alignment_loss_backward.default, args)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])

@@ -33,9 +33,13 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, .
     cos, x_norm, y_norm = output
     ctx.save_for_backward(*inputs, cos, x_norm, y_norm)
     ctx.mark_non_differentiable(x_norm, y_norm)
+    # no zeros for the norms, which have no gradient
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dcos: Tensor, *_: Tensor) -> tuple[Tensor | None, Tensor | None]:
+def _backward(ctx: Any, dcos: Tensor | None, *_: Any) -> tuple[Tensor | None, Tensor | None]:
+    if dcos is None:
+        return None, None
     x, y, cos, x_norm, y_norm = ctx.saved_tensors
     x_unit, y_unit = x.to(cos.dtype) / x_norm, y.to(cos.dtype) / y_norm
     radial = dcos * cos

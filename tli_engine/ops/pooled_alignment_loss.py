@@ -14,30 +14,38 @@ from tli_engine.reference.pooled_alignment_loss_backward import (
 _OP = "tli_engine::pooled_alignment_loss"
 _BACKWARD = "tli_engine::pooled_alignment_loss_backward"
 _LOSSES = ("infonce", "triplet-hardest", "triplet-semihard")
+# held at once, and kept for the gradient if there are no more: 64 MiB
+_MOST_COSINES = 1 << 24
 
 torch.library.define(
     _OP,
     "(Tensor hidden, Tensor weight, Tensor offsets, Tensor? groups, str loss, float margin, "
-    "float temperature, bool two_way) -> (Tensor, Tensor, Tensor, Tensor)",
+    "float temperature, bool two_way, int most_cosines) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
 torch.library.define(
     _BACKWARD,
-    "(Tensor dloss, Tensor dpooled, Tensor weight, Tensor offsets, ScalarType dtype) -> Tensor",
+    "(Tensor dloss, Tensor pooled, Tensor norm, Tensor cos, Tensor stats, Tensor weight, "
+    "Tensor offsets, Tensor? groups, str loss, float temperature, ScalarType dtype, "
+    "int most_cosines) -> Tensor",
 )
 
 
 @torch.library.register_fake(_OP)
 def _fake(hidden: Tensor, weight: Tensor, offsets: Tensor, *args: Any) -> tuple[Tensor, ...]:
+    two_way, most_cosines = args[-2:]
+    words, H = offsets.shape[0] - 1, hidden.shape[1]
+    N = words // 2
+    kept = N if most_cosines >= N * N else 0
+    shapes = ((), (), (), (words, H), (words,), (kept, N), (5 if two_way else 3, N))
     acc = torch.promote_types(hidden.dtype, torch.float32)
-    scalars = (hidden.new_empty((), dtype=acc) for _ in range(3))
-    return (*scalars, hidden.new_empty(offsets.shape[0] - 1, hidden.shape[1], dtype=acc))
+    return tuple(hidden.new_empty(shape, dtype=acc) for shape in shapes)
 
 
 @torch.library.register_fake(_BACKWARD)
-def _fake_backward(
-    dloss: Tensor, dpooled: Tensor, weight: Tensor, offsets: Tensor, dtype: torch.dtype
-) -> Tensor:
-    return dpooled.new_empty(weight.shape[0], dpooled.shape[1], dtype=dtype)
+def _fake_backward(dloss: Tensor, pooled: Tensor, *args: Any) -> Tensor:
+    weight, dtype = args[3], args[-2]
+    return pooled.new_empty(weight.shape[0], pooled.shape[1], dtype=dtype)
 
 
 torch.library.impl(_OP, "CPU")(_reference)
@@ -55,17 +63,20 @@ def _cuda_backward(*args: Any) -> Tensor:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, offsets = inputs[:3]
-    ctx.save_for_backward(output[3], weight, offsets)
+    hidden, weight, offsets, groups, ctx.loss, _, ctx.temperature, _, ctx.most_cosines = inputs
+    ctx.save_for_backward(*output[3:], weight, offsets, groups)
     ctx.mark_non_differentiable(*output[1:])
+    # no zeros for the outputs that have no gradient: each would be a launch
+    ctx.set_materialize_grads(False)
     ctx.dtype = hidden.dtype
 
 
-def _backward(ctx: Any, dloss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-    if not ctx.needs_input_grad[0]:
-        return (None,) * 8
+def _backward(ctx: Any, dloss: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
+    if dloss is None or not ctx.needs_input_grad[0]:
+        return (None,) * 9
     op = torch.ops.tli_engine.pooled_alignment_loss_backward.default
-    return (op(dloss, *ctx.saved_tensors, ctx.dtype), *(None,) * 7)
+    rest = (ctx.loss, ctx.temperature, ctx.dtype, ctx.most_cosines)
+    return (op(dloss, *ctx.saved_tensors, *rest), *(None,) * 8)
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
@@ -93,12 +104,14 @@ def pooled_alignment_loss(
 
     where a triplet's j is any negative, or a semi-hard one, :math:`c_{ii} - m < c_{ij} < c_{ii}`. The
     loss is the mean over i; with ``two_way`` the mean of both directions. Equally hard negatives
-    share the gradient. No mask, and of a large batch no whole matrix of cosines, is ever held.
+    share the gradient. No mask is held, and of more than 4096 pairs no whole matrix of cosines. The
+    gradient is rounded to ``hidden``'s dtype once, the factor that comes in included.
 
     Args:
         hidden: Hidden states of a pack, ``[T, H]``; bf16, fp16 or fp32, on the CPU fp64 too.
         weight: Weight of each token in its word's mean, ``[T]``, floating point, not negative.
-        offsets: First token of each source, of each target, then ``T``; ``[2 N + 1]``, int64.
+        offsets: First token of each source, of each target, then the last one's end; ``[2 N + 1]``,
+            int64. Tokens from there on, which fill a pack up, are of no word; their gradient is 0.
         groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64: pairs that share one
             are no negatives of each other. ``None`` takes all others for negatives.
         loss: ``infonce``, ``triplet-hardest`` or ``triplet-semihard``.
@@ -118,8 +131,9 @@ def pooled_alignment_loss(
     _check_pack(hidden, weight, offsets)
     _check_choice(loss, margin, temperature)
     _check_groups(hidden, weight, offsets, groups)
-    arguments = (hidden, weight, offsets, groups, loss, margin, temperature, two_way)
-    value, true, wrong, _ = torch.ops.tli_engine.pooled_alignment_loss.default(*arguments)
+    op = torch.ops.tli_engine.pooled_alignment_loss.default
+    choice = (groups, loss, margin, temperature, two_way)
+    value, true, wrong, *_ = op(hidden, weight, offsets, *choice, _MOST_COSINES)
     return value, true, wrong
 
 

@@ -81,7 +81,8 @@ def segment_mean(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     Args:
         x: Packed rows, ``[T, D]``; fp16, bf16, fp32 or fp64.
         weight: Weight of each row, ``[T]``, floating point, not negative; zero leaves a row out.
-        offsets: First row of each segment, then ``T``; ``[S + 1]``, int64, ascending.
+        offsets: First row of each segment, then the last one's end; ``[S + 1]``, int64, ascending.
+            Rows from there on, which fill a pack up, are in no mean.
 
     Returns:
         Means, ``[S, D]``, fp32 (fp64 for fp64 rows); zeros for a segment of no weight.

@@ -52,9 +52,13 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.scale = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
+    # no zeros for lse, which has no gradient
+    ctx.set_materialize_grads(False)
 
 
-def _backward(ctx: Any, dout: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
     q, k = ctx.saved_tensors[:2]
     dqkv = torch.ops.tli_engine.word_attention_backward.default(dout, *ctx.saved_tensors, ctx.scale)
     grads = dqkv.split([q.shape[1], k.shape[1], k.shape[1]], dim=1)

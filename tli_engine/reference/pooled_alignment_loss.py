@@ -1,12 +1,11 @@
-"""Loss of pooled words' cosines and its gradient for the pooled vectors, in plain PyTorch."""
+"""Loss of pooled words' cosines, and what its gradient needs, in plain PyTorch."""
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
 from tli_engine.reference.segment_mean import segment_mean
-
-# rows of the cosine matrix held at once
-_ROWS = 1024
 
 
 def pooled_alignment_loss(
@@ -18,39 +17,51 @@ def pooled_alignment_loss(
     margin: float,
     temperature: float,
     two_way: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return ``(loss, cosine_true, cosine_random, dpooled)``; see the op of this name."""
+    most_cosines: int,
+) -> tuple[Tensor, ...]:
+    """Return loss, both mean cosines, and pooled vectors, norms, cosines and ``stats``.
+
+    ``stats`` has two rows for each way, then the true cosines: the loss's gradient for cosine c is
+    worth w where c is the hardest, t, or of InfoNCE ``exp(c / temperature - t) * w``, less 1 in all
+    where c is true. Cosines are kept if there are no more than ``most_cosines``, ``[N, N]`` or ``[0, N]``.
+    """
     pooled = segment_mean(hidden, weight, offsets)
-    norm = pooled.norm(dim=-1, keepdim=True).clamp(min=1e-12)
-    unit, dunit = pooled / norm, torch.zeros_like(pooled)
-    sides, dsides = unit.chunk(2), dunit.chunk(2)
-    ways = 2 if two_way else 1
-    N = len(sides[0])
-    value, true, wrong, count = unit.new_zeros(4).unbind()
-    for way in range(ways):
-        own, other = sides[way], sides[1 - way]
-        for first in range(0, N, _ROWS):
-            rows = torch.arange(first, min(first + _ROWS, N), device=unit.device)
-            cos = own[rows] @ other.T
-            negative = _negatives(rows, N, groups)
-            if loss == "infonce":
-                losses, dcos = _infonce(cos, rows, negative, temperature)
-            else:
-                semihard = loss == "triplet-semihard"
-                losses, dcos = _triplet(cos, rows, negative, margin, semihard)
-            value = value + losses.sum() / (ways * N)
-            dcos = dcos / (ways * N)
-            dsides[way][rows] += dcos @ other
-            dsides[1 - way].add_(dcos.T @ own[rows])
-            if way == 0:
-                true = true + cos.gather(1, rows[:, None]).sum() / N
-                wrong = wrong + torch.where(negative, cos, 0).sum()
-                count = count + negative.sum()
-    dpooled = (dunit - (dunit * unit).sum(1, keepdim=True) * unit) / norm
-    return value, true, wrong / count, dpooled
+    norm = pooled.norm(dim=-1).clamp(min=1e-12)
+    unit = pooled / norm[:, None]
+    N, ways = len(unit) // 2, 2 if two_way else 1
+    stats = unit.new_zeros(2 * ways + 1, N)
+    stats[-1] = positive = (unit[:N] * unit[N:]).sum(1)
+    tops, worths = stats[:-1:2].fill_(-torch.inf), stats[1:-1:2]
+    wrong, count, kept = unit.new_zeros(()), 0, unit.new_empty(0, N)
+    for rows, cos in chunks(unit, positive, most_cosines):
+        negative = negatives(rows, N, groups)
+        wrong, count = wrong + torch.where(negative, cos, 0).sum(), count + negative.sum()
+        kept = cos if len(cos) == N else kept
+        for way in range(ways):
+            part = rows if way == 0 else slice(None)
+            own = positive[rows, None] if way == 0 else positive
+            value = _values(cos, rows, negative, own, loss, margin, temperature)
+            merged = _merged(tops[way, part], worths[way, part], value, 1 - way, loss)
+            tops[way, part], worths[way, part] = merged
+    if loss == "infonce":
+        losses = tops - positive / temperature
+        worths.fill_(1)
+    else:
+        losses = torch.relu(margin + tops - positive)
+        # equally hard negatives share the gradient
+        worths.reciprocal_().masked_fill_(~(losses > 0), 0)
+    return losses.mean(), positive.mean(), wrong / count, pooled, norm, kept, stats
 
 
-def _negatives(rows: Tensor, N: int, groups: Tensor | None) -> Tensor:
+def chunks(unit: Tensor, positive: Tensor, most_cosines: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield numbers of sources, and their cosines with all targets, ``[R, N]``."""
+    N = len(positive)
+    for rows in torch.arange(N, device=unit.device).split(max(1, min(N, most_cosines // N))):
+        cos = unit[rows] @ unit[N:].T
+        yield rows, cos.scatter_(1, rows[:, None], positive[rows, None])
+
+
+def negatives(rows: Tensor, N: int, groups: Tensor | None) -> Tensor:
     """Whether word j of the other language is a wrong translation of each row's, ``[R, N]``."""
     negative = rows[:, None] != torch.arange(N, device=rows.device)
     if groups is not None:
@@ -58,27 +69,29 @@ def _negatives(rows: Tensor, N: int, groups: Tensor | None) -> Tensor:
     return negative
 
 
-def _infonce(
-    cos: Tensor, rows: Tensor, negative: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
-    true = torch.zeros_like(cos).scatter_(1, rows[:, None], 1)
-    logits = (cos / temperature).masked_fill(~(negative | true.bool()), -torch.inf)
-    losses = -logits.log_softmax(1).gather(1, rows[:, None])[:, 0]
-    return losses, (logits.softmax(1) - true) / temperature
-
-
-def _triplet(
-    cos: Tensor, rows: Tensor, negative: Tensor, margin: float, semihard: bool
-) -> tuple[Tensor, Tensor]:
-    positive = cos.gather(1, rows[:, None])
-    candidate = negative
-    if semihard:
+def _values(
+    cos: Tensor,
+    rows: Tensor,
+    negative: Tensor,
+    positive: Tensor,
+    loss: str,
+    margin: float,
+    temperature: float,
+) -> Tensor:
+    """Logits, or cosines of the negatives to choose among; -inf for others."""
+    if loss == "infonce":
+        chosen = negative.scatter(1, rows[:, None], True)
+        return (cos / temperature).masked_fill(~chosen, -torch.inf)
+    if loss == "triplet-semihard":
         gap = positive - cos
-        candidate = negative & (gap > 0) & (gap < margin)
-    hardest = cos.masked_fill(~candidate, -torch.inf).amax(1, keepdim=True)
-    value = margin + hardest - positive
-    # equally hard negatives share the gradient
-    tied = candidate & (cos == hardest)
-    share = tied / tied.sum(1, keepdim=True).clamp(min=1)
-    share = share.to(cos.dtype).scatter_add(1, rows[:, None], -torch.ones_like(positive))
-    return torch.relu(value)[:, 0], torch.where(value > 0, share, 0)
+        negative = negative & (gap > 0) & (gap < margin)
+    return cos.masked_fill(~negative, -torch.inf)
+
+
+def _merged(top: Tensor, ties: Tensor, value: Tensor, dim: int, loss: str) -> tuple[Tensor, Tensor]:
+    """Log of the sum of powers, or the largest value and its ties, with those of chunks before."""
+    if loss == "infonce":
+        return torch.logaddexp(top, value.logsumexp(dim)), ties
+    highest = torch.maximum(top, value.amax(dim))
+    more = (value == highest.unsqueeze(dim)).sum(dim)
+    return highest, torch.where(top == highest, ties, 0) + more
