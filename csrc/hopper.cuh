@@ -226,4 +226,9 @@ __device__ __forceinline__ unsigned load_acquire(const unsigned* pointer) {
     return value;
 }
 
+// adds after what this thread has written, and what others had before a barrier with it
+__device__ __forceinline__ void add_release(unsigned* pointer, unsigned value) {
+    asm volatile("red.release.gpu.global.add.u32 [%0], %1;" ::"l"(pointer), "r"(value) : "memory");
+}
+
 }  // namespace tli_engine::hopper

@@ -26,17 +26,19 @@ __device__ __forceinline__ float load_bias(const void* bias, int row, int rows) 
     return bias != nullptr && row < rows ? static_cast<float>(static_cast<const T*>(bias)[row]) : 0.f;
 }
 
+// Stores the sums, and adds one to a flag once all threads have. Whoever waits for the flag does so in one
+// thread, and lets the others go by a barrier: no thread but that one needs a fence.
 template <class C>
 __device__ __forceinline__ void store_partial(
-    const float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, int cta) {
+    const float (&acc)[C::BLOCKS][C::ACCUMULATORS], const Problem& p, int cta, unsigned* flag) {
     float4* sums = partial_sums<C>(p, cta) + threadIdx.x;
 #pragma unroll
     for (int g = 0; g < GROUPS<C>; g++) {
         const float* v = &acc[g / (C::ACCUMULATORS / 4)][g % (C::ACCUMULATORS / 4) * 4];
         __stcg(sums + g * C::CONSUMERS, make_float4(v[0], v[1], v[2], v[3]));
     }
-    __threadfence();
     sync_consumers<C>();
+    if (threadIdx.x == 0) hopper::add_release(flag, 1u);
 }
 
 // The owner of a tile's first part adds the others, in order, and resets their flags.
@@ -56,7 +58,6 @@ __device__ __forceinline__ void add_partials(
             p.flags[cta] = 0;
         }
         sync_consumers<C>();
-        __threadfence();
         const float4* sums = partial_sums<C>(p, cta) + threadIdx.x;
 #pragma unroll
         for (int g = 0; g < GROUPS<C>; g++) {
@@ -71,23 +72,22 @@ __device__ __forceinline__ void add_partials(
     }
 }
 
-// Waits until all parts of a tile are stored. The low half of the tile's flag counts the CTAs that came,
-// the high half those that have seen all come; the last of these resets it.
-__device__ __forceinline__ void meet(unsigned* flag, unsigned ctas) {
-    atomicAdd(flag, 1u);
-    while ((hopper::load_acquire(flag) & 0xffff) < ctas) {
-    }
-    if (atomicAdd(flag, 1u << 16) >> 16 == ctas - 1) atomicExch(flag, 0u);
-}
-
-// Each of the CTAs with parts of the same rows adds up and stores an equal slice of their groups.
+// Each of the CTAs with parts of the same rows adds up and stores an equal slice of their groups. The low
+// half of the flag counts the CTAs that came, the high half those that have seen all come; the last of
+// these resets it, when its own slice is on its way.
 template <class C>
-__device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part) {
+__device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part, unsigned* flag) {
     using T = typename C::T;
     using Work = Worklist<C>;
-    if (threadIdx.x == 0) meet(p.flags + Work::cta(part.tile), p.split);
+    constexpr unsigned HAS_SEEN = 1u << 16;
+    const unsigned parts = p.split;
+    unsigned before = 0;
+    if (threadIdx.x == 0) {
+        while (hopper::load_acquire(flag) % HAS_SEEN < parts) {
+        }
+        before = atomicAdd(flag, HAS_SEEN);
+    }
     sync_consumers<C>();
-    __threadfence();
     const int first_worker = part.tile * p.split, own = Work::worker() - first_worker;
     const int thread = threadIdx.x & 127, lane = thread & 31;
     for (int g = GROUPS<C> * own / p.split; g < GROUPS<C> * (own + 1) / p.split; g++) {
@@ -116,6 +116,7 @@ __device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part)
             out[p.rows + 8] = static_cast<T>(sum.w + bias[1]);
         }
     }
+    if (threadIdx.x == 0 && before / HAS_SEEN == parts - 1) atomicExch(flag, 0u);
 }
 
 // Writes a tile, transposed on the way, each warpgroup through 128-byte rows of its own.
@@ -178,13 +179,13 @@ __device__ __forceinline__ void finish_part(
     hopper::wait_for_previous_kernel();
     const int cta = work.cta(work.worker());
     if (p.split > 1) {
-        store_partial<C>(acc, p, cta);
-        reduce_slice<C>(p, part);
+        unsigned* flag = p.flags + work.cta(part.tile);
+        store_partial<C>(acc, p, cta, flag);
+        reduce_slice<C>(p, part, flag);
         return;
     }
     if (part.first != 0) {
-        store_partial<C>(acc, p, cta);
-        if (threadIdx.x == 0) atomicExch(p.flags + cta, 1u);
+        store_partial<C>(acc, p, cta, p.flags + cta);
         return;
     }
     if (part.last != p.steps) add_partials<C>(acc, p, work, part);
