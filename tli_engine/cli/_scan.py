@@ -58,6 +58,7 @@ def run_scan(
         quantize=quantize,
         token_ids={token for word in source + target for token in word.input_ids},
     )
+    early.fuse_on_gpu()
     say(f"{model}: {depth} blocks, {len(pair_list)} pairs, on {where}")
     with progress("scan", len(set(source + target)) * (depth + 1)) as advance:
         result = scan(
