@@ -238,6 +238,6 @@ def test_batches_are_laid_out_as_a_pack_and_filled_up() -> None:
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 127, 128, 129, 1000, 4096, 5000])
 def test_few_numbers_of_rows_occur(tokens: int) -> None:
     rows = padded(tokens)
-    assert tokens <= rows < tokens + max(16, tokens / 4)
+    assert tokens <= rows < tokens + max(16, tokens / 16)
     assert rows % 16 == 0
-    assert len({padded(t) for t in range(1, 4097)}) < 60
+    assert len({padded(t) for t in range(1, 4097)}) < 100

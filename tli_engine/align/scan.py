@@ -13,6 +13,7 @@ from tli_engine.align.bootstrap import bootstrap_means
 from tli_engine.align.encode import stage
 from tli_engine.align.layers import vectors_by_layer
 from tli_engine.align.pairing import Figures, Pairing
+from tli_engine.align.replay import Measure
 from tli_engine.align.retrieval import Alignment, chance_mrr, read
 from tli_engine.config import Pooling
 from tli_engine.data.pairs import PairList, group_ids
@@ -111,10 +112,11 @@ def scan(
     groups = group_ids(pairs.source), group_ids(pairs.target)
     rows = ([staged.row_of[word] for word in side] for side in (source, target))
     pairing = Pairing(*groups, model.device, *rows)
+    measure = Measure(pairing, len(pairs))
     figures: list[list[Figures]] = [[] for _ in poolings]
     for _, vectors in vectors_by_layer(model, staged, room=room, advance=advance, say=say):
         for of_pooling, v in zip(figures, vectors, strict=True):
-            of_pooling.append(pairing.measure(v, v))
+            of_pooling.append(measure(v))
     by_pooling = [[read(of_layer) for of_layer in of_pooling] for of_pooling in figures]
     measured = by_pooling[0]
     proposal = propose_layer(by_pooling[-1])

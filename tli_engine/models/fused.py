@@ -13,7 +13,13 @@ from torch import Tensor
 
 from tli_engine.data.words import Pack
 from tli_engine.models.projection import NotFusedError, Projection
-from tli_engine.ops import add_rms_norm, swiglu, word_attention, word_bounds
+from tli_engine.ops import (
+    add_rms_norm,
+    joined_word_attention,
+    swiglu,
+    word_attention,
+    word_bounds,
+)
 
 _MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 _ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -112,11 +118,14 @@ class FusedBlock:
         return layer(x, _seed(layer, seeds))
 
     def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
-        q, k, v = torch.split(qkv.view(len(qkv), -1, self._head_dim), self._heads, dim=1)
-        if self._q_norm is not None and self._k_norm is not None:
+        heads = qkv.view(len(qkv), -1, self._head_dim)
+        tokens = rows.cos[self.rotary], rows.sin[self.rotary], rows.bounds
+        if self._q_norm is None or self._k_norm is None:
+            out = joined_word_attention(heads, self._heads, *tokens, scale=self._scale)
+        else:
+            q, k, v = torch.split(heads, self._heads, dim=1)
             q, k = self._q_norm.heads(q), self._k_norm.heads(k)
-        cos, sin = rows.cos[self.rotary], rows.sin[self.rotary]
-        out = word_attention(q, k, v, cos, sin, rows.bounds, scale=self._scale)
+            out = word_attention(q, k, v, *tokens, scale=self._scale)
         return out.flatten(1)
 
 

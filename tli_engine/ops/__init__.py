@@ -9,11 +9,12 @@ from tli_engine.ops.nf4_quantize import nf4_quantize
 from tli_engine.ops.pooled_alignment_loss import pooled_alignment_loss
 from tli_engine.ops.segment_mean import segment_mean
 from tli_engine.ops.swiglu import swiglu
-from tli_engine.ops.word_attention import word_attention, word_bounds
+from tli_engine.ops.word_attention import joined_word_attention, word_attention, word_bounds
 
 __all__ = [
     "add_rms_norm",
     "cosine_similarity",
+    "joined_word_attention",
     "nf4_dequantize",
     "nf4_linear",
     "nf4_lora_linear",

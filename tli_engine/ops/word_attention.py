@@ -1,5 +1,6 @@
 """``tli_engine::word_attention`` and its gradients: schemas, shape rules, backends."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,11 +14,17 @@ from tli_engine.reference.word_attention_backward import (
 
 _OP = "tli_engine::word_attention"
 _BACKWARD = "tli_engine::word_attention_backward"
+_JOINED = "tli_engine::joined_word_attention"
 _SHARED = "Tensor q, Tensor k, Tensor v, Tensor cos, Tensor sin, Tensor bounds"
 # what the kernels' tiles hold
 _WIDEST_ON_GPU = 256
 
 torch.library.define(_OP, f"({_SHARED}, float scale) -> (Tensor, Tensor)")
+torch.library.define(
+    _JOINED,
+    "(Tensor qkv, int heads, Tensor cos, Tensor sin, Tensor bounds, float scale)"
+    " -> (Tensor, Tensor)",
+)
 torch.library.define(
     _BACKWARD, f"(Tensor dout, {_SHARED}, Tensor out, Tensor lse, float scale) -> Tensor"
 )
@@ -67,6 +74,88 @@ def _backward(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor |
 
 
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+
+
+def _heads_of(qkv: Tensor, heads: int) -> tuple[Tensor, ...]:
+    kv_heads = (qkv.shape[1] - heads) // 2
+    return torch.split(qkv, [heads, kv_heads, kv_heads], 1)
+
+
+@torch.library.register_fake(_JOINED)
+def _fake_joined(qkv: Tensor, heads: int, *args: Any) -> tuple[Tensor, Tensor]:
+    acc = torch.promote_types(qkv.dtype, torch.float32)
+    out = qkv.new_empty(qkv.shape[0], heads, qkv.shape[2])
+    return out, out.new_empty(out.shape[:2], dtype=acc)
+
+
+@torch.library.impl(_JOINED, "CPU")
+def _joined_reference(
+    qkv: Tensor, heads: int, cos: Tensor, sin: Tensor, bounds: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    q, k, v = _heads_of(qkv, heads)
+    return _reference(q, k, v, cos, sin, bounds, scale)
+
+
+@torch.library.impl(_JOINED, "CUDA")
+def _joined_cuda(qkv: Tensor, heads: int, *args: Any) -> tuple[Tensor, Tensor]:
+    return backends.resolve("word_attention")(*_heads_of(qkv, heads), *args)  # type: ignore[no-any-return]
+
+
+def _setup_context_joined(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, ctx.heads, *tensors, ctx.scale = inputs
+    ctx.save_for_backward(qkv, *tensors, *output)
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _backward_joined(ctx: Any, dout: Tensor | None, _: Tensor | None) -> tuple[Tensor | None, ...]:
+    if dout is None or not ctx.needs_input_grad[0]:
+        return (None,) * 6
+    qkv, *tensors = ctx.saved_tensors
+    op = torch.ops.tli_engine.word_attention_backward.default
+    return (op(dout, *_heads_of(qkv, ctx.heads), *tensors, ctx.scale), *(None,) * 5)
+
+
+torch.library.register_autograd(_JOINED, _backward_joined, setup_context=_setup_context_joined)
+
+
+def joined_word_attention(
+    qkv: Tensor,
+    heads: Sequence[int],
+    cos: Tensor,
+    sin: Tensor,
+    bounds: Tensor,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`word_attention` of one projection that holds q, k and v: its gradient is one tensor.
+
+    Autograd would put together what it takes of three views by a launch of its own.
+
+    Args:
+        qkv: Queries, then keys, then values, ``[T, Hq + 2 Hkv, D]``, contiguous.
+        heads: ``[Hq, Hkv, Hkv]``.
+        cos: As for :func:`word_attention`, and so the others.
+        sin: Sines.
+        bounds: Of each token's word.
+        scale: Factor of the scores.
+
+    Returns:
+        ``[T, Hq, D]``, contiguous, in ``qkv``'s dtype.
+
+    Raises:
+        ValueError: A shape, dtype or device is not as above.
+    """
+    if qkv.ndim != 3 or len(heads) != 3 or sum(heads) != qkv.shape[1]:
+        raise ValueError(f"qkv must be [T, {sum(heads)}, D], got {list(qkv.shape)}")
+    q, k, v = torch.split(qkv, list(heads), 1)
+    _check_heads(q, k, v)
+    _check_tokens(q, cos, sin, bounds)
+    D = qkv.shape[2]
+    op = torch.ops.tli_engine.joined_word_attention.default
+    angles = cos[:, : D // 2], sin[:, : D // 2]
+    out: Tensor = op(qkv, heads[0], *angles, bounds, D**-0.5 if scale is None else scale)[0]
+    return out
 
 
 def word_bounds(offsets: Tensor, tokens: int) -> Tensor:

@@ -197,8 +197,7 @@ class FusedStep:
         """A step: loss, mean cosines, gradient norm, learning rate, whether skipped; ``[6]``."""
         hidden = self._hidden(batch, slice(0, len(batch.rows)), batch.seeds)
         loss, *cosines = self._loss(hidden, batch.weight, batch.offsets, batch)
-        gradients = torch.autograd.grad(loss, self._leaves)
-        torch._foreach_copy_(list(self._optimizer.gradients.values()), gradients)
+        self._optimizer.write_gradients(torch.autograd.grad(loss, self._leaves))
         return self._update(loss, cosines)
 
     def _compute_in_parts(self, batch: Batch, parts: list[_Part]) -> Tensor:

@@ -135,8 +135,8 @@ class WordTable:
 
 
 def padded(tokens: int) -> int:
-    """Rows that a batch gets, so that few shapes occur: at most a quarter, or 15, of no word."""
+    """Rows that a batch gets, so that few shapes occur: at most a sixteenth, or 15, of no word."""
     step = 16
-    while step * 8 < tokens:
+    while step * 32 < tokens:
         step *= 2
     return -(-tokens // step) * step
