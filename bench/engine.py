@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from bench.models import Subject
+from tli_engine.align.encode import stage
 from tli_engine.align.scan import scan
 from tli_engine.align.space import fit_space
 from tli_engine.config import RunConfig
@@ -93,12 +94,32 @@ def batch_tokens(subject: Subject, config: RunConfig) -> int:
     return round(config.train.batch_size * tokens / len(train.pairs))
 
 
-def engine_scan(subject: Subject) -> Callable[[], object]:
-    """The scan of the training pairs at every layer, proposal included."""
-    train = subject.splits[0]
+def scan_model(subject: Subject) -> EarlyModel:
+    """All blocks, as ``tli-engine scan`` runs them."""
     model = subject.early(subject.files.config.num_hidden_layers)
     model.fuse_on_gpu()
+    return model
+
+
+def engine_scan(model: EarlyModel, subject: Subject) -> Callable[[], object]:
+    """The scan of the training pairs at every layer, proposal included."""
+    train = subject.splits[0]
     return lambda: scan(model, subject.name, train.pairs, train.source, train.target, "paper")
+
+
+def engine_forward(model: EarlyModel, subject: Subject) -> Callable[[], None]:
+    """The scan's words through all blocks and no more: what a scan cannot do without."""
+    staged = stage(model, subject.splits[0].words, ["paper"])
+
+    @torch.no_grad()
+    def forward() -> None:
+        for part in staged.packs:
+            for _ in model.hidden_states(part.pack):
+                pass
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return forward
 
 
 def engine_evaluation(subject: Subject) -> Callable[[], object]:

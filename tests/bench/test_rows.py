@@ -64,11 +64,14 @@ def test_scan_and_evaluation(tiny_subject: Make) -> None:
     rows = bench_tli_scan.bench_subject(tiny_subject(), sample=1, rounds=1)
     assert [(row.case, row.provider) for row in rows] == [
         (case, provider)
-        for case in ("scan", "evaluate")
-        for provider in ("published", "tli-engine")
+        for case, providers in (
+            ("scan", ("published", "tli-engine", "tli-engine:forward")),
+            ("evaluate", ("published", "tli-engine")),
+        )
+        for provider in providers
     ]
     assert rows[0].shape == {"pairs": 623, "layers": 4}
-    assert rows[2].shape == {"pairs": 686, "layer": 2}
+    assert rows[3].shape == {"pairs": 686, "layer": 2}
     assert rows[0].notes == {"calls": 1, "scaled_by": 623}
-    assert rows[2].notes == {"calls": 1, "scaled_by": 686 / 6}
+    assert rows[3].notes == {"calls": 1, "scaled_by": 686 / 6}
     assert rows[1].ratio_to_baseline == pytest.approx(rows[0].ms / rows[1].ms)
