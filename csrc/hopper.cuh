@@ -218,6 +218,13 @@ __device__ __forceinline__ void store_matrices_transposed(uint32_t address, cons
                  "r"(v[0]), "r"(v[1]), "r"(v[2]), "r"(v[3]));
 }
 
+// an 8x8 matrix of 16-bit numbers, of which lane l has two of row l / 4, transposed
+__device__ __forceinline__ uint32_t transpose(uint32_t v) {
+    uint32_t transposed;
+    asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(transposed) : "r"(v));
+    return transposed;
+}
+
 // ---- flags in global memory
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* pointer) {

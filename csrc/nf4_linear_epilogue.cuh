@@ -72,12 +72,32 @@ __device__ __forceinline__ void add_partials(
     }
 }
 
+// Writes a warp's 8 rows of x by 16 of W: pairs of W's rows, transposed among the lanes.
+template <class C>
+__device__ __forceinline__ void store_group(
+    const float4& sum, const Problem& p, const Part& part, int group) {
+    using T = typename C::T;
+    const int warp = threadIdx.x >> 5 & 3, lane = threadIdx.x & 31;
+    const int block = (threadIdx.x >> 7) * C::BLOCKS + group / (C::ACCUMULATORS / 4);
+    const int first_row = row_tile<C>(p, part.tile) * C::BLOCK_ROWS + block * 64 + warp * 16;
+    // rows come in 64s: a warp's are all there or none
+    if (first_row >= p.rows) return;
+    const int row = first_row + lane / 4;
+    const float bias[2] = {load_bias<T>(p.bias, row, p.rows), load_bias<T>(p.bias, row + 8, p.rows)};
+    const uint32_t low = hopper::transpose(round_pair<T>(sum.x + bias[0], sum.y + bias[0]));
+    const uint32_t high = hopper::transpose(round_pair<T>(sum.z + bias[1], sum.w + bias[1]));
+    const int m = part.tile % p.tiles_m * C::BLOCK_M + group % (C::ACCUMULATORS / 4) * 8 + lane / 4;
+    if (m >= p.m) return;
+    T* out = static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.rows + first_row + lane % 4 * 2;
+    *reinterpret_cast<uint32_t*>(out) = low;
+    *reinterpret_cast<uint32_t*>(out + 8) = high;
+}
+
 // Each of the CTAs with parts of the same rows adds up and stores an equal slice of their groups. The low
 // half of the flag counts the CTAs that came, the high half those that have seen all come; the last of
 // these resets it, when its own slice is on its way.
 template <class C>
 __device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part, unsigned* flag) {
-    using T = typename C::T;
     using Work = Worklist<C>;
     constexpr unsigned HAS_SEEN = 1u << 16;
     const unsigned parts = p.split;
@@ -89,31 +109,39 @@ __device__ __forceinline__ void reduce_slice(const Problem& p, const Part& part,
     }
     sync_consumers<C>();
     const int first_worker = part.tile * p.split, own = Work::worker() - first_worker;
-    const int thread = threadIdx.x & 127, lane = thread & 31;
-    for (int g = GROUPS<C> * own / p.split; g < GROUPS<C> * (own + 1) / p.split; g++) {
-        float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-        for (int i = 0; i < p.split; i++) {
-            const float4* sums = partial_sums<C>(p, Work::cta(first_worker + i)) + threadIdx.x;
-            const float4 v = __ldcg(sums + g * C::CONSUMERS);
-            sum.x += v.x;
-            sum.y += v.y;
-            sum.z += v.z;
-            sum.w += v.w;
+    const int last = GROUPS<C> * (own + 1) / p.split;
+    // so many groups and parts are loaded at once, for each round costs the latency of L2; a slice is
+    // at most half of the groups
+    constexpr int AT_ONCE = GROUPS<C> / 2 < 4 ? GROUPS<C> / 2 : 4;
+    constexpr int PARTS_AT_ONCE = AT_ONCE < 4 ? 8 : 4;
+    for (int first = GROUPS<C> * own / p.split; first < last; first += AT_ONCE) {
+        float4 sums[AT_ONCE] = {};
+        for (int part_index = 0; part_index < p.split; part_index += PARTS_AT_ONCE) {
+            float4 v[PARTS_AT_ONCE][AT_ONCE] = {};
+#pragma unroll
+            for (int i = 0; i < PARTS_AT_ONCE; i++) {
+                const int cta = Work::cta(first_worker + part_index + i);
+                const float4* source = partial_sums<C>(p, cta) + first * C::CONSUMERS + threadIdx.x;
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) {
+                    const bool is_there = part_index + i < p.split && first + k < last;
+                    if (is_there) v[i][k] = __ldcg(source + k * C::CONSUMERS);
+                }
+            }
+#pragma unroll
+            for (int i = 0; i < PARTS_AT_ONCE; i++) {
+#pragma unroll
+                for (int k = 0; k < AT_ONCE; k++) {
+                    sums[k].x += v[i][k].x;
+                    sums[k].y += v[i][k].y;
+                    sums[k].z += v[i][k].z;
+                    sums[k].w += v[i][k].w;
+                }
+            }
         }
-        const int block = (threadIdx.x >> 7) * C::BLOCKS + g / (C::ACCUMULATORS / 4);
-        const int row = row_tile<C>(p, part.tile) * C::BLOCK_ROWS + block * 64 + thread / 32 * 16 + lane / 4;
-        const int m = part.tile % p.tiles_m * C::BLOCK_M + g % (C::ACCUMULATORS / 4) * 8 + lane % 4 * 2;
-        // rows come in 64s: either both of the thread's are there or neither
-        if (row >= p.rows) continue;
-        const float bias[2] = {load_bias<T>(p.bias, row, p.rows), load_bias<T>(p.bias, row + 8, p.rows)};
-        T* out = static_cast<T*>(p.out) + static_cast<int64_t>(m) * p.rows + row;
-        if (m < p.m) {
-            out[0] = static_cast<T>(sum.x + bias[0]);
-            out[8] = static_cast<T>(sum.z + bias[1]);
-        }
-        if (m + 1 < p.m) {
-            out[p.rows] = static_cast<T>(sum.y + bias[0]);
-            out[p.rows + 8] = static_cast<T>(sum.w + bias[1]);
+#pragma unroll
+        for (int k = 0; k < AT_ONCE; k++) {
+            if (first + k < last) store_group<C>(sums[k], p, part, first + k);
         }
     }
     if (threadIdx.x == 0 && before / HAS_SEEN == parts - 1) atomicExch(flag, 0u);

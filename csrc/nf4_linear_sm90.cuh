@@ -12,7 +12,14 @@
 namespace tli_engine::nf4 {
 
 template <
-    class T_, int BLOCK_M_, int BLOCKS_, int WARPGROUPS_, int CTAS_, int CLUSTER_, bool TRANSPOSED_, bool EXACT_>
+    class T_,
+    int BLOCK_M_,
+    int BLOCKS_,
+    int WARPGROUPS_,
+    int CTAS_,
+    int CLUSTER_,
+    bool TRANSPOSED_,
+    bool EXACT_>
 struct Config {
     using T = T_;
     static constexpr int BLOCK_M = BLOCK_M_, BLOCKS = BLOCKS_, WARPGROUPS = WARPGROUPS_, CTAS = CTAS_;
