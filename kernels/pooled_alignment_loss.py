@@ -303,9 +303,14 @@ def _pooled_loss_kernel(
                 )
 
 
-def forward_tile(N: int) -> Tile:
-    """Tile for so many pairs."""
-    return Tile(16 if N <= 16 else 32, 128, 8)
+def forward_tile(N: int, dtype: torch.dtype, loss: str) -> Tile:
+    """Tile for so many pairs, with which nothing is spilled."""
+    if N <= 16:
+        return Tile(16, 128, 8)
+    if dtype.itemsize == 4:
+        return Tile(32, 64, 16)
+    # semi-hard negatives of all pairs are chosen by one program
+    return Tile(32, 128, 16 if loss == "triplet-semihard" and N > 32 else 8)
 
 
 def is_few(N: int, most_cosines: int) -> bool:
@@ -372,5 +377,5 @@ def pooled_alignment_loss(
     choice = Choice(groups, loss, 2 if two_way else 1, margin, 1 / temperature)
     N = (offsets.shape[0] - 1) // 2
     if is_few(N, most_cosines):
-        return launch_few(hidden, weight, offsets, choice, forward_tile(N))
+        return launch_few(hidden, weight, offsets, choice, forward_tile(N, hidden.dtype, loss))
     return pooled_alignment_loss_many(hidden, weight, offsets, choice, most_cosines)
