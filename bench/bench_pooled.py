@@ -3,10 +3,11 @@
 ``chain`` is plain PyTorch: segment mean, cosines, mask, loss, and autograd through them; the
 baseline. ``compiled`` is that under ``torch.compile``; ``ops`` the same from the engine's ops one by
 one. Words have 4 tokens. Hidden states lie in the L2 cache where they fit, as they do after the block
-that made them. Times are those of replayed graphs: ``fwd`` is the loss alone, gradient included
-where the forward makes it, ``step`` ends with the gradient of every row.
+that made them. Times are those of replayed graphs: ``fwd`` is the loss alone, ``fwd_bwd`` ends with
+the gradient of every row. The floor is that of memory: hidden states once and, with a gradient, as
+many bytes of it, at the bandwidth of a copy; what lies in the L2 cache may be faster.
 
-python -m bench pooled [--pairs N ...] [--hidden H] [--losses NAME ...]
+python -m bench pooled [--pairs N ...] [--hidden H] [--losses NAME ...] [--sweep]
 """
 
 import argparse
@@ -20,9 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Row, print_gpu_rows, quantiles_ms, time_graphs, write_results
+from bench.harness import (
+    Row,
+    copy_bandwidth,
+    print_gpu_rows,
+    quantiles_ms,
+    time_graphs,
+    write_results,
+)
 from tli_engine.align.losses import alignment_loss
 from tli_engine.config import AlignConfig
+from tli_engine.kernels import pooled_alignment_loss as forward
+from tli_engine.kernels import pooled_alignment_loss_backward as backward
+from tli_engine.kernels.pooled_alignment_loss import Tile, forward_tile
+from tli_engine.kernels.pooled_alignment_loss_backward import backward_tile
+from tli_engine.kernels.pooled_loss import Choice
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 from tli_engine.reference.cosine_similarity import cosine_similarity as plain_cosine
 from tli_engine.reference.segment_mean import segment_mean as plain_mean
@@ -128,33 +141,62 @@ def check(found: dict[str, Loss], case: Case) -> None:
                 raise SystemExit(f"{name}: relative error {error:.1e}; not timed")
 
 
-def bench_case(N: int, H: int, loss: str) -> list[Row]:
+def bench_case(N: int, H: int, loss: str, bandwidth: float) -> list[Row]:
     """Forward, and forward with backward, of one batch."""
     case = make_case(N, H, loss)
     found = providers(case)
     check(found, case)
     calls = 50 if N <= 256 else 5 if N <= 1024 else 1
-    shape = {"pairs": N, "H": H}
-    # hidden states read once, their gradient written once; cosines, and both sides' gradients
-    nbytes, flops = 2 * case.hidden.nbytes, 3 * 2 * N * N * H
+    shape = {"pairs": N, "tokens": len(case.hidden), "H": H}
+    # hidden states and their gradient; cosines, and both sides' gradients of them
+    nbytes, flops = case.hidden.nbytes, 2 * N * N * H
     rows = []
-    for name in ("fwd", "step"):
+    for name, times in (("fwd", 1), ("fwd_bwd", 2)):
         leaves = {p: case.hidden.clone().requires_grad_() for p in found}
         timed = {
             p: [partial(f, leaves[p]) if name == "fwd" else step_of(f, leaves[p])]
             for p, f in found.items()
         }
-        times = time_graphs(timed, calls, rounds=15)
-        base = statistics.median(times[BASELINE])
+        seconds = time_graphs(timed, calls, rounds=15)
+        base = statistics.median(seconds[BASELINE])
+        floor = times * nbytes / bandwidth
         rows += [
             Row(
                 name, shape, loss, p, *quantiles_ms(s), base / statistics.median(s),
-                bytes=nbytes, flops=flops,
+                roofline=floor / statistics.median(s), bytes=times * nbytes,
+                flops=(2 * times - 1) * flops, notes={"tokens a word": TOKENS},
             )
-            for p, s in times.items()
+            for p, s in seconds.items()
         ]  # fmt: skip
     print_gpu_rows(rows)
     return rows
+
+
+def sweep(N: int, H: int, loss: str) -> None:
+    """Print the time of tiles of both launches for few pairs, the launchers' choice first."""
+    case = make_case(N, H, loss)
+    config = case.config
+    ways = 2 if config.two_way else 1
+    choice = Choice(case.groups, loss, ways, config.margin, 1 / config.temperature)
+    inputs = (case.hidden, case.weight, case.offsets)
+    chosen = forward_tile(N, case.hidden.dtype, loss)
+    value, _, _, *kept = forward.launch_few(*inputs, choice, chosen)
+    rest = (torch.ones_like(value), *kept, *inputs[1:], choice, case.hidden.dtype)
+    launches: dict[str, tuple[Tile, Callable[[Tile], object]]] = {
+        "fwd": (chosen, lambda tile: forward.launch_few(*inputs, choice, tile)),
+        "bwd": (backward_tile(N), lambda tile: backward.launch_few(*rest, tile)),
+    }
+    tiles = [Tile(*t) for t in itertools.product((16, 32), (64, 128, 256), (4, 8, 16))]
+    for name, (first, launch) in launches.items():
+        for tile in dict.fromkeys((first, *tiles)):
+            try:
+                launch(tile)
+            except Exception as error:
+                print(f"{name} N={N} {tuple(tile)}: {type(error).__name__}", flush=True)
+                continue
+            seconds = time_graphs({"": [partial(launch, tile)]}, 50, rounds=5)[""]
+            us = statistics.median(seconds) * 1e6
+            print(f"{name} N={N} {tuple(tile)}: {us:.2f} us", flush=True)
 
 
 def main() -> None:
@@ -162,12 +204,21 @@ def main() -> None:
     parser.add_argument("--pairs", nargs="+", type=int, default=list(PAIRS))
     parser.add_argument("--hidden", type=int, default=4096)
     parser.add_argument("--losses", nargs="+", choices=LOSSES, default=["infonce"])
+    parser.add_argument("--sweep", action="store_true", help="time tiles, and write nothing")
     args = parser.parse_args()
     torch.manual_seed(0)
+    cases = list(itertools.product(args.losses, args.pairs))
+    if args.sweep:
+        for loss, N in cases:
+            if N <= forward.MOST_PAIRS:
+                sweep(N, args.hidden, loss)
+        return
+    bandwidth = copy_bandwidth()
     rows = []
-    for loss, N in itertools.product(args.losses, args.pairs):
-        rows += bench_case(N, args.hidden, loss)
-    print(f"written: {write_results('pooled', rows, [])}")
+    for loss, N in cases:
+        rows += bench_case(N, args.hidden, loss, bandwidth)
+    path = write_results("pooled_cosine", rows, [], copy_bytes_per_s=bandwidth)
+    print(f"written: {path}")
 
 
 if __name__ == "__main__":

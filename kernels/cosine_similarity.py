@@ -158,6 +158,11 @@ def block_for(N: int, M: int) -> int:
     return 16 if max(N, M) <= 16 else 32
 
 
+def warps_for(block: int) -> int:
+    """Warps of a program over tiles of so many rows, with which nothing is spilled."""
+    return 8 if block == 32 else 4
+
+
 class TileBuffers:
     """What the programs of a launch over tiles of ``[N, M]`` share, and their tiling."""
 
@@ -208,6 +213,6 @@ def cosine_similarity(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x.stride(0),
         y.stride(0),
         **shared.constants,
-        num_warps=4,
+        num_warps=warps_for(shared.block),
     )
     return cos, x_norm, y_norm

@@ -158,6 +158,74 @@ def _sum_of_notes(note_ptr, stride, count: tl.constexpr):
     return total
 
 
+@triton.jit
+def _take_tile(
+    dot, xx, yy, tile, keep_x, keep_y, groups_ptr, loss_ptr, true_ptr, wrong_ptr, norm_ptr,
+    cos_ptr, stats_ptr, tile_ptr, lock_ptr, N, margin, inv_temperature,
+    W: tl.constexpr, TILES: tl.constexpr, INFONCE: tl.constexpr, SEMIHARD: tl.constexpr,
+    WAYS: tl.constexpr, GROUPED: tl.constexpr,
+):  # fmt: skip
+    """Cosines and norms of a tile, and its part in the loss; the last tile's program ends the loss."""
+    lane = tl.arange(0, W)
+    word_x, word_y = tile // TILES * W + lane, tile % TILES * W + lane
+    row, column = word_x[:, None], word_y[None, :]
+    keep = (row < N) & (column < N)
+    norm_x, norm_y = norm_of(xx), norm_of(yy)
+    cos = dot * (1 / norm_x)[:, None] * (1 / norm_y)[None, :]
+    tl.store(cos_ptr + row * N + column, cos, mask=keep)
+    tl.store(norm_ptr + word_x, norm_x, mask=keep_x)
+    tl.store(norm_ptr + N + word_y, norm_y, mask=keep_y)
+    true = keep & (row == column)
+    negative = negatives_of(groups_ptr, row, column, keep, N, GROUPED)
+    positive = tl.sum(tl.where(true, cos, 0.0), axis=1)
+    wrong = tl.sum(tl.where(negative, cos, 0.0))
+    count = tl.sum(negative.to(tl.float32))
+    chosen = negative | true if INFONCE else negative
+    loss = 0.0
+    if TILES == 1:
+        for way in tl.static_range(WAYS):
+            top, total = _tops(
+                cos, chosen, positive, margin, inv_temperature, 1 - way, INFONCE, SEMIHARD
+            )
+            loss += _end_way(
+                stats_ptr, way, top, total, positive, N, margin, inv_temperature, INFONCE
+            )
+        _end(loss_ptr, true_ptr, wrong_ptr, stats_ptr, loss, positive, wrong, count, N, WAYS)
+    else:
+        NOTES: tl.constexpr = 5 * W + 2
+        note_ptr = tile_ptr + tile * NOTES
+        tl.store(note_ptr + 4 * W + lane, positive)
+        tl.store(note_ptr + 5 * W, wrong)
+        tl.store(note_ptr + 5 * W + 1, count)
+        if not SEMIHARD:
+            for way in tl.static_range(WAYS):
+                top, total = _tops(
+                    cos, chosen, positive, margin, inv_temperature, 1 - way, INFONCE, False
+                )
+                tl.store(note_ptr + 2 * way * W + lane, top)
+                tl.store(note_ptr + (2 * way + 1) * W + lane, total)
+        is_last = arrives_last(lock_ptr, TILES * TILES)
+        if is_last:
+            wrong = _sum_of_notes(tile_ptr + 5 * W, NOTES, TILES * TILES)
+            count = _sum_of_notes(tile_ptr + 5 * W + 1, NOTES, TILES * TILES)
+            word = tl.arange(0, TILES * W)
+            # of the tiles on the diagonal
+            ptrs = tile_ptr + (word // W) * ((TILES + 1) * NOTES) + 4 * W + word % W
+            all_true = tl.load(ptrs, cache_modifier=".cg")
+            for way in tl.static_range(WAYS):
+                if SEMIHARD:
+                    highest, sums = _of_all(
+                        cos_ptr, groups_ptr, way, all_true, N, margin, inv_temperature,
+                        TILES * W, GROUPED,
+                    )  # fmt: skip
+                else:
+                    highest, sums = _of_tiles(tile_ptr, way, word, W, TILES, INFONCE)
+                loss += _end_way(
+                    stats_ptr, way, highest, sums, all_true, N, margin, inv_temperature, INFONCE
+                )
+            _end(loss_ptr, true_ptr, wrong_ptr, stats_ptr, loss, all_true, wrong, count, N, WAYS)
+
+
 @triton.jit(do_not_specialize=["N"])
 def _pooled_loss_kernel(
     hidden_ptr,
@@ -235,77 +303,21 @@ def _pooled_loss_kernel(
             split = tl.arange(0, SPLIT)[:, None] * PART + (W * W + lane)[None, :]
             xx = tl.sum(tl.load(part_ptr + split, cache_modifier=".cg"), axis=0)
             yy = tl.sum(tl.load(part_ptr + split + W, cache_modifier=".cg"), axis=0)
-        row, column = word_x[:, None], word_y[None, :]
-        keep = (row < N) & (column < N)
-        norm_x, norm_y = norm_of(xx), norm_of(yy)
-        cos = dot * (1 / norm_x)[:, None] * (1 / norm_y)[None, :]
-        tl.store(cos_ptr + row * N + column, cos, mask=keep)
-        tl.store(norm_ptr + word_x, norm_x, mask=keep_x)
-        tl.store(norm_ptr + N + word_y, norm_y, mask=keep_y)
-        true = keep & (row == column)
-        negative = negatives_of(groups_ptr, row, column, keep, N, GROUPED)
-        positive = tl.sum(tl.where(true, cos, 0.0), axis=1)
-        wrong = tl.sum(tl.where(negative, cos, 0.0))
-        count = tl.sum(negative.to(tl.float32))
-        chosen = negative | true if INFONCE else negative
-        loss = 0.0
-        if TILES == 1:
-            for way in tl.static_range(WAYS):
-                top, total = _tops(
-                    cos, chosen, positive, margin, inv_temperature, 1 - way, INFONCE, SEMIHARD
-                )
-                loss += _end_way(
-                    stats_ptr, way, top, total, positive, N, margin, inv_temperature, INFONCE
-                )
-            _end(loss_ptr, true_ptr, wrong_ptr, stats_ptr, loss, positive, wrong, count, N, WAYS)
-        else:
-            NOTES: tl.constexpr = 5 * W + 2
-            note_ptr = tile_ptr + tile * NOTES
-            tl.store(note_ptr + 4 * W + lane, positive)
-            tl.store(note_ptr + 5 * W, wrong)
-            tl.store(note_ptr + 5 * W + 1, count)
-            if not SEMIHARD:
-                for way in tl.static_range(WAYS):
-                    top, total = _tops(
-                        cos, chosen, positive, margin, inv_temperature, 1 - way, INFONCE, False
-                    )
-                    tl.store(note_ptr + 2 * way * W + lane, top)
-                    tl.store(note_ptr + (2 * way + 1) * W + lane, total)
-            is_last = arrives_last(lock_ptr + TILES * TILES * APART, TILES * TILES)
-            if is_last:
-                wrong = _sum_of_notes(tile_ptr + 5 * W, NOTES, TILES * TILES)
-                count = _sum_of_notes(tile_ptr + 5 * W + 1, NOTES, TILES * TILES)
-                word = tl.arange(0, TILES * W)
-                # of the tiles on the diagonal
-                ptrs = tile_ptr + (word // W) * ((TILES + 1) * NOTES) + 4 * W + word % W
-                all_true = tl.load(ptrs, cache_modifier=".cg")
-                for way in tl.static_range(WAYS):
-                    if SEMIHARD:
-                        highest, sums = _of_all(
-                            cos_ptr, groups_ptr, way, all_true, N, margin, inv_temperature,
-                            TILES * W, GROUPED,
-                        )  # fmt: skip
-                    else:
-                        highest, sums = _of_tiles(tile_ptr, way, word, W, TILES, INFONCE)
-                    loss += _end_way(
-                        stats_ptr,
-                        way,
-                        highest,
-                        sums,
-                        all_true,
-                        N,
-                        margin,
-                        inv_temperature,
-                        INFONCE,
-                    )
-                _end(
-                    loss_ptr, true_ptr, wrong_ptr, stats_ptr, loss, all_true, wrong, count, N, WAYS
-                )
+        _take_tile(
+            dot, xx, yy, tile, keep_x, keep_y, groups_ptr, loss_ptr, true_ptr, wrong_ptr, norm_ptr,
+            cos_ptr, stats_ptr, tile_ptr, lock_ptr + TILES * TILES * APART, N, margin,
+            inv_temperature, W, TILES, INFONCE, SEMIHARD, WAYS, GROUPED,
+        )  # fmt: skip
 
 
-def forward_tile(N: int) -> Tile:
-    """Tile for so many pairs."""
-    return Tile(16 if N <= 16 else 32, 128, 8)
+def forward_tile(N: int, dtype: torch.dtype, loss: str) -> Tile:
+    """Tile for so many pairs, with which nothing is spilled."""
+    if N <= 16:
+        return Tile(16, 128, 8)
+    if dtype.itemsize == 4:
+        return Tile(32, 64, 16)
+    # semi-hard negatives of all pairs are chosen by one program
+    return Tile(32, 128, 16 if loss == "triplet-semihard" and N > 32 else 8)
 
 
 def is_few(N: int, most_cosines: int) -> bool:
@@ -325,22 +337,19 @@ def launch_few(
     cos, stats = loss.new_empty(N, N), loss.new_empty(2 * choice.ways + 1, N)
     tiles = triton.next_power_of_2(triton.cdiv(N, tile.words))
     split = min(_MOST_PARTS, triton.next_power_of_2(triton.cdiv(H, tile.columns) + 1) // 2)
-    parts = loss.new_empty(tiles * tiles, split, tile.words * (tile.words + 2))
-    notes = loss.new_empty(tiles * tiles, 5 * tile.words + 2)
+    scratch = (
+        loss.new_empty(tiles * tiles, split, tile.words * (tile.words + 2)),
+        loss.new_empty(tiles * tiles, 5 * tile.words + 2),
+        semaphores(hidden.device, (tiles * tiles + 1) * _APART),
+    )
     _pooled_loss_kernel[(tiles * tiles, split)](
         hidden,
         weight.contiguous(),
         offsets,
         offsets if choice.groups is None else choice.groups.contiguous(),
         *(loss, true, wrong, pooled, norm, cos, stats),
-        parts,
-        notes,
-        semaphores(hidden.device, (tiles * tiles + 1) * _APART),
-        N,
-        H,
-        hidden.stride(0),
-        choice.margin,
-        choice.inv_temperature,
+        *scratch,
+        *(N, H, hidden.stride(0), choice.margin, choice.inv_temperature),
         W=tile.words,
         BLOCK_K=tile.columns,
         SPLIT=split,
@@ -372,5 +381,5 @@ def pooled_alignment_loss(
     choice = Choice(groups, loss, 2 if two_way else 1, margin, 1 / temperature)
     N = (offsets.shape[0] - 1) // 2
     if is_few(N, most_cosines):
-        return launch_few(hidden, weight, offsets, choice, forward_tile(N))
+        return launch_few(hidden, weight, offsets, choice, forward_tile(N, hidden.dtype, loss))
     return pooled_alignment_loss_many(hidden, weight, offsets, choice, most_cosines)

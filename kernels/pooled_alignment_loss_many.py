@@ -204,18 +204,15 @@ def rows_at_once(N: int, most_cosines: int) -> int:
     return max(1, min(N, most_cosines // N))
 
 
-def pooled_alignment_loss_many(
-    hidden: Tensor, weight: Tensor, offsets: Tensor, choice: Choice, most_cosines: int
-) -> tuple[Tensor, ...]:
-    """Launch; see ``tli_engine::pooled_alignment_loss``."""
+def _pool_pairs(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, positive: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return pooled vectors and their norms; write the true cosines."""
     words, H = offsets.shape[0] - 1, hidden.shape[1]
-    N = words // 2
-    hidden, offsets = with_dense_rows(hidden), offsets.contiguous()
-    groups = offsets if choice.groups is None else choice.groups.contiguous()
+    hidden = with_dense_rows(hidden)
     pooled = torch.empty(words, H, dtype=torch.float32, device=hidden.device)
-    norm, stats = pooled.new_empty(words), pooled.new_empty(2 * choice.ways + 1, N)
-    positive, wrongs, count = stats[-1], pooled.new_empty(N), pooled.new_empty(N)
-    _pool_pairs_kernel[(N,)](
+    norm = pooled.new_empty(words)
+    _pool_pairs_kernel[(words // 2,)](
         hidden,
         weight.contiguous(),
         offsets,
@@ -228,30 +225,49 @@ def pooled_alignment_loss_many(
         UNROLL=4,
         num_warps=4,
     )
+    return pooled, norm
+
+
+def pooled_alignment_loss_many(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, choice: Choice, most_cosines: int
+) -> tuple[Tensor, ...]:
+    """Launch; see ``tli_engine::pooled_alignment_loss``."""
+    N, offsets = offsets.shape[0] // 2, offsets.contiguous()
+    groups = offsets if choice.groups is None else choice.groups.contiguous()
+    stats = torch.empty(2 * choice.ways + 1, N, dtype=torch.float32, device=hidden.device)
+    positive, (wrongs, count) = stats[-1], stats.new_empty(2, N)
+    pooled, norm = _pool_pairs(hidden, weight, offsets, positive)
     step = rows_at_once(N, most_cosines)
     cos = pooled.new_empty(step, N)
     numbers = (choice.margin, choice.inv_temperature)
     constants = choice.constants
     ways = constants.pop("WAYS")
-    constants["SEMIHARD"] = choice.loss == "triplet-semihard"
+    semihard = choice.loss == "triplet-semihard"
     block = min(MOST_BLOCK, triton.next_power_of_2(N))
     for first in range(0, N, step):
         last = min(first + step, N)
         chunk = torch.mm(pooled[first:last], pooled[N:].T, out=cos[: last - first])
         _row_tops_kernel[(len(chunk),)](
-            chunk, norm, positive, groups, stats, wrongs, count, N, first, *numbers,
-            BLOCK_N=block, **constants, num_warps=4,
-        )  # fmt: skip
+            *(chunk, norm, positive, groups, stats, wrongs, count, N, first, *numbers),
+            BLOCK_N=block,
+            SEMIHARD=semihard,
+            **constants,
+        )
         if ways == 2:
             _column_tops_kernel[(triton.cdiv(N, COLUMNS),)](
-                chunk, positive, groups, stats, N, first, last, *numbers,
-                ROWS=ROWS, COLUMNS=COLUMNS, **constants, num_warps=4,
-            )  # fmt: skip
+                *(chunk, positive, groups, stats, N, first, last, *numbers),
+                ROWS=ROWS,
+                COLUMNS=COLUMNS,
+                SEMIHARD=semihard,
+                **constants,
+            )
     loss, true, wrong = (pooled.new_empty(()) for _ in range(3))
-    del constants["GROUPED"], constants["SEMIHARD"]
+    del constants["GROUPED"]
     _end_kernel[(1,)](
-        positive, wrongs, count, stats, loss, true, wrong, N, *numbers,
-        BLOCK_N=block, WAYS=ways, **constants, num_warps=4,
-    )  # fmt: skip
+        *(positive, wrongs, count, stats, loss, true, wrong, N, *numbers),
+        BLOCK_N=block,
+        WAYS=ways,
+        **constants,
+    )
     kept = cos if most_cosines >= N * N else cos.new_empty(0, N)
     return loss, true, wrong, pooled, norm, kept, stats

@@ -35,6 +35,8 @@ LOSSES = {
     "hardest": {"INFONCE": False, "SEMIHARD": False},
     "semihard": {"INFONCE": False, "SEMIHARD": True},
 }
+LOSS_NAMES = {name: name if name == "infonce" else f"triplet-{name}" for name in LOSSES}
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 Case = tuple[Any, str, set[str], dict[str, Any], int]
 
 
@@ -59,7 +61,8 @@ def cases() -> dict[str, Case]:
         tile = {"BLOCK": block, "BLOCK_K": cosine_similarity.BLOCK_K, "SPLIT": split}
         rows = {"x_ptr", "y_ptr"}
         found[f"cosine-{block}-{split}"] = (
-            cosine_similarity._cosine_few_kernel, "fp32", rows, tile, 4,
+            cosine_similarity._cosine_few_kernel, "fp32", rows, tile,
+            cosine_similarity.warps_for(block),
         )  # fmt: skip
     return found | few() | many()
 
@@ -69,7 +72,9 @@ def few() -> dict[str, Case]:
     found: dict[str, Case] = {}
     for N, loss, dtype in itertools.product((16, 32, 64), LOSSES, ("bf16", "fp32")):
         shared = {"EVEN": True, "UNROLL": pooled_alignment_loss.UNROLL, "GROUPED": True, "WAYS": 2}
-        words, columns, warps = pooled_alignment_loss.forward_tile(N)
+        words, columns, warps = pooled_alignment_loss.forward_tile(
+            N, DTYPES[dtype], LOSS_NAMES[loss]
+        )
         constants = {
             "W": words, "BLOCK_K": columns, "SPLIT": 32, "TILES": N // words, "APART": 32,
             **shared, **LOSSES[loss],

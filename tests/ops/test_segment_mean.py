@@ -278,6 +278,28 @@ def test_kernels_take_any_stride_and_leave_out_infinite_rows(device: torch.devic
     assert torch.equal(gradient, d_expected)
 
 
+def test_rows_beyond_the_last_segment_have_no_part_in_it(device: torch.device) -> None:
+    x, weight, offsets = make_inputs([3, 1, 0, 4], torch.float32, device)
+    T = len(x)
+    mean = segment_mean(x, weight, offsets)
+    filled = torch.cat([x, torch.full_like(x, torch.nan)]).requires_grad_()
+    weights = torch.cat([weight, torch.ones_like(weight)])
+    dmean = torch.randn_like(mean)
+    (dx,) = torch.autograd.grad(segment_mean(filled, weights, offsets), filled, dmean)
+    for forward, gradient in (
+        (segment_mean(filled, weights, offsets), dx),
+        (
+            triton_forward(filled.detach(), weights, offsets),
+            triton_backward(dmean, weights, offsets, torch.float32),
+        ),
+    ):
+        torch.testing.assert_close(forward, mean)
+        assert (gradient[T:] == 0).all()
+        torch.testing.assert_close(
+            gradient[:T], reference_backward(dmean, weight, offsets, x.dtype)
+        )
+
+
 def test_gradient_of_the_gradient(device: torch.device) -> None:
     x, weight, offsets = make_inputs([3, 0, 2], torch.float64, device, D=3)
     weight[0] = 0

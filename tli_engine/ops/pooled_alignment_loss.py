@@ -103,25 +103,24 @@ def pooled_alignment_loss(
               \qquad\text{or}\qquad \ell_i = \max\big(0, m + \max_j c_{ij} - c_{ii}\big)
 
     where a triplet's j is any negative, or a semi-hard one, :math:`c_{ii} - m < c_{ij} < c_{ii}`. The
-    loss is the mean over i; with ``two_way`` the mean of both directions. Equally hard negatives
-    share the gradient. No mask is held, and of more than 4096 pairs no whole matrix of cosines. The
-    gradient is rounded to ``hidden``'s dtype once, the factor that comes in included.
+    loss is the mean over i, with ``two_way`` of both directions. Equally hard negatives share the
+    gradient. Neither a mask nor, of over 4096 pairs, a whole matrix of cosines is held.
 
     Args:
         hidden: Hidden states of a pack, ``[T, H]``; bf16, fp16 or fp32, on the CPU fp64 too.
         weight: Weight of each token in its word's mean, ``[T]``, floating point, not negative.
-        offsets: First token of each source, of each target, then the last one's end; ``[2 N + 1]``,
-            int64. Tokens from there on, which fill a pack up, are of no word; their gradient is 0.
-        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64: pairs that share one
-            are no negatives of each other. ``None`` takes all others for negatives.
+        offsets: First token of each source and of each target, then the end; ``[2 N + 1]``, int64.
+            Tokens beyond the end fill a pack up and are of no word: their gradient is 0.
+        groups: Numbers of sources and of targets, ``[2, N]``, int64; pairs that share one are no
+            negatives of each other.
         loss: ``infonce``, ``triplet-hardest`` or ``triplet-semihard``.
         margin: *m* of the triplets, a cosine.
         temperature: *τ* of InfoNCE.
         two_way: Whether targets choose among sources too.
 
     Returns:
-        Loss, mean cosine of true pairs, and that of all negatives, NaN without any; scalars, fp32
-        (fp64 for fp64 input). The loss alone is differentiable, in ``hidden``.
+        Loss, mean cosine of true pairs, and of negatives (NaN without any); scalars, fp32, of fp64
+        input fp64. The loss alone is differentiable, in ``hidden``.
 
     Raises:
         ValueError: A shape, dtype, device or value is not as above.
@@ -131,10 +130,8 @@ def pooled_alignment_loss(
     _check_pack(hidden, weight, offsets)
     _check_choice(loss, margin, temperature)
     _check_groups(hidden, weight, offsets, groups)
-    op = torch.ops.tli_engine.pooled_alignment_loss.default
-    choice = (groups, loss, margin, temperature, two_way)
-    value, true, wrong, *_ = op(hidden, weight, offsets, *choice, _MOST_COSINES)
-    return value, true, wrong
+    args = (hidden, weight, offsets, groups, loss, margin, temperature, two_way, _MOST_COSINES)
+    return torch.ops.tli_engine.pooled_alignment_loss.default(*args)[:3]  # type: ignore[no-any-return]
 
 
 def _check_pack(hidden: Tensor, weight: Tensor, offsets: Tensor) -> None:

@@ -32,7 +32,7 @@ def pooled_alignment_loss(
     stats = unit.new_zeros(2 * ways + 1, N)
     stats[-1] = positive = (unit[:N] * unit[N:]).sum(1)
     tops, worths = stats[:-1:2].fill_(-torch.inf), stats[1:-1:2]
-    wrong, count, kept = unit.new_zeros(()), 0, unit.new_empty(0, N)
+    kept, (wrong, count) = unit.new_empty(0, N), unit.new_zeros(2).unbind()
     for rows, cos in chunks(unit, positive, most_cosines):
         negative = negatives(rows, N, groups)
         wrong, count = wrong + torch.where(negative, cos, 0).sum(), count + negative.sum()
@@ -56,7 +56,8 @@ def pooled_alignment_loss(
 def chunks(unit: Tensor, positive: Tensor, most_cosines: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield numbers of sources, and their cosines with all targets, ``[R, N]``."""
     N = len(positive)
-    for rows in torch.arange(N, device=unit.device).split(max(1, min(N, most_cosines // N))):
+    step = max(1, min(N, most_cosines // N))
+    for rows in torch.split(torch.arange(N, device=unit.device), step):
         cos = unit[rows] @ unit[N:].T
         yield rows, cos.scatter_(1, rows[:, None], positive[rows, None])
 
