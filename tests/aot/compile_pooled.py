@@ -9,6 +9,7 @@ import re
 import sys
 from typing import Any
 
+import torch
 import triton
 from compile_nf4 import assembler_log
 from triton import language as tl
