@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from tli_engine.ops import joined_word_attention, word_attention, word_bounds
+from tli_engine.ops import word_attention, word_bounds
 from tli_engine.reference.word_attention import rotate, words_by_length
 from tli_engine.testing import assert_within_error_budget
 
@@ -276,32 +276,6 @@ def test_operator_contract(lengths: list[int], device: torch.device) -> None:
     out, lse = OPS.word_attention.default(*qkv, cos, sin, bounds, 0.25)
     arguments = (torch.randn_like(out), *qkv, cos, sin, bounds, out, lse, 0.25)
     torch.library.opcheck(OPS.word_attention_backward.default, arguments)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_joined_heads_give_the_same_bits_and_one_gradient(
-    dtype: torch.dtype, device: torch.device
-) -> None:
-    bounds = make_bounds([3, 1, 5], device)
-    q, k, v, cos, sin = make_inputs(9, 4, 2, 16, dtype, device)
-    qkv = torch.cat([q, k, v], 1).requires_grad_()
-    parts = [x.detach().clone().requires_grad_() for x in (q, k, v)]
-    out = joined_word_attention(qkv, [4, 2, 2], cos, sin, bounds)
-    expected = word_attention(*parts, cos, sin, bounds)
-    assert torch.equal(out, expected)
-    dout = torch.randn_like(out)
-    (dqkv,) = torch.autograd.grad(out, qkv, dout)
-    assert torch.equal(dqkv, torch.cat(torch.autograd.grad(expected, parts, dout), 1))
-    assert dqkv.is_contiguous()
-    arguments = (qkv.detach().requires_grad_(), 4, cos, sin, bounds, 0.25)
-    torch.library.opcheck(OPS.joined_word_attention.default, arguments)
-
-
-def test_joined_heads_that_do_not_add_up_are_named(device: torch.device) -> None:
-    q, k, v, cos, sin = make_inputs(2, 4, 2, 16, torch.float32, device)
-    qkv, bounds = torch.cat([q, k, v], 1), make_bounds([2], device)
-    with pytest.raises(ValueError, match=r"qkv must be \[T, 12, D\], got \[2, 8, 16\]"):
-        joined_word_attention(qkv, [4, 4, 4], cos, sin, bounds)
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
