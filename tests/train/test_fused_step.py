@@ -18,7 +18,7 @@ from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import Split
 from tli_engine.data.words import pack
-from tli_engine.errors import TrainingError
+from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
@@ -201,6 +201,21 @@ def test_a_step_without_a_finite_norm_changes_nothing_and_stops_the_run(start: S
     assert [s.step for s in steps] == [1, 2]
     assert all(torch.equal(t, before[n]) for n, t in tensors_of(trainer).items())
     assert not trainer.model.training
+
+
+@pytest.mark.parametrize("layers", ["0-1", "1-2"])
+def test_a_word_longer_than_the_window_is_refused(
+    layers: str, start: Start, tmp_path: Path
+) -> None:
+    """Attention over a pack knows no window: without this the model would be another one."""
+    folder = save_tiny_model(tmp_path, "mistral", sliding_window=6)
+    files = open_model(str(folder))
+    model = load_early(files, 3, dtype=torch.float32, device=torch.device("cpu"))
+    trainer, _ = start("modules", lora={"layers": layers})
+    add_lora(model, trainer.config.lora, 3, seed=0)
+    model.fuse()
+    with pytest.raises(UserError, match="a word of 7 tokens is longer than this model's attention"):
+        dataclasses.replace(trainer, model=model)
 
 
 def test_what_cannot_be_fused_says_why(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,7 @@ class EarlyModel(nn.Module):
         Raises:
             UserError: A word is longer than the attention window.
         """
-        self._check_window(pack)
+        self.check_window(pack.longest)
         rows = pack.input_ids if self.row_of is None else self.row_of[pack.input_ids]
         hidden: Tensor = self.decoder.embed_tokens(rows[None])[0]
         return hidden
@@ -170,11 +170,12 @@ class EarlyModel(nn.Module):
         row_of[list(token_ids)] = torch.arange(len(token_ids))
         self.row_of = row_of
 
-    def _check_window(self, pack: Pack) -> None:
+    def check_window(self, longest: int) -> None:
+        """Raise ``UserError`` if a word of so many tokens is longer than the attention window."""
         window = getattr(self.config, "sliding_window", None)
-        if window is not None and pack.longest > window:
+        if window is not None and longest > window:
             raise UserError(
-                f"a word of {pack.longest} tokens is longer than this model's attention window of "
+                f"a word of {longest} tokens is longer than this model's attention window of "
                 f"{window}; remove it"
             )
 

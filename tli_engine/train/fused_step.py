@@ -307,6 +307,7 @@ class FusedStep:
     def _table_of(self, pairs: Split) -> tuple[Tensor, WordTable]:
         """What the first adapted block takes, a row a token, and the words' places in it."""
         model, words, pooling = self._model, pairs.words, self._config.align.pooling
+        model.check_window(max(len(word) for word in words))
         if self._first == 0:
             table, row_of = model.embedding_table()
             rows = [[int(row_of[token]) for token in word.input_ids] for word in words]
@@ -317,7 +318,7 @@ class FusedStep:
         inputs: Tensor | None = None
         for members in packs_of(distinct, _PACK_TOKENS):
             packed = pack([distinct[i] for i in members]).to(model.device)
-            hidden = model(packed, self._first) if self._first else model.embed(packed)
+            hidden = model(packed, self._first)
             if inputs is None:
                 inputs = hidden.new_empty(int(starts[-1]), hidden.shape[1])
             at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
