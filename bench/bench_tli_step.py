@@ -7,20 +7,22 @@ numerics and with its weights resident in bf16. All hold the same weights, train
 must give the same loss at the first step. Tokenising is in none. On a GPU the models are of random
 weights, in NF4, and Qwen2-72B's shape is for the engine alone; on a CPU it is SmolLM2.
 
-python -m bench tli_step [--models NAME ...] [--pairs N ...] [--rounds N]
+``training`` is the whole recipe, 5 epochs of 623 pairs, from the first step to the last, kernels built
+and graphs captured in it. ``[--models NAME ...] [--pairs N ...] [--rounds N] [--no-training]``
 """
 
 import argparse
 import gc
 import itertools
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
 
 import torch
 
-from bench.engine import Floor, batch_tokens, engine_step
+from bench.engine import Floor, batch_tokens, engine_step, engine_trainer
 from bench.harness import (
     Row,
     copy_bandwidth,
@@ -158,6 +160,33 @@ def bench_case(
     return rows
 
 
+def bench_training(subject: Subject, runs: int = 2) -> Row:
+    """Time the recipe as a whole, ``runs`` times; kernels that a GPU lacks are built in the first."""
+    on_gpu = subject.device.type == "cuda"
+    seconds, peaks, steps = [], [], 0
+    for _ in range(runs):
+        gc.collect()
+        before = torch.cuda.memory_allocated() if on_gpu else 0
+        trainer = engine_trainer(subject, subject.config)
+        if on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        trainer.run()
+        seconds.append(time.perf_counter() - start)
+        steps = trainer.total_steps
+        peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None)
+    pairs = len(subject.splits[0].pairs)
+    shape = {"pairs": pairs, "steps": steps, "layer": subject.config.align.layer}
+    row = Row(
+        "training", shape, subject.label, "tli-engine", *quantiles_ms(seconds[1:] or seconds), 1.0,
+        peak_mib=peaks[-1], notes={"first_run_s": seconds[0]},
+    )  # fmt: skip
+    print_rows([row])
+    print(f"peak {row.peak_mib and round(row.peak_mib)} MiB, first run {seconds[0]:.2f} s")
+    return row
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     device = choose_device("auto")
@@ -172,6 +201,7 @@ def main() -> None:
         help="pairs of a batch",
     )
     parser.add_argument("--rounds", type=int, default=12, help="published steps to time")
+    parser.add_argument("--no-training", action="store_true", help="leave the whole recipe out")
     args = parser.parse_args()
     speed = (copy_bandwidth(), matmul_rate()) if on_gpu else None
     rows: list[Row] = []
@@ -180,6 +210,8 @@ def main() -> None:
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
+    for model in [] if args.no_training else args.models:
+        rows.append(bench_training(find(model, device)))
     facts = {} if speed is None else dict(zip(("bandwidth", "flops_per_s"), speed, strict=True))
     print(f"written: {write_results('tli_step', rows, PEERS, **facts)}")
 

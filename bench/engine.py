@@ -61,6 +61,17 @@ def step_floor(config: Any, tokens: int, layer: int, first_adapted: int = 0) -> 
     return Floor(tuple((round(n * NF4_BYTES), 2 * n * tokens) for n in weights))
 
 
+def engine_trainer(subject: Subject, config: RunConfig) -> Trainer:
+    """A run on the subject's training pairs, as ``tli-engine train`` sets it up."""
+    layer = config.align.layer
+    model = subject.early(layer, config)
+    add_lora(model, config.lora, layer, config.seed)
+    model.fuse_on_gpu()
+    add_transposed_copies(model)
+    space = fit_space("raw", torch.empty(0), torch.empty(0))
+    return Trainer(model, config, subject.splits[0], space)
+
+
 def engine_step(subject: Subject, config: RunConfig) -> tuple[Callable[[], float], int, Floor]:
     """Steps of the recipe on the subject's training pairs, as ``tli-engine train`` runs them.
 
@@ -68,14 +79,9 @@ def engine_step(subject: Subject, config: RunConfig) -> tuple[Callable[[], float
         A call that trains some steps and returns the first one's loss; how many those are, for on
         a GPU no step waits for the one before; and a step's floor.
     """
-    layer = config.align.layer
-    model = subject.early(layer, config)
-    add_lora(model, config.lora, layer, config.seed)
-    model.fuse_on_gpu()
-    add_transposed_copies(model)
-    space = fit_space("raw", torch.empty(0), torch.empty(0))
-    engine = Trainer(model, config, subject.splits[0], space).engine
-    model.train()
+    trainer = engine_trainer(subject, config)
+    engine, layer = trainer.engine, config.align.layer
+    trainer.model.train()
     steps, a_call = count(), STEPS_A_CALL if subject.device.type == "cuda" else 1
 
     def call() -> float:

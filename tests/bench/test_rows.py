@@ -1,6 +1,7 @@
 """The benches of the step and of the scan, from providers to rows, on a tiny model."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -58,6 +59,20 @@ def test_providers_that_disagree_are_not_timed(
     monkeypatch.setattr(bench_tli_step, "engine_step", other)
     with pytest.raises(SystemExit, match="the first losses differ"):
         bench_tli_step.bench_case(tiny_subject(), 4, 1, speed=None)
+
+
+def test_whole_training(tiny_subject: Make) -> None:
+    subject = tiny_subject(nf4=True)
+    config = subject.config
+    short = config.train.model_copy(update={"steps": 3, "epochs": None})
+    row = bench_tli_step.bench_training(
+        replace(subject, config=config.model_copy(update={"train": short}))
+    )
+    assert (row.case, row.provider) == ("training", "tli-engine")
+    assert row.shape == {"pairs": 623, "steps": 3, "layer": 2}
+    # the second run's time; building and capturing are noted beside it
+    assert row.ms > 0
+    assert row.notes["first_run_s"] > 0
 
 
 def test_scan_and_evaluation(tiny_subject: Make) -> None:

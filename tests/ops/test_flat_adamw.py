@@ -85,7 +85,8 @@ def test_equals_torch(step: Any, max_grad_norm: float, device: torch.device) -> 
     torch.testing.assert_close(buffers["parameters"].cpu(), expected.detach(), **close)
     for name in ("exp_avg", "exp_avg_sq"):
         # its terms, of any sign, were as large as its largest numbers
-        atol = 1e-7 * statistics[name].max().item()
+        # and both norms, each within 1e-7, scale them
+        atol = 1e-6 * statistics[name].max().item()
         torch.testing.assert_close(buffers[name].cpu(), statistics[name], rtol=2e-6, atol=atol)
 
 
@@ -215,6 +216,12 @@ def test_compiles_without_graph_breaks(device: torch.device) -> None:
         assert torch.equal(tensor, expected[name]), name
 
 
+def moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """On ``device`` with its strides, which ``Tensor.to`` does not keep."""
+    strides = tensor.shape, tensor.stride()
+    return torch.empty_strided(*strides, dtype=tensor.dtype, device=device).copy_(tensor)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -255,6 +262,6 @@ def test_compiles_without_graph_breaks(device: torch.device) -> None:
 def test_wrong_argument_is_named_in_the_error(
     change: dict[str, Any], message: str, device: torch.device
 ) -> None:
-    wrong = {n: v.to(device) if isinstance(v, Tensor) else v for n, v in change.items()}
+    wrong = {n: moved(v, device) if isinstance(v, Tensor) else v for n, v in change.items()}
     with pytest.raises(ValueError, match=message):
         flat_adamw_(**make_buffers(6, device) | NUMBERS | wrong)

@@ -119,18 +119,20 @@ def scan(
             of_pooling.append(measure(v))
     by_pooling = [[read(of_layer) for of_layer in of_pooling] for of_pooling in figures]
     measured = by_pooling[0]
-    proposal = propose_layer(by_pooling[-1])
+    proposal = propose_layer(by_pooling[-1], device=model.device)
     warnings = _warnings(measured, proposal)
     seconds = time.perf_counter() - start
     return Scan(name, pooling, len(pairs), measured, proposal, warnings, seconds)
 
 
-def propose_layer(layers: Sequence[Alignment], seed: int = 0) -> Proposal:
+def propose_layer(
+    layers: Sequence[Alignment], seed: int = 0, device: torch.device | str = "cpu"
+) -> Proposal:
     """Propose the layer of highest mean two-way MRR, if it is more than noise.
 
     Its bootstrap interval over pairs, at 95 % corrected for the number of layers it was chosen
     from (Bonferroni), must lie above chance and above layer 0's value, and that of the gain over
-    layer 0, pair by pair, above zero; too few pairs tell nothing.
+    layer 0, pair by pair, above zero; too few pairs tell nothing. Resamples are gathered on ``device``.
     """
     ranks = torch.stack([a.two_way_reciprocal_ranks for a in layers]).numpy()
     means = ranks.mean(axis=1)
@@ -138,7 +140,7 @@ def propose_layer(layers: Sequence[Alignment], seed: int = 0) -> Proposal:
     tail = _LEVEL / 2 / max(1, len(layers) - 1)
     # the gain is that of the same pairs, ranked at both layers: it varies less than either
     both = np.stack([ranks[best], ranks[best] - ranks[0]], axis=1)
-    means_drawn = bootstrap_means(both, math.ceil(_DRAWS_BEYOND / tail), seed)
+    means_drawn = bootstrap_means(both, math.ceil(_DRAWS_BEYOND / tail), seed, device)
     (low, gain), (high, _) = np.quantile(means_drawn, (tail, 1 - tail), axis=0).tolist()
     sides = (layers[0].forward, layers[0].reverse)
     chance = sum(chance_mrr(side.candidates) for side in sides) / 2
