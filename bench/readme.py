@@ -41,7 +41,7 @@ def _time(row: dict[str, float]) -> str:
 
 
 _TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096)
-_GPU = RESULTS / "NVIDIA-H200"
+_GPU = RESULTS / "NVIDIA-H100-80GB-HBM3"
 
 
 def _gpu_rows(op: str) -> list[dict[str, Any]]:
