@@ -114,8 +114,8 @@ def test_model_is_required() -> None:
 BAD_VALUES = [
     ("model", 5, "string"),
     ("model", None, "string"),
-    ("objective", "sft", "'align'"),
-    ("method", "full", "'lora'"),
+    ("objective", "dpo", "'align'"),
+    ("method", "qlora", "'lora'"),
     ("quantize", "int3", "'none'"),
     ("dtype", "int8", "'bfloat16'"),
     ("seed", -1, "greater than or equal to 0"),
@@ -145,7 +145,7 @@ BAD_VALUES = [
     ("align.margin", 0, "greater than 0"),
     ("align.temperature", -0.05, "greater than 0"),
     ("align.temperature", float("nan"), "finite"),
-    ("train.batch_size", 1, "greater than or equal to 2"),
+    ("train.batch_size", 0, "greater than or equal to 1"),
     ("train.learning_rate", 0, "greater than 0"),
     ("train.learning_rate", float("inf"), "finite"),
     ("train.learning_rate", "fast", "number"),
@@ -350,3 +350,34 @@ def test_five_epochs_by_default(train: dict[str, Any]) -> None:
 def test_languages_may_be_comma_separated() -> None:
     values = {"model": "m", "data": {"languages": "amharic, english"}}
     assert resolve_config(values, "here").data.languages == ("amharic", "english")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"objective": "sft"}, "objective sft needs data.texts"),
+        ({"method": "full"}, "method full goes with objective sft or joint"),
+        ({"train": {"batch_size": 1}}, "train.batch_size must be at least 2"),
+        (
+            {"objective": "sft", "method": "full", "data": "a.jsonl", "quantize": "nf4"},
+            "method full trains the weights: it needs quantize none",
+        ),
+        ({"train": {"schedule": "wsd"}}, "decay_steps goes with schedule: wsd"),
+        ({"train": {"decay_steps": 3}}, "decay_steps goes with schedule: wsd"),
+        ({"train": {"in_backward": True, "accumulate": 2}}, "in_backward frees each gradient"),
+        ({"prompt": {"instruction": "Fupisha:"}}, "must contain {text} once"),
+        ({"data": {"columns": "text,text"}}, "columns must be two different columns"),
+    ],
+)
+def test_what_does_not_go_together(values: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as raised:
+        resolve(**values)
+    assert message in one_line(raised)
+
+
+def test_articles_alone_are_short_for_a_section_of_data() -> None:
+    config = resolve(objective="sft", data="xlsum:swahili")
+    assert config.data.texts == "xlsum:swahili"
+    assert config.data.columns == ("text", "summary")
+    # a row alone is a batch there
+    assert resolve(objective="sft", data="a.jsonl", train={"batch_size": 1}).train.batch_size == 1

@@ -24,14 +24,31 @@ class _Section(BaseModel):
 
 
 class DataConfig(_Section):
-    """Word pairs: files or ``builtin:sw-en``, and the columns that hold the two languages."""
+    """Word pairs: files or ``builtin:sw-en``, and the columns that hold the two languages.
+
+    For objectives that write summaries, articles: ``xlsum:LANGUAGE``, or a JSON Lines, CSV or Parquet
+    file, with the columns that hold an article and its summary. ``data: xlsum:swahili`` is short for
+    ``data: {texts: xlsum:swahili}``.
+    """
 
     pairs: str = "builtin:sw-en"
     control: str | None = None
     languages: tuple[str, str] = ("swahili", "english")
     limit: PositiveInt | None = None
+    texts: str | None = None
+    # articles to measure the loss on while training; a preset has its own
+    validation: str | None = None
+    columns: tuple[str, str] = ("text", "summary")
+    # articles to train on at most, and to measure on
+    texts_limit: PositiveInt | None = None
+    validation_limit: PositiveInt = 256
 
-    @field_validator("languages", mode="before")
+    @model_validator(mode="before")
+    @classmethod
+    def _only_texts(cls, values: Any) -> Any:
+        return {"texts": values} if isinstance(values, str) else values
+
+    @field_validator("languages", "columns", mode="before")
     @classmethod
     def _comma_separated(cls, value: Any) -> Any:
         # --set data.languages=amharic,english
@@ -39,8 +56,9 @@ class DataConfig(_Section):
 
     @model_validator(mode="after")
     def _two_columns(self) -> "DataConfig":
-        if self.languages[0] == self.languages[1] or not all(self.languages):
-            raise ValueError("languages must be two different columns")
+        for name, columns in (("languages", self.languages), ("columns", self.columns)):
+            if columns[0] == columns[1] or not all(columns):
+                raise ValueError(f"{name} must be two different columns")
         return self
 
 
@@ -87,15 +105,53 @@ class AlignConfig(_Section):
     mask_duplicates: bool = True
 
 
+class PromptConfig(_Section):
+    """What a model reads before it writes: an instruction with the article in it.
+
+    ``template`` is ``chat`` for the tokenizer's chat template, ``plain`` for none, ``auto`` for the
+    tokenizer's if it has one.
+    """
+
+    template: Literal["auto", "chat", "plain"] = "auto"
+    instruction: str = "Fupisha habari hii kwa sentensi moja.\n\n{text}\n\nMuhtasari:"
+
+    @field_validator("instruction")
+    @classmethod
+    def _has_the_text(cls, value: str) -> str:
+        if value.count("{text}") != 1:
+            raise ValueError("must contain {text} once")
+        return value
+
+
+class SftConfig(_Section):
+    """Supervised fine-tuning: the loss is on the summary's tokens alone."""
+
+    # tokens of a row: of packed examples, or of one
+    context: Annotated[int, Field(ge=8)] = 2048
+    packing: bool = True
+    attention: Literal["auto", "sdpa", "varlen", "flash-attn"] = "auto"
+    # what a block keeps for the way back: all, only its input, or all where that fits
+    activations: Literal["auto", "save", "recompute"] = "auto"
+    # weight of the align objective in joint training
+    align_weight: Annotated[float, Field(gt=0)] = 1.0
+    # steps between two measurements of the loss on data.validation; the end of training is one
+    evaluate_steps: PositiveInt = 100
+    # measurements without a better one before training stops; null: none stops it
+    patience: PositiveInt | None = None
+
+
 class TrainConfig(_Section):
     """Optimizer, schedule and length of training."""
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
-    batch_size: Annotated[int, Field(ge=2)] = 8
+    # pairs; rows of tokens where summaries are written
+    batch_size: PositiveInt = 8
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
-    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    # steps at the end in which the wsd schedule (warm-up, stable, decay) falls to zero
+    decay_steps: PositiveInt | None = None
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     max_grad_norm: Annotated[float, Field(gt=0)] | None = None
     checkpoint_steps: PositiveInt = 200
@@ -106,6 +162,16 @@ class TrainConfig(_Section):
     cuda_graph: bool = True
     # rows of a pack at the most: a larger batch is encoded in parts, with exact gradients
     chunk_tokens: PositiveInt | None = None
+    # the rest is for the objectives sft and joint: batches of batch_size rows whose gradients are
+    # added up in a step
+    accumulate: PositiveInt = 1
+    optimizer: Literal["adamw", "adamw-8bit", "adamw-paged", "adamw-paged-8bit"] = "adamw"
+    # LoRA+: how many times A's learning rate B has
+    lora_plus: Annotated[float, Field(ge=1)] = 1.0
+    # of full fine-tuning in bf16: an fp32 master copy, or updates rounded at random
+    rounding: Literal["master", "stochastic"] = "master"
+    # of full fine-tuning: update each weight as soon as its gradient is there, and free that
+    in_backward: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -118,6 +184,12 @@ class TrainConfig(_Section):
     def _one_length(self) -> "TrainConfig":
         if self.epochs is not None and self.steps is not None:
             raise ValueError("only one of epochs and steps can be set")
+        if (self.schedule == "wsd") != (self.decay_steps is not None):
+            raise ValueError("decay_steps goes with schedule: wsd, and it needs them")
+        if self.in_backward and (self.accumulate > 1 or self.max_grad_norm is not None):
+            raise ValueError(
+                "in_backward frees each gradient: it needs accumulate 1 and no max_grad_norm"
+            )
         return self
 
 
@@ -125,8 +197,8 @@ class RunConfig(_Section):
     """One training run; ``provenance`` is what a run folder records beside it, and is not read."""
 
     model: str
-    objective: Literal["align"] = "align"
-    method: Literal["lora"] = "lora"
+    objective: Literal["align", "sft", "joint"] = "align"
+    method: Literal["lora", "full"] = "lora"
     # torch's generators take 64 bits
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     device: str = "auto"
@@ -140,8 +212,22 @@ class RunConfig(_Section):
     words: WordsConfig = WordsConfig()
     lora: LoraConfig = LoraConfig()
     align: AlignConfig = AlignConfig()
+    prompt: PromptConfig = PromptConfig()
+    sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
     provenance: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "RunConfig":
+        if self.objective == "align" and self.train.batch_size < 2:
+            raise ValueError("train.batch_size must be at least 2: a pair alone has no negative")
+        if self.objective == "align" and self.method == "full":
+            raise ValueError("method full goes with objective sft or joint")
+        if self.objective != "align" and self.data.texts is None:
+            raise ValueError(f"objective {self.objective} needs data.texts, e.g. xlsum:swahili")
+        if self.method == "full" and self.quantize == "nf4":
+            raise ValueError("method full trains the weights: it needs quantize none")
+        return self
 
 
 def recipe_names() -> list[str]:
@@ -279,7 +365,8 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(name: str | None) -> str | None:
         return str(Path(name).absolute()) if name and Path(name).exists() else name
 
-    data = {"pairs": absolute(config.data.pairs), "control": absolute(config.data.control)}
+    names = ("pairs", "control", "texts", "validation")
+    data = {name: absolute(getattr(config.data, name)) for name in names}
     return config.model_copy(
         update={
             "model": absolute(config.model),
