@@ -1,11 +1,14 @@
 """Tiny models of every family, written once, and transformers' own view of them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from tli_engine.data.words import Pack, Word, pack
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import save_tiny_model
@@ -58,3 +61,42 @@ def full(tiny: Tiny) -> Callable[..., Any]:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
 
     return load
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Documents in a pack; from each one's prompt on, its tokens are predicted."""
+
+    words: Pack
+    predicting: Tensor
+    targets: Tensor
+    documents: list[tuple[list[int], int]]
+
+    @classmethod
+    def of(cls, documents: list[tuple[list[int], int]]) -> "Texts":
+        """Pack documents, each with the length of its prompt."""
+        words = [Word(tuple(ids), (True,) * len(ids)) for ids, _ in documents]
+        predicting: list[int] = []
+        targets: list[int] = []
+        first = 0
+        for ids, prompt in documents:
+            predicting += range(first + prompt - 1, first + len(ids) - 1)
+            targets += ids[prompt:]
+            first += len(ids)
+        indices = (torch.tensor(x, dtype=torch.int64) for x in (predicting, targets))
+        return cls(pack(words), *indices, documents)
+
+
+@pytest.fixture(scope="session")
+def texts() -> Callable[..., Texts]:
+    """Random documents of given lengths, half of each a prompt."""
+
+    def make(*lengths: int, seed: int = 0) -> Texts:
+        generator = torch.Generator().manual_seed(seed)
+        documents = []
+        for length in lengths:
+            ids = torch.randint(0, 256, (length,), generator=generator).tolist()
+            documents.append((ids, length // 2))
+        return Texts.of(documents)
+
+    return make

@@ -109,6 +109,22 @@ def test_a_word_has_the_same_values_in_any_pack(dtype: torch.dtype, device: torc
     torch.testing.assert_close(together[:, 4:13], alone, rtol=bound, atol=bound)
 
 
+@pytest.mark.parametrize("lengths", [[9], [9, 3, 5]], ids=str)
+@pytest.mark.parametrize("window", [1, 4, 9, 20])
+def test_a_window_hides_what_lies_before_it(lengths: list[int], window: int) -> None:
+    words, q, k, v = make_inputs(lengths, 2, torch.float64, torch.device("cpu"))
+    options: Any = {"scaling": None, "sliding_window": window, "pack": words}
+    out, _ = packed_attention(Attention(2), q, k, v, None, **options)
+    for start, end in pairwise(words.offsets.tolist()):
+        for t in range(start, end):
+            first = max(start, t + 1 - window)
+            # the definition on the tokens of the window alone, as a word
+            seen = slice(first, t + 1)
+            alone = pack([random_words(1, t + 1 - first, prefix=0)[0]])
+            exact = naive(alone, *(x[:, :, seen] for x in (q, k, v)))[:, -1]
+            torch.testing.assert_close(out[:, t], exact, rtol=0, atol=1e-12)
+
+
 def test_is_registered_under_its_name() -> None:
     registered: Any = AttentionInterface()[NAME]
     assert registered is packed_attention

@@ -4,14 +4,12 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel
 
-from tli_engine import nf4
 from tli_engine.config import Numerics, Quantize, Residency
 from tli_engine.data.words import Pack
 from tli_engine.errors import UserError
@@ -19,6 +17,7 @@ from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlocks, Rows
 from tli_engine.models.projection import NotFusedError
+from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nf4_checkpoint import nf4_state_dict
 from tli_engine.nn import NF4Linear
 
@@ -89,13 +88,18 @@ class EarlyModel(nn.Module):
             hidden = self.run_block(k - 1, hidden, pack, rotary)
             yield k, self.read_out(k, hidden)
 
-    def embed(self, pack: Pack) -> Tensor:
+    def embed(self, pack: Pack, *, documents: bool = False) -> Tensor:
         """What block 0 takes: the embeddings of a pack's tokens, ``[T, D]``.
+
+        Args:
+            pack: Words on the model's device.
+            documents: The blocks will attend within windows, so words may be longer than those.
 
         Raises:
             UserError: A word is longer than the attention window.
         """
-        self.check_window(pack.longest)
+        if not documents:
+            self.check_window(pack.longest)
         rows = pack.input_ids if self.row_of is None else self.row_of[pack.input_ids]
         hidden: Tensor = self.decoder.embed_tokens(rows[None])[0]
         return hidden
@@ -245,7 +249,7 @@ def load_early(
     if not 0 <= depth <= total:
         raise UserError(f"{files.name}: hidden_states[{depth}] does not exist; it has 0 … {total}")
     model = EarlyModel(files.config, depth)
-    read = _Reader(files, dtype, device, quantize, double_quant, numerics, weight_residency)
+    read = TensorReader(files, dtype, device, quantize, double_quant, numerics, weight_residency)
     for path, module in list(model.decoder.named_modules()):
         if path == _EMBEDDING and token_ids is not None:
             rows = sorted(set(token_ids))
@@ -260,63 +264,3 @@ def load_early(
             for name, parameter in list(module.named_parameters(recurse=False)):
                 setattr(module, name, read.parameter(f"{path}.{name}", parameter))
     return model.to(device)
-
-
-@dataclass(frozen=True)
-class _Reader:
-    """Reads a model's tensors one at a time, checked, in the form in which they will be held."""
-
-    files: ModelFiles
-    dtype: torch.dtype
-    device: torch.device
-    quantize: Quantize
-    double_quant: bool
-    numerics: Numerics
-    weight_residency: Residency
-
-    def parameter(
-        self, name: str, expected: Tensor, rows: Sequence[int] | None = None
-    ) -> nn.Parameter:
-        """Read a tensor, or some rows of it, as a frozen parameter."""
-        self._check_there(name)
-        source = self.files.source
-        tensor = source.read(name) if rows is None else source.read_rows(name, rows)
-        self._check(name, tensor, [len(rows), *expected.shape[1:]] if rows else expected.shape)
-        return nn.Parameter(tensor.to(self.device, self.dtype), requires_grad=False)
-
-    def nf4_linear(self, path: str, linear: nn.Linear) -> NF4Linear | None:
-        """Read a linear layer into NF4, if it is to be held so; else ``None``."""
-        name = f"{path}.weight"
-        self._check_there(name)
-        stored = None if self.quantize == "none" else self.files.source.read_nf4(name)
-        if stored is None and self.quantize != "nf4":
-            return None
-        if stored is None:
-            tensor = self.files.source.read(name)
-            self._check(name, tensor, linear.weight.shape)
-            held = tensor.to(self.device, self.dtype)
-            stored = nf4.quantize(held, double_quant=self.double_quant)
-        elif stored.shape != tuple(linear.weight.shape):
-            raise self._wrong_shape(name, stored.shape, linear.weight.shape)
-        bias = None if linear.bias is None else self.parameter(f"{path}.bias", linear.bias)
-        return NF4Linear(
-            stored.to(self.device),
-            bias,
-            numerics=self.numerics,
-            weight_residency=self.weight_residency,
-        )
-
-    def _check_there(self, name: str) -> None:
-        if name not in self.files.source:
-            raise UserError(f"{self.files.name}: has no tensor {name}; is the download complete?")
-
-    def _check(self, name: str, tensor: Tensor, expected: Sequence[int]) -> None:
-        if list(tensor.shape) != list(expected):
-            raise self._wrong_shape(name, tensor.shape, expected)
-        if not torch.isfinite(tensor).all():
-            raise UserError(f"{self.files.name}: {name} holds NaN or inf; the weights are damaged")
-
-    def _wrong_shape(self, name: str, shape: Sequence[int], expected: Sequence[int]) -> UserError:
-        return UserError(
-            f"{self.files.name}: {name} is {list(shape)}, its config says {list(expected)}"
-        )

@@ -1,7 +1,8 @@
-"""Causal attention inside each word of a pack, as an attention function of transformers."""
+"""Causal attention inside each word or document of a pack, as an attention function of transformers."""
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -19,6 +20,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
+    sliding_window: int | None = None,
     *,
     pack: Pack,
     **kwargs: Any,
@@ -26,17 +28,27 @@ def packed_attention(
     """Attend within each word of ``pack``; q, k, v are ``[1, H, T, D]``, the result ``[1, T, H, D]``.
 
     The words are laid side by side, short ones filled up behind their end, where a causal mask
-    hides the filling from every real token. One word alone takes transformers' own path.
+    hides the filling from every real token. One word alone takes transformers' own path. In a word
+    longer than ``sliding_window`` a token sees as many tokens, itself included.
     """
     options = {"dropout": dropout, "scaling": scaling}
+    band = None
+    if sliding_window is not None and pack.longest > sliding_window:
+        band = window_mask(pack.longest, sliding_window, query.device)
     if pack.words == 1:
         alone: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, None, **options
+            module, query, key, value, band, **options
         )
         return alone
     side_by_side = (x[0].transpose(0, 1)[pack.rows].transpose(1, 2) for x in (query, key, value))
-    out, _ = sdpa_attention_forward(module, *side_by_side, None, **options)
+    out, _ = sdpa_attention_forward(module, *side_by_side, band, **options)
     return out.flatten(0, 1)[pack.slots].unsqueeze(0), None
+
+
+def window_mask(tokens: int, window: int, device: torch.device) -> Tensor:
+    """Which of the tokens before it each token sees, itself included, ``[T, T]``, bool."""
+    seen = torch.ones(tokens, tokens, dtype=torch.bool, device=device)
+    return seen.tril_().triu_(1 - window)
 
 
 AttentionInterface.register(NAME, packed_attention)

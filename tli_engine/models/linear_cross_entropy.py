@@ -1,0 +1,140 @@
+"""The output layer and its cross-entropy, some rows at a time: all logits are never held."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+# logits of a chunk: 256 MiB in fp32
+_LOGITS = 2**26
+# rows of the vocabulary whose gradient is computed at once: what lies between is small
+_VOCABULARY_ROWS = 16384
+
+
+def chunk_rows(vocabulary: int) -> int:
+    """Rows of hidden states whose logits are held at once."""
+    return max(64, _LOGITS // vocabulary // 64 * 64)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    softcap: float | None = None,
+    rows: int | None = None,
+) -> Tensor:
+    r"""Sum of the cross-entropies of logits :math:`h W^\top` against one target a row.
+
+    Logits are products in ``hidden``'s dtype; their log-sum-exp is taken in fp32 (fp64 of fp64). The
+    gradient of ``hidden`` is made on the way there, that of ``weight`` only if it is to have one,
+    summed in fp32 over the chunks. Neither can be differentiated again.
+
+    Args:
+        hidden: ``[M, D]``; only rows that predict a target.
+        weight: Output embeddings, ``[V, D]``, in ``hidden``'s dtype.
+        targets: ``[M]``, int64.
+        softcap: Logits are ``softcap * tanh(logits / softcap)`` first, as in Gemma 2.
+        rows: Rows of logits held at once; by default as many as take 256 MiB.
+
+    Returns:
+        A scalar, fp32, or fp64 of fp64; 0 without rows.
+
+    Raises:
+        ValueError: The shapes or dtypes do not fit together.
+    """
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
+        shapes = f"{list(hidden.shape)} and {list(weight.shape)}"
+        raise ValueError(f"hidden and weight must be [M, D] and [V, D], got {shapes}")
+    if targets.shape != hidden.shape[:1] or targets.dtype != torch.int64:
+        got = f"{targets.dtype} {list(targets.shape)}"
+        raise ValueError(f"targets must be int64 [{len(hidden)}], got {got}")
+    if weight.dtype != hidden.dtype:
+        raise ValueError(f"weight must be {hidden.dtype} as hidden, got {weight.dtype}")
+    if rows is not None and rows < 1:
+        raise ValueError(f"rows must be positive, got {rows}")
+    needed = torch.is_grad_enabled()
+    needs = (needed and hidden.requires_grad, needed and weight.requires_grad)
+    rows = chunk_rows(len(weight)) if rows is None else rows
+    loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, targets, softcap, rows, needs
+    )
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        targets: Tensor,
+        softcap: float | None,
+        rows: int,
+        needs: tuple[bool, bool],
+    ) -> Tensor:
+        acc = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), dtype=acc, device=hidden.device)
+        dhidden = torch.empty_like(hidden) if needs[0] else None
+        dweight = torch.zeros_like(weight, dtype=acc) if needs[1] else None
+        for first in range(0, len(hidden), rows):
+            part = slice(first, first + rows)
+            chunk_loss, dlogits = _chunk(
+                hidden[part] @ weight.T, targets[part], softcap, any(needs)
+            )
+            loss += chunk_loss
+            if dhidden is not None:
+                torch.mm(dlogits, weight, out=dhidden[part])
+            if dweight is not None:
+                _add_product(dweight, dlogits, hidden[part])
+        ctx.save_for_backward(dhidden, dweight)
+        ctx.dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        dhidden, dweight = ctx.saved_tensors
+        if dhidden is not None:
+            dhidden = dhidden * dloss.to(dhidden.dtype)
+        if dweight is not None:
+            dweight = (dweight * dloss).to(ctx.dtype)
+        return dhidden, dweight, None, None, None, None
+
+
+def _chunk(
+    logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
+) -> tuple[Tensor, Tensor]:
+    """The summed loss of a chunk, and the gradient of its logits in their dtype."""
+    dtype = logits.dtype
+    logits = logits.to(torch.promote_types(dtype, torch.float32))
+    slope = None
+    if softcap:
+        tanh = torch.tanh(logits / softcap)
+        logits = tanh * softcap
+        slope = 1 - tanh.square() if needs_gradient else None
+    # one buffer from here on
+    logits = logits.sub_(logits.amax(1, keepdim=True))
+    at_target = logits.gather(1, targets[:, None])
+    total = logits.exp_().sum(1, keepdim=True)
+    loss = (total.log() - at_target).sum()
+    if not needs_gradient:
+        return loss, logits
+    dlogits = logits.div_(total).scatter_add_(1, targets[:, None], torch.full_like(at_target, -1.0))
+    if slope is not None:
+        dlogits *= slope
+    return loss, dlogits.to(dtype)
+
+
+def _add_product(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
+    """Add ``dlogits.T @ hidden`` to ``dweight``, summed and added in its dtype."""
+    for first in range(0, len(dweight), _VOCABULARY_ROWS):
+        part = slice(first, first + _VOCABULARY_ROWS)
+        rows = dlogits[:, part].T
+        if dweight.dtype == hidden.dtype:
+            dweight[part].addmm_(rows, hidden)
+        elif hidden.is_cuda:
+            dweight[part] += torch.mm(rows, hidden, out_dtype=dweight.dtype)
+        else:
+            dweight[part].addmm_(rows.to(dweight.dtype), hidden.to(dweight.dtype))
