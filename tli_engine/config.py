@@ -134,6 +134,8 @@ class SftConfig(_Section):
     activations: Literal["auto", "save", "recompute"] = "auto"
     # weight of the align objective in joint training
     align_weight: Annotated[float, Field(gt=0)] = 1.0
+    # pairs in each of its batches
+    align_pairs: Annotated[int, Field(ge=2)] = 32
     # steps between two measurements of the loss on data.validation; the end of training is one
     evaluate_steps: PositiveInt = 100
     # measurements without a better one before training stops; null: none stops it

@@ -6,6 +6,7 @@ from transformers import (
     get_constant_schedule_with_warmup,
     get_cosine_schedule_with_warmup,
     get_linear_schedule_with_warmup,
+    get_wsd_schedule,
 )
 
 from tli_engine.config import TrainConfig
@@ -56,3 +57,20 @@ def test_beyond_the_end_it_is_zero(schedule: str) -> None:
     config = TrainConfig(steps=10, schedule=schedule)
     assert learning_rate(config, 10, 10) == pytest.approx(0, abs=1e-20)
     assert learning_rate(config, 15, 10) == pytest.approx(0, abs=1e-20)
+
+
+@pytest.mark.parametrize(("warmup", "decay", "total"), [(0, 5, 20), (4, 6, 30), (3, 7, 10)])
+def test_warm_up_stable_decay_is_transformers(warmup: int, decay: int, total: int) -> None:
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = get_wsd_schedule(
+        optimizer, warmup, decay, num_training_steps=total, decay_type="linear"
+    )
+    config = TrainConfig(
+        learning_rate=1e-3, schedule="wsd", warmup_steps=warmup, decay_steps=decay
+    )
+    for step in range(total):
+        expected = scheduler.get_last_lr()[0]
+        assert learning_rate(config, step, total) == pytest.approx(expected, rel=1e-9)
+        optimizer.step()
+        scheduler.step()
+    assert learning_rate(config, total, total) == 0

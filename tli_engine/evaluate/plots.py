@@ -16,6 +16,8 @@ from tli_engine.evaluate.alignment import Vectors, mismatched_cosines
 
 # colour-blind safe (Okabe and Ito)
 _TRUE, _RANDOM, _OTHER = "#0072B2", "#D55E00", "#009E73"
+# weight of a new value in the running mean of losses
+_SMOOTHING = 0.1
 
 
 def _finish(axes: Axes) -> None:
@@ -66,6 +68,27 @@ def plot_training(steps: Sequence[Mapping[str, float]], path: Path) -> None:
     right.legend(frameon=False)
     for axes in (left, right):
         _finish(axes)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def plot_losses(steps: Sequence[Mapping[str, float]], path: Path) -> None:
+    """Draw the loss of each step, smoothed too, and the loss on unseen articles."""
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    numbers, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
+    axes.plot(numbers, losses, color=_TRUE, lw=1, alpha=0.3)
+    if losses:
+        smooth, value = [], losses[0]
+        for loss in losses:
+            value += _SMOOTHING * (loss - value)
+            smooth.append(value)
+        axes.plot(numbers, smooth, color=_TRUE, label="training, smoothed")
+    measured = [(s["step"], s["validation_loss"]) for s in steps if "validation_loss" in s]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), "o-", color=_RANDOM, label="unseen articles")
+    axes.set(xlabel="step", ylabel="nats a token", title="loss")
+    axes.legend(frameon=False)
+    _finish(axes)
     figure.savefig(path, dpi=120)
     plt.close(figure)
 

@@ -53,3 +53,37 @@ base = AutoModelForCausalLM.from_pretrained("{files.hub_id}")
 model = PeftModel.from_pretrained(base, "ADAPTER")
 ```
 """
+
+
+def summary_card(config: RunConfig, files: ModelFiles, parameters: int, notes: list[str]) -> str:
+    """Text of the model card of fine-tuning on summaries.
+
+    Args:
+        config: The run.
+        files: The base model.
+        parameters: Numbers that were trained.
+        notes: Warnings of the run.
+    """
+    adapter = config.method == "lora"
+    what = f"LoRA on blocks {config.lora.layers}" if adapter else "all weights"
+    beside = " and, jointly, to align word pairs" if config.objective == "joint" else ""
+    warnings = "".join(f"\n> **{note}**\n" for note in notes)
+    library = "peft" if adapter else "transformers"
+    return f"""---
+base_model: {files.hub_id}
+library_name: {library}
+tags: [summarization, tli-engine]
+---
+
+# {"LoRA adapter" if adapter else "Model"} fine-tuned on summaries
+{warnings}
+Trained with tli-engine {__version__} to write the {config.data.columns[1]} of an article
+({config.data.texts}){beside}: {what}, {parameters:,} parameters. The prompt is
+
+```
+{config.prompt.instruction}
+```
+
+({config.prompt.template} template). Its loss on unseen articles stands in the run's
+`evaluation.json`; what it writes was not measured here. The articles have a licence of their own.
+"""

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -65,6 +66,7 @@ class Trainer:
     on_step: Callable[[StepMetrics], None] = lambda step: None
     on_warning: Callable[[str], None] = lambda line: None
     step: int = field(default=0, init=False)
+    total_steps: int = field(default=0, init=False)
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -102,7 +104,17 @@ class Trainer:
         adapter = {name: tensor.detach().cpu() for name, tensor in self.engine.tensors.items()}
         return adapter, self.engine.state()
 
-    def restore(self, step: int, adapter: dict[str, Tensor], statistics: dict[str, Tensor]) -> None:
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint says besides: nothing."""
+        return {}
+
+    def restore(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        statistics: dict[str, Tensor],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Go back to a step with the tensors that :meth:`state` gave there.
 
         Raises:
@@ -111,7 +123,7 @@ class Trainer:
         """
         with torch.no_grad():
             for name, tensor in self.engine.tensors.items():
-                tensor.copy_(adapter[name])
+                tensor.copy_(tensors[name])
         self.engine.restore(statistics)
         self.step = step
 

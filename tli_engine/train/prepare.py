@@ -76,11 +76,11 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         token_ids=tokens_of(splits),
     )
     record = provenance(pairs, files, model)
-    space = _fit_space(model, splits[0], config)
+    space = fit_loss_space(model, splits[0], config)
     if config.lora.init is None:
         add_lora(model, config.lora, config.align.layer, config.seed)
     else:
-        record["lora_init_sha256"] = _go_on_from(model, config, say)
+        record["lora_init_sha256"] = go_on_from(model, config, say)
     if config.train.engine != "modules":
         _fuse(model, config, say)
     nbytes, copies = add_transposed_copies(model)
@@ -121,7 +121,7 @@ def leak_warnings(splits: list[Split]) -> list[str]:
     ]
 
 
-def _fit_space(model: EarlyModel, train: Split, config: RunConfig) -> PairSpace:
+def fit_loss_space(model: EarlyModel, train: Split, config: RunConfig) -> PairSpace:
     """The loss space, fitted on the base model's vectors of the distinct training words."""
     if config.align.space == "raw":
         # nothing is fitted
@@ -133,7 +133,7 @@ def _fit_space(model: EarlyModel, train: Split, config: RunConfig) -> PairSpace:
     return fit_space(config.align.space, *sides).to(torch.float32)
 
 
-def _go_on_from(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> str:
+def go_on_from(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> str:
     """Put the adapter of ``lora.init`` on; return its digest."""
     folder = Path(config.lora.init or "")
     loaded = load_adapter(model, folder, config.lora.dropout)

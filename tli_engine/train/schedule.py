@@ -14,4 +14,8 @@ def learning_rate(config: TrainConfig, step: int, total: int) -> float:
         return config.learning_rate * max(0.0, 1 - progress)
     if config.schedule == "cosine":
         return config.learning_rate * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    if config.schedule == "wsd":
+        # warm-up, stable, decay
+        left = (total - step) / (config.decay_steps or 1)
+        return config.learning_rate * min(1.0, left)
     return config.learning_rate

@@ -1,0 +1,30 @@
+"""Where a GPU's memory goes in training, said when there is none left."""
+
+import torch
+
+from tli_engine.models.causal import CausalModel
+from tli_engine.nn import NF4Linear
+from tli_engine.train.updates import Updates
+
+
+def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str:
+    """One line: what could not be had, what holds the memory, what to change."""
+    device = model.early.device
+    gradients, statistics = updates.nbytes()
+    held = {"weights": _nbytes(model), "gradients": gradients, "optimizer": statistics}
+    if device.type == "cuda":
+        others = torch.cuda.max_memory_allocated(device) - sum(held.values())
+        held["activations and buffers"] = max(0, others)
+    parts = ", ".join(f"{name} {nbytes / 2**30:.1f} GiB" for name, nbytes in held.items())
+    wanted = str(error).partition(". GPU")[0].strip()
+    return (
+        f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "
+        f"raise train.accumulate) or sft.context, set sft.activations=recompute, or "
+        f"train.optimizer=adamw-8bit; checkpoints are whole"
+    )
+
+
+def _nbytes(model: CausalModel) -> int:
+    """Bytes of the weights, adapters included, as they are held."""
+    nf4 = sum(m.nbytes for m in model.modules() if isinstance(m, NF4Linear))
+    return nf4 + sum(p.nbytes for p in model.parameters())

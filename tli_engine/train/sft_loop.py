@@ -1,0 +1,230 @@
+"""The training loop of fine-tuning: steps, the loss on unseen articles, when to stop."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tli_engine.align.collapse import CollapseDetector
+from tli_engine.config import RunConfig
+from tli_engine.errors import TrainingError
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.device import peak_mib
+from tli_engine.train.memory import out_of_memory
+from tli_engine.train.schedule import learning_rate
+from tli_engine.train.sft_order import Batch, SftOrder
+from tli_engine.train.sft_step import Examples, SftObserved, SftStep, mean_loss
+
+
+@dataclass(frozen=True)
+class SftMetrics:
+    """Figures of one step, a line of ``metrics.jsonl``; steps count from 1.
+
+    ``figures`` has those of some steps or runs alone: ``validation_loss``, and of joint training
+    ``align_loss``, ``cosine_true`` and ``cosine_random``.
+    """
+
+    step: int
+    epoch: int
+    loss: float
+    lr: float
+    grad_norm: float
+    tokens: int
+    labels: int
+    tokens_per_s: float
+    seconds: float
+    peak_mib: float
+    figures: dict[str, float]
+
+    def to_json(self) -> dict[str, float]:
+        """Plain numbers."""
+        values = {k: v for k, v in vars(self).items() if k != "figures"}
+        return values | self.figures
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Articles that are not trained on, and the batches in which they are run."""
+
+    examples: Examples
+    batches: list[Batch]
+
+
+@dataclass
+class Best:
+    """The lowest loss on unseen articles so far.
+
+    Attributes:
+        loss: That loss; infinity before the first measurement.
+        step: Steps done by then.
+        since: Measurements since then, none of them lower.
+        before: The loss before the first step; NaN where it was not measured.
+    """
+
+    loss: float = math.inf
+    step: int = 0
+    since: int = 0
+    before: float = math.nan
+
+    def update(self, loss: float, step: int) -> bool:
+        """Take note of a measurement; return whether it is the best."""
+        if loss < self.loss:
+            self.loss, self.step, self.since = loss, step, 0
+            return True
+        self.since += 1
+        return False
+
+
+@dataclass
+class SftTrainer:
+    """Runs the steps of fine-tuning.
+
+    Attributes:
+        config: The run.
+        model: What is trained.
+        engine: Computes a step.
+        order: Batches of every step.
+        validation: What to measure on, or None.
+        on_step: Called with the figures of each step; may be set later.
+        on_best: Called when the loss on unseen articles is the lowest so far; may be set later.
+        on_warning: Called with a line that the user should read.
+        step: Steps done.
+        best: Of the measurements so far.
+    """
+
+    config: RunConfig
+    model: CausalModel
+    engine: SftStep
+    order: SftOrder
+    validation: Validation | None
+    on_step: Callable[[SftMetrics], None] = lambda step: None
+    on_best: Callable[[], None] = lambda: None
+    on_warning: Callable[[str], None] = lambda line: None
+    step: int = field(default=0, init=False)
+    best: Best = field(default_factory=Best, init=False)
+    total_steps: int = field(default=0, init=False)
+
+    def __post_init__(self) -> None:
+        self.total_steps = self.order.total_steps
+        align = self.config.align
+        self._collapse = CollapseDetector(None if align.loss == "infonce" else align.margin)
+
+    @property
+    def stopped_early(self) -> bool:
+        """Whether the loss on unseen articles has not fallen for ``sft.patience`` measurements."""
+        patience = self.config.sft.patience
+        return patience is not None and self.best.since >= patience
+
+    def run(self, until: Callable[[], bool] = lambda: False) -> None:
+        """Train to the end, or to the first step after which ``until`` holds.
+
+        Raises:
+            TrainingError: A tensor without a finite gradient, a loss that is not finite, or no memory.
+        """
+        self.model.train()
+        try:
+            # dropout draws from torch's global generator, which is the caller's
+            with torch.random.fork_rng():
+                if self.step == 0 and self.validation is not None:
+                    self.best.before = self.validate()
+                while self.step < self.total_steps and not self.stopped_early and not until():
+                    self._one_step()
+        except torch.OutOfMemoryError as e:
+            raise TrainingError(out_of_memory(self.model, self.engine.updates, e)) from None
+        finally:
+            self.model.eval()
+
+    def validate(self) -> float:
+        """Cross-entropy of the articles that are not trained on, nats a label."""
+        assert self.validation is not None
+        return mean_loss(self.model, self.validation.examples, self.validation.batches)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Trained tensors, and the optimizer's."""
+        tensors = self.engine.tensors.items()
+        return {n: t.detach().to("cpu", copy=True) for n, t in tensors}, self.engine.updates.state()
+
+    def notes(self) -> dict[str, Any]:
+        """What a checkpoint says besides."""
+        # JSON has no infinity and no NaN
+        return {"best": {k: v for k, v in vars(self.best).items() if math.isfinite(v)}}
+
+    def restore(
+        self,
+        step: int,
+        tensors: dict[str, Tensor],
+        statistics: dict[str, Tensor],
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Go back to a step with what :meth:`state` and :meth:`notes` gave there.
+
+        Raises:
+            KeyError: The tensors are of another model or other adapters.
+            RuntimeError: They are of another shape.
+        """
+        self.set_tensors(tensors)
+        self.engine.updates.restore(statistics)
+        self.step = step
+        self.best = Best(**(notes or {}).get("best", {}))
+
+    @torch.no_grad()
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Give the trained tensors other values.
+
+        Raises:
+            KeyError: The values are of other tensors.
+        """
+        for name, tensor in self.engine.tensors.items():
+            tensor.copy_(tensors[name])
+
+    def replay(self, steps: Iterable[Mapping[str, float]]) -> list[str]:
+        """Show the collapse detector steps of an interrupted run; return what it said of them."""
+        lines = (self._watch(s["step"], s) for s in steps if "cosine_true" in s)
+        return [line for line in lines if line]
+
+    def _one_step(self) -> None:
+        start, step = time.perf_counter(), self.step
+        observed = self.engine.run(step)
+        seconds = time.perf_counter() - start
+        self.step += 1
+        figures, is_best = self._figures(observed), False
+        due = self.step % self.config.sft.evaluate_steps == 0 or self.step == self.total_steps
+        if due and self.validation is not None:
+            figures["validation_loss"] = self.validate()
+            is_best = self.best.update(figures["validation_loss"], self.step)
+        metrics = SftMetrics(
+            step=self.step,
+            epoch=1 + self.order.epoch(step),
+            loss=observed.loss,
+            lr=learning_rate(self.config.train, step, self.total_steps),
+            grad_norm=observed.grad_norm,
+            tokens=observed.tokens,
+            labels=observed.labels,
+            tokens_per_s=observed.tokens / seconds,
+            seconds=seconds,
+            peak_mib=peak_mib(self.model.early.device),
+            figures=figures,
+        )
+        if is_best:
+            # before a checkpoint says that it is there
+            self.on_best()
+        self.on_step(metrics)
+        line = self._watch(self.step, figures) if observed.aligned else None
+        if line is not None:
+            self.on_warning(line)
+
+    def _figures(self, observed: SftObserved) -> dict[str, float]:
+        if observed.aligned is None:
+            return {}
+        return dict(
+            zip(("align_loss", "cosine_true", "cosine_random"), observed.aligned, strict=True)
+        )
+
+    def _watch(self, step: float, figures: Mapping[str, float]) -> str | None:
+        values = figures["align_loss"], figures["cosine_true"], figures["cosine_random"]
+        line = self._collapse.update(*values)
+        return None if line is None else f"step {step:.0f}: {line}"

@@ -1,0 +1,141 @@
+"""Everything a run of fine-tuning needs, read and checked before anything is written."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from tli_engine.config import RunConfig
+from tli_engine.data.examples import ExampleStore, ExampleTokenizer, tokenise
+from tli_engine.data.packing import rows_of_epoch
+from tli_engine.data.splits import read_run_pairs, tokenize_splits
+from tli_engine.data.texts import Texts, read_texts
+from tli_engine.errors import UserError
+from tli_engine.models.adapters import adapter_tensors, add_lora
+from tli_engine.models.causal import CausalModel, load_causal
+from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.train.metrics import check_tensorboard
+from tli_engine.train.prepare import fit_loss_space, go_on_from, leak_warnings
+from tli_engine.train.provenance import provenance
+from tli_engine.train.sft_loop import Validation
+from tli_engine.train.sft_step import Pairs
+
+# called with a title, a total, and what takes the numbers done
+Progress = Callable[[str, int], Any]
+
+
+@dataclass(frozen=True)
+class SftPrepared:
+    """A run of fine-tuning, ready to train.
+
+    Attributes:
+        config: As given, with device and dtype chosen.
+        files: The opened model.
+        model: All blocks and the head; with adapters, or its weights to be trained.
+        tensors: What is trained, by name.
+        examples: To train on.
+        validation: To measure on, or None.
+        pairs: Of joint training, or None.
+        provenance: What the run is made from.
+        warnings: Lines that the user should read, now and in the report.
+    """
+
+    config: RunConfig
+    files: ModelFiles
+    model: CausalModel
+    tensors: dict[str, nn.Parameter]
+    examples: ExampleStore
+    validation: Validation | None
+    pairs: Pairs | None
+    provenance: dict[str, Any]
+    warnings: list[str]
+
+
+def prepare_sft(
+    config: RunConfig, say: Callable[[str], None], progress: Progress
+) -> SftPrepared:
+    """Read articles, pairs and model, put the adapters on or free the weights.
+
+    Raises:
+        UserError: Anything in the configuration, the articles or the model that cannot work.
+    """
+    if config.train.tensorboard:
+        check_tensorboard()
+    texts = {split: read_texts(config.data, split) for split in ("train", "validation")}
+    train = texts["train"]
+    assert train is not None
+    if train.licence:
+        say(f"{train.name}: licence {train.licence}")
+    device = choose_device(config.device)
+    chosen = {"device": str(device), "dtype": str(choose_dtype(config.dtype, device))[6:]}
+    config = config.model_copy(update=chosen)
+    files = open_model(config.model)
+    if config.sft.context > (most := files.config.max_position_embeddings):
+        raise UserError(f"sft.context: {config.sft.context} is more than the model's {most} tokens")
+    stores = {split: _tokenise(t, files, config, progress) for split, t in texts.items() if t}
+    model = load_causal(
+        files,
+        dtype=choose_dtype(config.dtype, device),
+        device=device,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        numerics=config.numerics,
+        weight_residency=config.weight_residency,
+    )
+    pairs, record, warnings = _pairs(config, files, model)
+    record["texts"] = {
+        split: {"count": len(t), "sha256": t.digest()} for split, t in texts.items() if t
+    }
+    tensors = _trained(model, config, record, say)
+    validation = _validation(stores.get("validation"), config)
+    return SftPrepared(
+        config, files, model, tensors, stores["train"], validation, pairs, record, warnings
+    )
+
+
+def _tokenise(
+    texts: Texts, files: ModelFiles, config: RunConfig, progress: Progress
+) -> ExampleStore:
+    tokenizer = ExampleTokenizer(files.tokenizer, config.prompt, config.sft.context)
+    with progress(f"tokenise {texts.name}", len(texts)) as advance:
+        return tokenise(texts, tokenizer, lambda n: advance(n, ""))
+
+
+def _pairs(
+    config: RunConfig, files: ModelFiles, model: CausalModel
+) -> tuple[Pairs | None, dict[str, Any], list[str]]:
+    """The word pairs of joint training, and what a run records of pairs and model."""
+    if config.objective != "joint":
+        return None, provenance({}, files, model.early), []
+    pairs = read_run_pairs(config.data)
+    splits = tokenize_splits(pairs, files.tokenizer, config.words)
+    space = fit_loss_space(model.early, splits[0], config)
+    record = provenance(pairs, files, model.early)
+    return Pairs(splits[0], space), record, leak_warnings(splits)
+
+
+def _trained(
+    model: CausalModel, config: RunConfig, record: dict[str, Any], say: Callable[[str], None]
+) -> dict[str, nn.Parameter]:
+    """Put the adapters on, or free the weights; return what is trained."""
+    early = model.early
+    if config.method == "full":
+        model.train_all()
+        return model.trainable()
+    if config.lora.init is None:
+        add_lora(early, config.lora, early.depth, config.seed)
+    else:
+        record["lora_init_sha256"] = go_on_from(early, config, say)
+    if early.fused is None:
+        return adapter_tensors(early)
+    return {n: t for p in early.fused.projections() for n, t in p.joined().items()}
+
+
+def _validation(store: ExampleStore | None, config: RunConfig) -> Validation | None:
+    if store is None:
+        return None
+    rows = rows_of_epoch(store.lengths, config.sft.context, 0, 0, config.sft.packing)
+    size = config.train.batch_size
+    return Validation(store, [rows[i : i + size] for i in range(0, len(rows), size)])

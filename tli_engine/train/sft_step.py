@@ -1,0 +1,149 @@
+"""A step of fine-tuning: the loss of some batches, its gradient, the update."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tli_engine.align.objective import batch_loss, pair_batch
+from tli_engine.align.space import PairSpace
+from tli_engine.config import RunConfig
+from tli_engine.data.examples import Example
+from tli_engine.data.packing import TextPack, text_pack
+from tli_engine.data.splits import Split
+from tli_engine.errors import TrainingError
+from tli_engine.models.causal import CausalModel
+from tli_engine.train.module_step import check_finite
+from tli_engine.train.order import batch_rows, step_seed
+from tli_engine.train.schedule import learning_rate
+from tli_engine.train.sft_order import Batch, SftOrder
+from tli_engine.train.updates import Updates
+
+
+class Examples(Protocol):
+    """Tokenised examples, by number."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, i: int) -> Example: ...
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """What joint training aligns beside.
+
+    Attributes:
+        train: Word pairs, tokenised.
+        space: Where they are compared.
+    """
+
+    train: Split
+    space: PairSpace
+
+
+@dataclass(frozen=True)
+class SftObserved:
+    """What a step came to.
+
+    Attributes:
+        tokens: Rows of its packs.
+        labels: Tokens that the loss is the mean over.
+        loss: Cross-entropy, nats a label.
+        grad_norm: Before clipping.
+        aligned: Of joint training: alignment loss, raw cosine of true pairs and of random ones.
+    """
+
+    tokens: int
+    labels: int
+    loss: float
+    grad_norm: float
+    aligned: tuple[float, float, float] | None
+
+
+class SftStep:
+    """Computes steps, each when it is asked for."""
+
+    def __init__(
+        self,
+        model: CausalModel,
+        tensors: dict[str, nn.Parameter],
+        examples: Examples,
+        order: SftOrder,
+        config: RunConfig,
+        pairs: Pairs | None,
+    ) -> None:
+        self._model, self._examples, self._order = model, examples, order
+        self._config, self._pairs = config, pairs
+        self.tensors = tensors
+        for tensor in tensors.values():
+            tensor.requires_grad_(True)
+        self.updates = Updates(tensors, config.train)
+
+    def run(self, step: int) -> SftObserved:
+        """Run a step, counted from 0.
+
+        Raises:
+            TrainingError: A tensor without a finite gradient, or a loss that is not finite.
+        """
+        config = self._config
+        packs = [self.pack(batch) for batch in self._order.batches(step)]
+        labels = sum(pack.labels for pack in packs)
+        torch.manual_seed(step_seed(config.seed, step))
+        self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
+        loss = torch.zeros((), device=self._model.early.device)
+        for pack in packs:
+            # over all labels of the step: batches of few labels weigh no more than their labels
+            part = self._model.loss(pack.to(loss.device)) / labels
+            torch.autograd.backward(part)
+            loss += part.detach()
+        aligned = None if self._pairs is None else self._align(step, self._pairs)
+        if step == 0 and not config.train.in_backward:
+            self._check_gradients()
+        grad_norm = float(self.updates.clip())
+        check_finite(step, float(loss), grad_norm)
+        self.updates.step()
+        tokens = sum(pack.tokens for pack in packs)
+        figures = None if aligned is None else tuple(map(float, aligned))
+        return SftObserved(tokens, labels, float(loss), grad_norm, figures)  # type: ignore[arg-type]
+
+    def pack(self, batch: Batch) -> TextPack:
+        """The examples of a batch, end to end: attention stays inside each."""
+        return text_pack([self._examples[i] for row in batch for i in row])
+
+    def _align(self, step: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
+        """Add the gradient of the alignment loss of a batch of pairs."""
+        config, train = self._config, pairs.train
+        rows = batch_rows(len(train.source), config.sft.align_pairs, config.seed, step)
+        source, target = ([side[i] for i in rows] for side in (train.source, train.target))
+        s_groups, t_groups = ([side[i] for i in rows] for side in train.groups)
+        batch = pair_batch(source, target, s_groups, t_groups, config.align.mask_duplicates)
+        result = batch_loss(
+            self._model.early, batch.to(self._model.early.device), pairs.space, config.align
+        )
+        torch.autograd.backward(config.sft.align_weight * result.loss)
+        return result.loss.detach(), result.cosine_true, result.cosine_random
+
+    def _check_gradients(self) -> None:
+        for name, tensor in self.tensors.items():
+            if tensor.grad is None:
+                raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
+            if not torch.isfinite(tensor.grad).all():
+                raise TrainingError(f"the gradient of {name} is not finite")
+
+
+@torch.no_grad()
+def mean_loss(model: CausalModel, examples: Examples, batches: Sequence[Batch]) -> float:
+    """Cross-entropy of examples, nats a label, dropout off."""
+    training = model.training
+    model.eval()
+    total, labels = torch.zeros((), dtype=torch.float64), 0
+    try:
+        for batch in batches:
+            pack = text_pack([examples[i] for row in batch for i in row])
+            total += model.loss(pack.to(model.early.device)).double().cpu()
+            labels += pack.labels
+    finally:
+        model.train(training)
+    return float(total) / labels

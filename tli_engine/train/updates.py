@@ -1,0 +1,178 @@
+"""Optimizers of fine-tuning: AdamW of many kinds over named tensors, one contract for all."""
+
+import math
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tli_engine.config import TrainConfig
+from tli_engine.errors import UserError
+from tli_engine.train.stochastic_adamw import StochasticAdamW
+
+_BITSANDBYTES = {
+    "adamw-8bit": "AdamW8bit",
+    "adamw-paged": "PagedAdamW",
+    "adamw-paged-8bit": "PagedAdamW8bit",
+}
+
+
+class Updates:
+    """Clips gradients and updates tensors, in one go or each as soon as its gradient is there.
+
+    Tensors of 16 bits have an fp32 master copy, which is updated in their place, unless
+    ``train.rounding`` is ``stochastic``: they are then updated alone, rounded at random, with
+    statistics of their own dtype.
+    """
+
+    def __init__(self, tensors: Mapping[str, nn.Parameter], train: TrainConfig) -> None:
+        """Set up the statistics.
+
+        Args:
+            tensors: What to update, by name.
+            train: Optimizer and its numbers.
+
+        Raises:
+            UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU.
+        """
+        self._tensors, self._train = dict(tensors), train
+        make = _maker(train, next(iter(tensors.values())).device)
+        self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
+        parts = [[name] for name in tensors] if train.in_backward else [list(tensors)]
+        self._optimizers = [(part, make(self._groups(part))) for part in parts]
+        self._norms: list[Tensor] = []
+        if train.in_backward:
+            for part, optimizer in self._optimizers:
+                tensor = tensors[part[0]]
+                hook = partial(self._at_once, part, optimizer)
+                tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def set_rate(self, rate: float) -> None:
+        """Set the learning rate of the next step, before its backward pass."""
+        for _, optimizer in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
+
+    def clip(self) -> Tensor:
+        """Clip the gradients' norm; return what it was.
+
+        Where tensors are updated in the backward pass, that has happened; the norm is of what was.
+        """
+        if self._train.in_backward:
+            norms, self._norms = self._norms, []
+            total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
+            return total
+        limit = self._train.max_grad_norm or math.inf
+        norm: Tensor = nn.utils.clip_grad_norm_(self._tensors.values(), limit)
+        return norm
+
+    def step(self) -> None:
+        """Update all tensors, and free their gradients."""
+        if not self._train.in_backward:
+            for part, optimizer in self._optimizers:
+                self._update(part, optimizer)
+
+    def state(self) -> dict[str, Tensor]:
+        """Statistics as ``<tensor>/<statistic>``, and master copies, on the CPU."""
+        found: dict[str, Tensor] = {}
+        for name, statistics in self._statistics():
+            for key, value in statistics.items():
+                value = value if isinstance(value, Tensor) else torch.tensor(value)
+                found[f"{name}/{key}"] = value.detach().to("cpu", copy=True)
+        for name, held in self._held.items():
+            if held is not self._tensors[name]:
+                found[f"{name}/master"] = held.detach().to("cpu", copy=True)
+        return found
+
+    @torch.no_grad()
+    def restore(self, state: Mapping[str, Tensor]) -> None:
+        """Go back to what :meth:`state` gave; the tensors themselves are set already.
+
+        Raises:
+            KeyError: It is of other tensors.
+            RuntimeError: It is of another shape.
+        """
+        by_name: dict[str, dict[str, Tensor]] = {}
+        for key, value in state.items():
+            name, _, statistic = key.rpartition("/")
+            by_name.setdefault(name, {})[statistic] = value
+        if unknown := by_name.keys() - self._tensors.keys():
+            raise KeyError(min(unknown))
+        for name, held in self._held.items():
+            if held is not self._tensors[name]:
+                # a copy that a state lacks is of a tensor that was never updated
+                held.copy_(by_name.get(name, {}).pop("master", self._tensors[name]))
+        for part, optimizer in self._optimizers:
+            groups = optimizer.state_dict()["param_groups"]
+            order = [name for group in self._groups(part) for name in group["names"]]
+            numbered = {i: by_name[name] for i, name in enumerate(order) if by_name.get(name)}
+            optimizer.load_state_dict({"state": numbered, "param_groups": groups})
+
+    def nbytes(self) -> tuple[int, int]:
+        """Bytes of the gradients that are held, and of statistics and master copies."""
+        grads = [t.grad for t in self._tensors.values() if t.grad is not None]
+        held: list[Tensor] = [h for n, h in self._held.items() if h is not self._tensors[n]]
+        held += [v for _, s in self._statistics() for v in s.values() if isinstance(v, Tensor)]
+        return sum(g.nbytes for g in grads), sum(h.nbytes for h in held)
+
+    def _statistics(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        for part, optimizer in self._optimizers:
+            for name in part:
+                yield name, optimizer.state.get(self._held[name], {})
+
+    def _master(self, tensor: nn.Parameter) -> nn.Parameter:
+        whole = tensor.dtype in (torch.float32, torch.float64)
+        if whole or self._train.rounding == "stochastic":
+            return tensor
+        return nn.Parameter(tensor.detach().float())
+
+    def _groups(self, names: list[str]) -> list[dict[str, Any]]:
+        """Parameter groups: B matrices have LoRA+'s rate, norms and biases no decay."""
+        by_kind: dict[tuple[float, float], list[str]] = {}
+        for name in names:
+            factor = self._train.lora_plus if "lora_B" in name else 1.0
+            decay = self._train.weight_decay if self._tensors[name].ndim > 1 else 0.0
+            by_kind.setdefault((factor, decay), []).append(name)
+        return [
+            {"params": [self._held[n] for n in group], "names": group, "factor": factor, "weight_decay": decay}
+            for (factor, decay), group in by_kind.items()
+        ]  # fmt: skip
+
+    def _at_once(self, part: list[str], optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
+        assert tensor.grad is not None
+        self._norms.append(tensor.grad.float().norm())
+        self._update(part, optimizer)
+
+    @torch.no_grad()
+    def _update(self, part: list[str], optimizer: torch.optim.Optimizer) -> None:
+        copies = [(self._tensors[n], self._held[n]) for n in part]
+        copies = [(tensor, held) for tensor, held in copies if held is not tensor]
+        for tensor, held in copies:
+            held.grad = None if tensor.grad is None else tensor.grad.float()
+            tensor.grad = None
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for tensor, held in copies:
+            tensor.copy_(held)
+
+
+def _maker(train: TrainConfig, device: torch.device) -> Any:
+    """What makes an optimizer of parameter groups."""
+    if train.rounding == "stochastic" and train.optimizer == "adamw":
+        return StochasticAdamW
+    if train.optimizer == "adamw":
+        return partial(torch.optim.AdamW, lr=0.0, fused=device.type == "cuda")
+    if train.rounding == "stochastic":
+        raise UserError(f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}")
+    if device.type != "cuda":
+        raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw")
+    try:
+        from bitsandbytes import optim
+    except ImportError:
+        raise UserError(
+            f"train.optimizer: {train.optimizer} is bitsandbytes', which is not installed; pip install "
+            f"'tli-engine[bitsandbytes]'"
+        ) from None
+    return partial(getattr(optim, _BITSANDBYTES[train.optimizer]), lr=0.0)
