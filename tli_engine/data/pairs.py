@@ -51,8 +51,12 @@ def _decode(data: bytes, path: Path) -> str:
         raise UserError(f"{path}: line {line}: not UTF-8; save the file as UTF-8") from None
 
 
-def _loads(text: str, path: Path, line: int = 1) -> Any:
-    """Parse JSON that begins at ``line`` of the file."""
+def parse_json(text: str, path: Path, line: int = 1) -> Any:
+    """Parse JSON that begins at ``line`` of the file.
+
+    Raises:
+        UserError: It is not JSON; the line is named.
+    """
     try:
         return json.loads(text)
     except json.JSONDecodeError as e:
@@ -63,7 +67,7 @@ def _loads(text: str, path: Path, line: int = 1) -> Any:
 
 
 def _read_json(data: bytes, path: Path) -> list[Row]:
-    value = _loads(_decode(data, path), path)
+    value = parse_json(_decode(data, path), path)
     if not isinstance(value, list):
         raise UserError(f"{path}: must be a list of objects such as {{'swahili': …, 'english': …}}")
     return [(f"row {number}", row) for number, row in enumerate(value, 1)]
@@ -73,7 +77,7 @@ def _read_jsonl(data: bytes, path: Path) -> list[Row]:
     # not splitlines: U+2028 and its like may stand inside a JSON string
     lines = enumerate(_decode(data, path).split("\n"), 1)
     return [
-        (f"line {number}", _loads(line, path, number)) for number, line in lines if line.strip()
+        (f"line {number}", parse_json(line, path, number)) for number, line in lines if line.strip()
     ]
 
 
@@ -153,7 +157,8 @@ def read_rows(file: str) -> tuple[Path, list[Row]]:
     return path, reader(data, path)
 
 
-def _is_word(value: Any) -> bool:
+def is_text(value: Any) -> bool:
+    """Whether a value is a string with more than spaces in it."""
     # half a surrogate pair, which JSON can spell, is no text
     return (
         isinstance(value, str)
@@ -172,7 +177,7 @@ def _cell(row: Any, column: str, where: str) -> str:
             f"or data.languages"
         )
     value = row[column]
-    if not _is_word(value):
+    if not is_text(value):
         raise UserError(
             f"{where}: {column!r} is {reprlib.repr(value)}; every pair needs two non-empty words"
         )

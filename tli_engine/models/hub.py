@@ -1,12 +1,8 @@
 """A model on the Hugging Face Hub: only the files that are asked for are downloaded."""
 
-import errno
-import hashlib
-import os
-import sys
 from pathlib import Path
 
-from tli_engine.errors import UserError
+from tli_engine.data.downloads import download, explained
 
 # what a tokenizer may consist of; weights are fetched shard by shard
 _SMALL = [
@@ -30,7 +26,7 @@ def fetch_folder(repo: str) -> Path:
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_SMALL))
     except Exception as e:
-        raise _explained(repo, e) from None
+        raise explained(repo, e) from None
 
 
 def fetch_file(repo: str, file: str, *, commit: str | None = None) -> Path | None:
@@ -47,75 +43,11 @@ def fetch_file(repo: str, file: str, *, commit: str | None = None) -> Path | Non
     Raises:
         UserError: As :func:`fetch_folder`, or the file's SHA-256 is not the Hub's.
     """
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
     name, revision = split_revision(repo)
-    revision = commit or revision
-    cached = try_to_load_from_cache(name, file, revision=revision)
-    if cached is None and file.endswith(".safetensors") and not sys.stderr.isatty():
-        # on a terminal the client draws a bar, in bytes
-        print(f"downloading {repo}: {file}", file=sys.stderr, flush=True)
-    try:
-        path = Path(hf_hub_download(name, file, revision=revision))
-    except LocalEntryNotFoundError as e:
-        # offline; the cache also notes which files the Hub does not have
-        if cached is not None and not isinstance(cached, str):
-            return None
-        raise _explained(f"{repo}: {file}", e) from None
-    except EntryNotFoundError:
-        return None
-    except Exception as e:
-        raise _explained(f"{repo}: {file}", e) from None
-    if not isinstance(cached, str):
-        _check_digest(repo, path)
-    return path
+    return download(repo, name, file, commit or revision)
 
 
 def split_revision(repo: str) -> tuple[str, str | None]:
     """``organisation/name@revision`` to its parts."""
     name, _, revision = repo.partition("@")
     return name, revision or None
-
-
-def _check_digest(repo: str, path: Path) -> None:
-    """Large files go by their SHA-256 in the cache's blobs; hold what arrived against it."""
-    if not path.is_symlink():
-        return
-    # one step only: the blob may itself be a link, into a store that goes by another hash
-    blob = path.parent / os.readlink(path)
-    if len(blob.name) != 64:
-        return
-    with blob.open("rb") as f:
-        digest = hashlib.file_digest(f, "sha256").hexdigest()
-    if digest != blob.name:
-        for part in (path.resolve(), blob, path):
-            part.unlink(missing_ok=True)
-        raise UserError(f"{repo}: {path.name} arrived with a wrong SHA-256 and was removed; retry")
-
-
-def _explained(what: str, error: Exception) -> Exception:
-    """Turn what the Hub's client raises into a line for the user; other errors stay."""
-    from huggingface_hub import errors
-
-    if isinstance(error, errors.GatedRepoError):
-        return UserError(
-            f"{what}: access must be granted on the Hub; then log in with `hf auth login`"
-        )
-    if isinstance(error, errors.RepositoryNotFoundError | errors.HFValidationError):
-        return UserError(
-            f"{what}: no such model, neither a local folder nor on the Hub; if it is private, log "
-            f"in with `hf auth login`"
-        )
-    if isinstance(error, errors.RevisionNotFoundError):
-        return UserError(f"{what}: no such revision on the Hub")
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        return UserError(f"{what}: not in the local cache, and the Hub cannot be reached")
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return UserError(f"{what}: the disk is full; set HF_HOME to a folder with more space")
-    # HTTPError of httpx or httpx2, by the client's version
-    http_error = errors.HfHubHTTPError.__bases__[0]
-    if isinstance(error, (OSError, http_error)):
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        return UserError(f"{what}: the download failed: {reason}; run again, whole files are kept")
-    return error

@@ -88,14 +88,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send(status, b"no", {"X-Error-Code": code} if code else {})
                 return
         api = path.startswith("/api/models/")
-        parts = path.removeprefix("/api/models").strip("/").split("/")
+        parts = path.removeprefix("/api/models").removeprefix("/datasets").strip("/").split("/")
         repo = "/".join(parts[:2])
         if repo not in hub.repos:
             self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
             return
         verb, rest = (parts[2] if parts[2:] else "revision"), parts[3:]
-        # a revision may hold slashes, a file of these repositories does not
-        revision = "/".join(rest if api else rest[:-1]) or "main"
+        revision, file = ("/".join(rest) or "main", "") if api else split(hub, repo, rest)
         folder = hub.folder(repo, revision)
         if folder is None:
             self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
@@ -107,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
         elif verb == "tree":
             self.send_json([entry(p) for p in sorted(folder.iterdir())])
         else:
-            self.send_file(folder / rest[-1], {"X-Repo-Commit": commit})
+            self.send_file(folder / file, {"X-Repo-Commit": commit})
 
     def send_file(self, path: Path, headers: dict[str, str]) -> None:
         hub = self.server.hub
@@ -143,9 +142,17 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
 
+def split(hub: FakeHub, repo: str, parts: list[str]) -> tuple[str, str]:
+    """Revision and file; either may hold slashes, a revision is one of the repository's."""
+    for end in range(1, len(parts)):
+        if hub.folder(repo, "/".join(parts[:end])) is not None:
+            return "/".join(parts[:end]), "/".join(parts[end:])
+    return "/".join(parts[:-1]), parts[-1]
+
+
 def etag(path: Path, content: bytes) -> str:
     """As the Hub: SHA-256 of what it stores as large files, a git object's SHA-1 of others."""
-    if path.suffix == ".safetensors":
+    if path.suffix in (".safetensors", ".parquet"):
         return hashlib.sha256(content).hexdigest()
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 

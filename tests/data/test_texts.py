@@ -1,0 +1,276 @@
+import csv
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tli_engine.config import DataConfig
+from tli_engine.data.texts import Texts, read_texts
+from tli_engine.errors import UserError
+
+ROWS = [
+    {"id": "a", "url": "", "title": "T", "summary": 'Moja, "mbili"', "text": "Habari\nya kwanza"},
+    {"id": "b", "url": "", "title": "T", "summary": "Mbili\u2028", "text": "é日本 " * 50_000},
+    {"id": "c", "url": "", "title": "T", "summary": "Tatu", "text": " Habari, tatu"},
+]
+
+
+def write_jsonl(path: Path, rows: list[Any]) -> None:
+    path.write_text("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows), "utf-8")
+
+
+def write_csv(path: Path, rows: list[Any]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as f:
+        writer = csv.DictWriter(f, list(rows[0]), quoting=csv.QUOTE_ALL)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_parquet(path: Path, rows: list[Any]) -> None:
+    pq.write_table(pa.Table.from_pylist(rows), path, row_group_size=2)
+
+
+WRITERS: dict[str, Callable[[Path, list[Any]], None]] = {
+    ".jsonl": write_jsonl,
+    ".csv": write_csv,
+    ".parquet": write_parquet,
+}
+# where the three rows stand; the first text of the CSV file takes two lines
+PLACES = {
+    ".jsonl": ["line 1", "line 2", "line 3"],
+    ".csv": ["line 2", "line 4", "line 5"],
+    ".parquet": ["row 1", "row 2", "row 3"],
+}
+
+
+def read(path: Path, **options: Any) -> Texts:
+    found = read_texts(DataConfig(texts=str(path), **options), "train")
+    assert found is not None
+    return found
+
+
+def pairs(texts: Texts) -> list[tuple[str, str]]:
+    return [(texts[i].text, texts[i].summary) for i in range(len(texts))]
+
+
+def refuses(path: Path, match: str, **options: Any) -> None:
+    """Opening and reading the file raises one line, which begins with its path."""
+    with pytest.raises(UserError, match=match) as caught:
+        pairs(read(path, **options))
+    assert str(caught.value).startswith(str(path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.fixture(params=list(WRITERS))
+def kind(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_kind_of_file(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"news{kind}"
+    WRITERS[kind](path, ROWS)
+    texts = read(path)
+    assert pairs(texts) == [(r["text"], r["summary"]) for r in ROWS]
+    assert [texts[i].where for i in range(3)] == [f"{path}: {place}" for place in PLACES[kind]]
+    # in any order
+    assert texts[2] == texts[2]
+    assert (texts[0].summary, texts[2].summary) == (ROWS[0]["summary"], "Tatu")
+    assert (texts.name, texts.licence, texts.skipped) == (str(path), None, 0)
+
+
+def test_named_columns(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"news{kind.upper()}"
+    WRITERS[kind](path, [{"body": "Habari", "head": "Kichwa"}])
+    assert pairs(read(path, columns="body,head")) == [("Habari", "Kichwa")]
+    refuses(path, "no column 'text'; the columns are: body, head; name .* with data.columns")
+
+
+def test_the_first_articles_only(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"news{kind}"
+    WRITERS[kind](path, ROWS)
+    assert pairs(read(path, texts_limit=2)) == pairs(read(path))[:2]
+    assert len(read(path, texts_limit=100)) == 3
+    data = DataConfig(texts="other.jsonl", validation=str(path), validation_limit=1)
+    validation = read_texts(data, "validation")
+    assert validation is not None
+    assert len(validation) == 1
+
+
+def test_no_articles_are_named(tmp_path: Path) -> None:
+    assert read_texts(DataConfig(), "train") is None
+    assert read_texts(DataConfig(), "validation") is None
+    assert read_texts(DataConfig(texts=str(tmp_path / "news.jsonl")), "validation") is None
+
+
+def test_digest_is_of_the_columns_in_use(tmp_path: Path) -> None:
+    digests = []
+    for kind, write in WRITERS.items():
+        write(tmp_path / f"news{kind}", ROWS[:1])
+        digests.append(read(tmp_path / f"news{kind}").digest())
+    assert len(set(digests)) == 1
+    path = tmp_path / "news.jsonl"
+    write_jsonl(path, [ROWS[0] | {"url": "other"}])
+    assert read(path).digest() == digests[0]
+    write_jsonl(path, [ROWS[0] | {"summary": "other"}])
+    assert read(path).digest() != digests[0]
+    write_jsonl(path, ROWS)
+    assert read(path, texts_limit=1).digest() == digests[0] != read(path).digest()
+
+
+# any letters, quotes, line ends and separators; half a surrogate pair is no text
+some_text = st.text(st.characters(exclude_categories=["Cs"]), min_size=1).filter(str.strip)
+
+
+@given(st.lists(st.tuples(some_text, some_text), min_size=1, max_size=10))
+def test_what_was_written_is_read(
+    tmp_path_factory: pytest.TempPathFactory, content: list[tuple[str, str]]
+) -> None:
+    folder = tmp_path_factory.mktemp("news")
+    rows = [{"text": text, "summary": summary} for text, summary in content]
+    for kind, write in WRITERS.items():
+        write(folder / f"news{kind}", rows)
+        assert pairs(read(folder / f"news{kind}")) == content
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n", b"\xef\xbb\xbf"])
+def test_an_empty_jsonl_file(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "news.jsonl"
+    path.write_bytes(content)
+    if content.startswith(b"\xef"):
+        refuses(path, "line 1: not JSON")
+    else:
+        refuses(path, "news.jsonl: no articles; add rows with text and summary$")
+
+
+def test_an_empty_csv_or_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    path.write_bytes(b"")
+    refuses(path, "no column 'text'; the columns are: none;")
+    path.write_text("text,summary\n\n")
+    refuses(path, "no articles; add rows with text and summary$")
+    path = tmp_path / "news.parquet"
+    write_parquet(path, ROWS)
+    pq.write_table(pq.read_table(path).slice(0, 0), path)
+    refuses(path, "no articles; add rows with text and summary$")
+
+
+@pytest.mark.parametrize(
+    ("line", "match"),
+    [
+        pytest.param('{"text": "a"', "line 3: not JSON: Expecting", id="cut-off"),
+        pytest.param('["a", "b"]', "line 3: must be an object with 'text' and", id="a-list"),
+        pytest.param('{"text": "a"}', "line 3: no column 'summary'; .* are: text;", id="no-column"),
+        pytest.param("{}", "line 3: no column 'text'; the columns are: none;", id="no-columns"),
+        pytest.param('{"text": " ", "summary": "b"}', "line 3: 'text' is ' '; every", id="spaces"),
+        pytest.param('{"text": "a", "summary": ""}', "line 3: 'summary' is '';", id="no-summary"),
+        pytest.param('{"text": null, "summary": "b"}', "line 3: 'text' is None;", id="null"),
+        pytest.param('{"text": 5, "summary": "b"}', "line 3: 'text' is 5;", id="a-number"),
+        pytest.param(r'{"text": "\ud800", "summary": "b"}', "line 3: 'text' is", id="surrogate"),
+        pytest.param(f"[{'[' * 100_000}", "line 3: JSON that cannot be read", id="nested"),
+    ],
+)
+def test_a_malformed_line_of_jsonl(line: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "news.jsonl"
+    path.write_text(f'{{"text": "a", "summary": "b"}}\n\n{line}\n')
+    refuses(path, match)
+    assert pairs(read(path, texts_limit=1)) == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("record", "match"),
+    [
+        pytest.param('a,"b', "line 4: not CSV: unexpected end of data; mind", id="open-quote"),
+        pytest.param("a,b,c", "line 4: has 3 fields, the header has 2; quote", id="too-many"),
+        pytest.param("a", "line 4: 'summary' is '';", id="too-few"),
+        pytest.param("a\rb,c", "line 4: not CSV: new-line character", id="carriage-return"),
+    ],
+)
+def test_a_malformed_record_of_csv(record: str, match: str, tmp_path: Path) -> None:
+    path = tmp_path / "news.csv"
+    # the first record takes two lines
+    path.write_bytes(f'text,summary\r\n"a\r\na",b\r\n{record}\r\n'.encode())
+    refuses(path, match)
+
+
+@pytest.mark.parametrize("kind", [".jsonl", ".csv"])
+def test_text_that_is_not_utf8(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"news{kind}"
+    WRITERS[kind](path, ROWS)
+    last = path.read_bytes().count(b"\n")
+    path.write_bytes(path.read_bytes().replace(b"Tatu", b"Tat\xff"))
+    refuses(path, f"line {last}: not UTF-8; save the file as UTF-8")
+
+
+def test_a_byte_order_mark(tmp_path: Path) -> None:
+    for kind in (".jsonl", ".csv"):
+        path = tmp_path / f"news{kind}"
+        WRITERS[kind](path, ROWS)
+        expected = pairs(read(path))
+        path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+        assert pairs(read(path)) == expected
+
+
+def test_a_damaged_parquet_file(tmp_path: Path) -> None:
+    path = tmp_path / "news.parquet"
+    path.write_bytes(b"PAR1 but no more")
+    refuses(path, "not a Parquet file that can be read: ")
+    write_parquet(path, ROWS)
+    content = bytearray(path.read_bytes())
+    content[8:200] = bytes(192)
+    path.write_bytes(content)
+    refuses(path, "not a Parquet file that can be read: ")
+
+
+def test_a_parquet_column_that_holds_no_text(tmp_path: Path) -> None:
+    path = tmp_path / "news.parquet"
+    write_parquet(path, [{"text": "a", "summary": "b"}, {"text": "c", "summary": None}])
+    refuses(path, "row 2: 'summary' is None; every row needs a non-empty text and summary")
+
+
+def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
+    refuses(tmp_path / "none.jsonl", "cannot be read: No such file .*; give a file of articles, or")
+    refuses(tmp_path / "news.txt", r"unknown kind of file '\.txt'; known are \.jsonl, \.csv, \.par")
+    (tmp_path / "folder.csv").mkdir()
+    refuses(tmp_path / "folder.csv", "cannot be read: Is a directory")
+
+
+def test_only_what_is_asked_for_is_in_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A row group of Parquet is read once while its rows are asked for in order, then let go."""
+    path = tmp_path / "news.parquet"
+    write_parquet(path, [{"text": str(i), "summary": "b", "other": i} for i in range(7)])
+    asked: list[Any] = []
+    original = pq.ParquetFile.read_row_group
+
+    def recording(self: Any, group: int, columns: Any) -> Any:
+        asked.append((group, columns))
+        return original(self, group, columns=columns)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", recording)
+    texts = read(path)
+    assert asked == []
+    assert [text for text, _ in pairs(texts)] == [str(i) for i in range(7)]
+    assert asked == [(group, ["text", "summary"]) for group in range(4)]
+    assert texts[1].text == "1"
+    assert len(asked) == 5
+
+
+def test_the_index_of_a_file_is_small(tmp_path: Path) -> None:
+    """Lines are read when they are asked for: what a file holds is not held."""
+    path = tmp_path / "news.jsonl"
+    write_jsonl(path, [{"text": "a" * 100_000, "summary": "b"}] * 200)
+    tracemalloc.start()
+    texts = read(path)
+    sizes = [len(texts[i].text) for i in range(len(texts))]
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert sizes == [100_000] * 200
+    assert peak < 2_000_000 < path.stat().st_size
