@@ -36,11 +36,13 @@ def open_run(folder: Path) -> RunConfig:
     """The configuration of a finished run."""
     if not (folder / "config.yaml").is_file():
         raise UserError(f"{folder}: not a run folder; it has no config.yaml")
-    if not (folder / "adapter").is_dir():
+    config = resolve_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    result = "adapter" if config.method == "lora" else "model"
+    if not (folder / result).is_dir():
         raise UserError(
-            f"{folder}: has no adapter yet; finish it with tli-engine train --resume --run {folder}"
+            f"{folder}: has no {result} yet; finish it with tli-engine train --resume --run {folder}"
         )
-    return resolve_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    return config
 
 
 def evaluate_run(

@@ -1,4 +1,4 @@
-"""``tli-engine export``: a run's adapter, for use elsewhere."""
+"""``tli-engine export``: what a run has trained, for use elsewhere."""
 
 from pathlib import Path
 
@@ -9,13 +9,27 @@ from tli_engine.errors import ConfigError
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "kind", type=click.Choice(["peft"]), default="peft", show_default=True)
+@click.option(
+    "--format",
+    "kind",
+    type=click.Choice(["peft", "merged", "nf4"]),
+    default="peft",
+    show_default=True,
+    help="A PEFT adapter; a whole model; a whole model in bitsandbytes' NF4.",
+)
 @click.option("--strength", default=1.0, show_default=True, help="Scale what the adapter adds.")
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="A new folder.")
 def command(run: Path, kind: str, strength: float, out: Path) -> None:
-    """Write the adapter of RUN, a run folder, as a PEFT adapter that needs no tli-engine."""
+    """Write what RUN, a run folder, has trained in a form that needs no tli-engine.
+
+    A whole model is a folder that transformers loads. How far its logits lie from those of the base
+    model with the adapter, over 16 sentences, is printed and kept in export.json.
+    """
     if not 0 < strength < float("inf"):
         raise ConfigError(f"--strength {strength}: must be a positive number")
-    from tli_engine.cli._export import export_peft
+    from tli_engine.cli._export import export_model, export_peft
 
-    export_peft(run, strength, out)
+    if kind == "peft":
+        export_peft(run, strength, out)
+    else:
+        export_model(run, kind, strength, out)

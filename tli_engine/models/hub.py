@@ -4,11 +4,13 @@ from pathlib import Path
 
 from tli_engine.data.downloads import download, explained
 
-# what a tokenizer may consist of; weights are fetched shard by shard
-_SMALL = [
-    *("config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json"),
+# what a tokenizer may consist of
+TOKENIZER_FILES = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json"),
     *("vocab*", "merges*", "chat_template*", "*.model"),
-]
+)
+# weights are fetched shard by shard
+_SMALL = ["config.json", "generation_config.json", *TOKENIZER_FILES]
 
 
 def fetch_folder(repo: str) -> Path:

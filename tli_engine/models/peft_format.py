@@ -51,6 +51,32 @@ class LoadedAdapter:
     above: list[str]
 
 
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter as it lies on disk: A and B by the name of the linear layer they adapt."""
+
+    r: int
+    alpha: float
+    rslora: bool
+    tensors: dict[str, tuple[Tensor, Tensor]]
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by; see :class:`LoRALinear`."""
+        return self.alpha / (math.sqrt(self.r) if self.rslora else self.r)
+
+
+def read_adapter(folder: Path) -> StoredAdapter:
+    """Read the adapter in ``folder``, written here or by PEFT.
+
+    Raises:
+        UserError: A missing or broken file, or a kind of adapter that is not plain LoRA.
+    """
+    config = _read_config(folder)
+    r, alpha = int(config["r"]), float(config["lora_alpha"])
+    return StoredAdapter(r, alpha, bool(config.get("use_rslora")), _read_tensors(folder))
+
+
 def save_adapter(
     model: EarlyModel, folder: Path, lora: LoraConfig, base_model: str, card: str
 ) -> None:
@@ -127,21 +153,15 @@ def load_adapter(model: EarlyModel, folder: Path, dropout: float = 0.0) -> Loade
         UserError: A missing or broken file, a kind of adapter that is not plain LoRA, or tensors
             that do not fit the model.
     """
-    config = _read_config(folder)
-    tensors = _read_tensors(folder)
+    stored = read_adapter(folder)
     adapted, above = [], []
-    for name, (a, b) in sorted(tensors.items()):
+    for name, (a, b) in sorted(stored.tensors.items()):
         if model.depth <= _block(name) < model.config.num_hidden_layers:
             above.append(name)
             continue
-        _check_fit(model, name, a, b, config["r"], folder)
+        _check_fit(model, name, a, b, stored.r, folder)
         layer = wrap(
-            model,
-            name,
-            r=int(config["r"]),
-            alpha=float(config["lora_alpha"]),
-            dropout=dropout,
-            rslora=bool(config.get("use_rslora")),
+            model, name, r=stored.r, alpha=stored.alpha, dropout=dropout, rslora=stored.rslora
         )
         with torch.no_grad():
             layer.lora_A.weight.copy_(a)

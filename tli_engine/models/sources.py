@@ -38,7 +38,7 @@ class TensorSource(Protocol):
 
 # how checkpoints of causal, bare and multimodal models spell the decoder
 _PREFIXES = ("model.", "", "language_model.model.", "model.language_model.")
-_HEAD = "lm_head.weight"
+HEAD = "lm_head.weight"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 # others are codes of some quantisation, which must not pass for numbers
@@ -80,8 +80,8 @@ class SafetensorsSource:
         return dict.fromkeys(self._shard(SINGLE).keys(), SINGLE)
 
     def _stored_name(self, name: str) -> str:
-        if name == _HEAD:
-            return self._prefix.removesuffix("model.") + _HEAD
+        if name == HEAD:
+            return self._prefix.removesuffix("model.") + HEAD
         return self._prefix + name
 
     def _shard(self, file: str) -> Any:
@@ -168,7 +168,7 @@ class GgufSource:
         self._config = config
 
     def _stored_name(self, name: str) -> str | None:
-        full = name if name == _HEAD else f"model.{name}"
+        full = name if name == HEAD else f"model.{name}"
         stored: str | None = self._names.get_name(full, (".weight", ".bias"))
         return stored
 

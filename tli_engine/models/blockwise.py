@@ -1,0 +1,117 @@
+"""A model of any size, run on a CPU one block at a time."""
+
+import copy
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tli_engine.data.words import Word, pack
+from tli_engine.errors import UserError
+from tli_engine.models.adapters import wrap
+from tli_engine.models.early import EarlyModel, load_early
+from tli_engine.models.files import ModelFiles
+from tli_engine.models.peft_format import StoredAdapter
+from tli_engine.models.sources import HEAD, TensorSource
+from tli_engine.nf4 import NF4Weight
+
+# rows of the head that are widened at a time
+_HEAD_ROWS = 8192
+_FIRST_BLOCK = re.compile(r"^layers\.0\.")
+
+
+@torch.no_grad()
+def logits_of(
+    files: ModelFiles,
+    words: Sequence[Word],
+    adapter: StoredAdapter | None = None,
+    strength: float = 1.0,
+    advance: Callable[[int], None] = lambda blocks: None,
+) -> Tensor:
+    """Run a whole model on words, in fp32 on the CPU, with one block in memory at a time.
+
+    Args:
+        files: The model.
+        words: Laid end to end; none is longer than the attention window.
+        adapter: Put on the model's blocks.
+        strength: Scales what the adapter adds.
+        advance: Called with the number of blocks done.
+
+    Returns:
+        Logits, ``[T, V]``, fp32.
+
+    Raises:
+        UserError: As :func:`load_early`.
+    """
+    tokens = pack(words)
+    hidden = _load(files, 0, {t for w in words for t in w.input_ids}).embed(tokens)
+    total = files.config.num_hidden_layers
+    for k in range(total):
+        block = _load(_one_block(files, k), 1, {0})
+        if adapter is not None:
+            _adapt(block, k, adapter, strength)
+        hidden = block.run_block(0, hidden, tokens, block.rotary(tokens))
+        if k == total - 1:
+            hidden = block.read_out(1, hidden)
+        advance(1)
+    return _logits(files, hidden)
+
+
+def _load(files: ModelFiles, depth: int, token_ids: set[int]) -> EarlyModel:
+    cpu = torch.device("cpu")
+    return load_early(files, depth, dtype=torch.float32, device=cpu, token_ids=token_ids)
+
+
+class _OneBlock:
+    """A model's tensors with one of its blocks in the place of block 0."""
+
+    def __init__(self, source: TensorSource, block: int) -> None:
+        self._source, self._prefix = source, f"layers.{block}."
+
+    def _name(self, name: str) -> str:
+        return _FIRST_BLOCK.sub(self._prefix, name)
+
+    def __contains__(self, name: str) -> bool:
+        return self._name(name) in self._source
+
+    def read(self, name: str) -> Tensor:
+        return self._source.read(self._name(name))
+
+    def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
+        return self._source.read_rows(self._name(name), rows)
+
+    def read_nf4(self, name: str) -> NF4Weight | None:
+        return self._source.read_nf4(self._name(name))
+
+
+def _one_block(files: ModelFiles, block: int) -> ModelFiles:
+    """The model as if it consisted of one of its blocks, with its own kind of attention."""
+    config: Any = copy.deepcopy(files.config)
+    config.num_hidden_layers = 1
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[block : block + 1]
+    return replace(files, config=config, source=_OneBlock(files.source, block))
+
+
+def _adapt(model: EarlyModel, block: int, adapter: StoredAdapter, strength: float) -> None:
+    prefix = f"layers.{block}."
+    for name, (a, b) in adapter.tensors.items():
+        if name.startswith(prefix):
+            here = f"layers.0.{name.removeprefix(prefix)}"
+            layer = wrap(model, here, r=adapter.r, alpha=adapter.alpha, rslora=adapter.rslora)
+            layer.lora_A.weight.copy_(a)
+            layer.lora_B.weight.copy_(b)
+            layer.scaling *= strength
+
+
+def _logits(files: ModelFiles, hidden: Tensor) -> Tensor:
+    name = "embed_tokens.weight" if files.config.tie_word_embeddings else HEAD
+    if name not in files.source:
+        raise UserError(f"{files.name}: has no tensor {name}; is the download complete?")
+    head = files.source.read(name)
+    logits = torch.cat([hidden @ rows.float().T for rows in head.split(_HEAD_ROWS)], 1)  # type: ignore[no-untyped-call]
+    cap = getattr(files.config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
