@@ -175,12 +175,12 @@ def _chat_frame(tokenizer: Any, instruction: str) -> _Frame:
     if prompt.count(_ARTICLE) != 1:
         raise UserError("prompt.template: the chat template does not show the article; use plain")
     before, _, after = prompt.partition(_ARTICLE)
-    gap, end = "", tokenizer.eos_token_id
-    if whole.startswith(prompt) and _ANSWER in whole:
-        between, _, rest = whole.removeprefix(prompt).partition(_ANSWER)
-        gap = between if between.isspace() else ""
-        first = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
-        end = first[0] if first and first[0] in tokenizer.all_special_ids else end
+    shown, _, rest = whole.partition(_ANSWER)
+    between = shown.removeprefix(prompt) if shown.startswith(prompt) else ""
+    gap = between if between.isspace() else ""
+    first = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
+    ends_turn = first and first[0] in tokenizer.all_special_ids
+    end = first[0] if ends_turn else tokenizer.eos_token_id
     return _Frame(before, after, gap, end)
 
 
