@@ -65,9 +65,7 @@ def test_warm_up_stable_decay_is_transformers(warmup: int, decay: int, total: in
     scheduler = get_wsd_schedule(
         optimizer, warmup, decay, num_training_steps=total, decay_type="linear"
     )
-    config = TrainConfig(
-        learning_rate=1e-3, schedule="wsd", warmup_steps=warmup, decay_steps=decay
-    )
+    config = TrainConfig(learning_rate=1e-3, schedule="wsd", warmup_steps=warmup, decay_steps=decay)
     for step in range(total):
         expected = scheduler.get_last_lr()[0]
         assert learning_rate(config, step, total) == pytest.approx(expected, rel=1e-9)

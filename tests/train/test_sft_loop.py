@@ -26,7 +26,9 @@ from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_step import Pairs, SftStep
 
 EXAMPLES = [
-    Example(tuple(torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()), p)
+    Example(
+        tuple(torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()), p
+    )
     for n, p in [(9, 5), (14, 8), (7, 6), (20, 3), (11, 10), (16, 9), (13, 4), (8, 1)]
 ]
 
@@ -287,7 +289,10 @@ def full(trainer: SftTrainer) -> None:
     ("spoil", "message"),
     [
         (damaged, "gradient of .* is not finite"),
-        (full, r"out of memory on cpu: .* Tried to allocate 2.00 GiB; held .* weights .* optimizer"),
+        (
+            full,
+            r"out of memory on cpu: .* Tried to allocate 2.00 GiB; held .* weights .* optimizer",
+        ),
     ],
     ids=["nan", "no-memory"],
 )

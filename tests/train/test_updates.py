@@ -23,7 +23,9 @@ def tensors(dtype: torch.dtype = torch.float32) -> dict[str, nn.Parameter]:
     }
 
 
-def train(named: dict[str, nn.Parameter], updates: Updates, first: int = 0, last: int = STEPS) -> None:
+def train(
+    named: dict[str, nn.Parameter], updates: Updates, first: int = 0, last: int = STEPS
+) -> None:
     """Steps towards numbers that each step draws by its own seed."""
     for step in range(first, last):
         torch.manual_seed(step)

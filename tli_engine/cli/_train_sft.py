@@ -77,7 +77,9 @@ class SftJob:
         """Save the best adapter, or weights, and what they were measured to be worth."""
         run, best = self.run, trainer.best
         if trainer.stopped_early:
-            say(f"stopped early: no lower loss in {best.since} measurements, best after step {best.step}")
+            say(
+                f"stopped early: no lower loss in {best.since} measurements, best after step {best.step}"
+            )
         tensors = load_best(folder) if run.validation is not None else None
         if tensors is not None:
             trainer.set_tensors(tensors)
@@ -98,7 +100,9 @@ class SftJob:
 
     def _save(self, folder: Path, warnings: list[str]) -> list[str]:
         run, config = self.run, self.run.config
-        card = summary_card(config, run.files, sum(t.numel() for t in run.tensors.values()), warnings)
+        card = summary_card(
+            config, run.files, sum(t.numel() for t in run.tensors.values()), warnings
+        )
         if config.method == "full":
             write_model(run.files, run.model.weights(), folder / "model")
             (folder / "model" / "README.md").write_text(card, encoding="utf-8")

@@ -21,6 +21,7 @@ from tli_engine.train.prepare import fit_loss_space, go_on_from, leak_warnings
 from tli_engine.train.provenance import provenance
 from tli_engine.train.sft_loop import Validation
 from tli_engine.train.sft_step import Pairs
+from tli_engine.train.updates import optimizer_of
 
 # called with a title, a total, and what takes the numbers done
 Progress = Callable[[str, int], Any]
@@ -53,9 +54,7 @@ class SftPrepared:
     warnings: list[str]
 
 
-def prepare_sft(
-    config: RunConfig, say: Callable[[str], None], progress: Progress
-) -> SftPrepared:
+def prepare_sft(config: RunConfig, say: Callable[[str], None], progress: Progress) -> SftPrepared:
     """Read articles, pairs and model, put the adapters on or free the weights.
 
     Raises:
@@ -63,12 +62,13 @@ def prepare_sft(
     """
     if config.train.tensorboard:
         check_tensorboard()
+    device = choose_device(config.device)
+    optimizer_of(config.train, device)
     texts = {split: read_texts(config.data, split) for split in ("train", "validation")}
     train = texts["train"]
     assert train is not None
     if train.licence:
         say(f"{train.name}: licence {train.licence}")
-    device = choose_device(config.device)
     chosen = {"device": str(device), "dtype": str(choose_dtype(config.dtype, device))[6:]}
     config = config.model_copy(update=chosen)
     files = open_model(config.model)

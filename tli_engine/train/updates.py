@@ -38,7 +38,7 @@ class Updates:
             UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU.
         """
         self._tensors, self._train = dict(tensors), train
-        make = _maker(train, next(iter(tensors.values())).device)
+        make = optimizer_of(train, next(iter(tensors.values())).device)
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
         parts = [[name] for name in tensors] if train.in_backward else [list(tensors)]
         self._optimizers = [(part, make(self._groups(part))) for part in parts]
@@ -158,14 +158,20 @@ class Updates:
             tensor.copy_(held)
 
 
-def _maker(train: TrainConfig, device: torch.device) -> Any:
-    """What makes an optimizer of parameter groups."""
+def optimizer_of(train: TrainConfig, device: torch.device) -> Any:
+    """What makes the optimizer of a run from parameter groups.
+
+    Raises:
+        UserError: It cannot run there, or is not installed.
+    """
     if train.rounding == "stochastic" and train.optimizer == "adamw":
         return StochasticAdamW
     if train.optimizer == "adamw":
         return partial(torch.optim.AdamW, lr=0.0, fused=device.type == "cuda")
     if train.rounding == "stochastic":
-        raise UserError(f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}")
+        raise UserError(
+            f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}"
+        )
     if device.type != "cuda":
         raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw")
     try:

@@ -1,0 +1,215 @@
+"""``tli-engine train`` on summaries: from articles to an adapter or a model that others load."""
+
+import json
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tli_engine.train.metrics import MetricsLog
+
+Cli = Callable[..., Any]
+
+ARTICLES = [
+    ("Mvua kubwa imenyesha mjini leo asubuhi.", "Mvua mjini"),
+    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
+    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
+    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
+    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
+    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
+]
+
+
+@pytest.fixture(autouse=True)
+def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of the time that a tiny model takes."""
+    monkeypatch.setattr(
+        "tli_engine.cli._train_sft.plot_losses", lambda steps, path: path.write_bytes(b"")
+    )
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"text": text, "summary": summary}) for text, summary in ARTICLES]
+    path.write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    (tmp_path / "unseen.jsonl").write_text("\n".join(lines[4:]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def config(tmp_path: Path, tiny_model: Path, articles: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": str(tiny_model),
+            "device": "cpu",
+            "objective": "sft",
+            "data": {"texts": str(articles), "validation": str(tmp_path / "unseen.jsonl")},
+            "prompt": {"instruction": "Fupisha: {text}"},
+            "lora": {"layers": "0-1", "r": 4, "alpha": 8, "dropout": 0.1},
+            "sft": {"context": 80, "evaluate_steps": 2},
+            "train": {"steps": 4, "batch_size": 1, "learning_rate": 1e-2, "checkpoint_steps": 3},
+        }
+        for section, change in changes.items():
+            old = values.get(section)
+            values[section] = old | change if isinstance(old, dict) else change
+        path = tmp_path / "sft.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write
+
+
+def summed_loss(model: Any, tokenizer: Any, text: str, summary: str) -> tuple[float, int]:
+    """What transformers makes of an article: the summed loss of its summary."""
+    prompt = tokenizer(f"Fupisha: {text}")["input_ids"]
+    answer = tokenizer(f" {summary}", add_special_tokens=False)["input_ids"]
+    answer = [*answer, tokenizer.eos_token_id]
+    ids = torch.tensor([[*prompt, *answer]])
+    with torch.no_grad():
+        logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    return torch.nn.functional.cross_entropy(
+        logits, torch.tensor(answer), reduction="sum"
+    ).item(), len(answer)
+
+
+def loss_of(model: Any, tokenizer: Any) -> float:
+    losses = [summed_loss(model, tokenizer, *article) for article in ARTICLES[4:]]
+    return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
+
+
+def test_an_adapter_that_peft_reads(
+    cli: Cli, config: Callable[..., Path], tiny_model: Path
+) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = cli("train", config(), "--run", "run")
+    assert result.status == 0, result.err
+    assert "3 blocks, lora training of" in result.err
+    assert "on 4 articles, on cpu" in result.err
+    measured = json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"]
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    assert measured["before"] == pytest.approx(loss_of(base, tokenizer), abs=1e-5)
+    adapted = peft.PeftModel.from_pretrained(base, "run/adapter")
+    assert measured["after"] == pytest.approx(loss_of(adapted, tokenizer), abs=1e-5)
+    assert measured["after"] < measured["before"]
+    assert f"{measured['before']:.4f} → {measured['after']:.4f} nats a token" in result.out
+    lines = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [2, 4]
+    assert lines[0].keys() >= {"step", "epoch", "loss", "lr", "grad_norm", "tokens_per_s", "labels"}
+    assert cli("verify", "run").status == 0
+
+
+def test_a_model_that_transformers_reads(
+    cli: Cli, config: Callable[..., Path], tiny_model: Path
+) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    result = cli("train", config(method="full", train={"learning_rate": 1e-3}), "--run", "run")
+    assert result.status == 0, result.err
+    assert "full training of" in result.err
+    measured = json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"]
+    model = AutoModelForCausalLM.from_pretrained("run/model", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained("run/model")
+    assert measured["after"] == pytest.approx(loss_of(model, tokenizer), abs=1e-5)
+    base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
+    assert not torch.equal(model.model.norm.weight, base.model.norm.weight)
+    assert cli("verify", "run").status == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    cli: Cli, config: Callable[..., Path], method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = config(method=method)
+    assert cli("train", path, "--run", "whole").status == 0
+    append = MetricsLog.append
+
+    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
+        append(self, step)
+        if step["step"] == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", stopping)
+        result = cli("train", path, "--run", "run")
+    assert result.status != 0
+    assert "resume with: tli-engine train --resume --run run" in result.err
+    assert cli("train", "--resume", "--run", "run").status == 0
+    name = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
+    assert (Path("whole") / name).read_bytes() == (Path("run") / name).read_bytes()
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (Path(run) / "metrics.jsonl").read_text().splitlines()
+        ]
+        for run in ("whole", "run")
+    ]
+    assert losses[0] == losses[1]
+
+
+def test_joint_training_takes_pairs_too(
+    cli: Cli, config: Callable[..., Path], pairs_file: Path
+) -> None:
+    values = {"data": {"pairs": str(pairs_file)}, "sft": {"align_pairs": 4}, "align": {"layer": 2}}
+    result = cli("train", config(objective="joint", **values), "--run", "run")
+    assert result.status == 0, result.err
+    assert "on 4 articles and 10 pairs, on cpu" in result.err
+    first = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
+    assert first.keys() >= {"loss", "align_loss", "cosine_true", "cosine_random"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sft": {"context": 4096}}, "sft.context: 4096 is more than the model's 2048 tokens"),
+        ({"sft": {"context": 24}}, "leave no room for the article in a context of 24"),
+        ({"data": {"columns": ["body", "summary"]}}, "no column 'body'"),
+        ({"data": {"texts": "none.jsonl"}}, "none.jsonl"),
+        ({"data": {"texts": "xlsum:klingon"}}, "klingon"),
+        ({"prompt": {"template": "chat"}}, "no chat template; use plain"),
+        ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer: adamw-8bit needs a GPU"),
+        ({"lora": {"layers": "0-3"}}, "lora.layers: the model has blocks 0-2"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
+def test_wrong_input_is_one_line(
+    cli: Cli, config: Callable[..., Path], changes: dict[str, Any], message: str
+) -> None:
+    result = cli("train", config(**changes), "--run", "run")
+    assert result.status == 2, result.err
+    (line,) = result.err.strip().splitlines()[-1:]
+    assert message in line
+    assert not Path("run").exists() or not any(Path("run").iterdir())
+
+
+def test_full_training_of_nf4_weights_is_refused(cli: Cli, config: Callable[..., Path]) -> None:
+    result = cli("train", config(method="full", quantize="nf4"), "--run", "run")
+    assert result.status == 2
+    assert "method full trains the weights" in result.err
+
+
+def test_no_memory_is_said_and_checkpoints_stay(
+    cli: Cli, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tli_engine.train.sft_step import SftStep
+
+    run = SftStep.run
+
+    def running_out(self: SftStep, step: int) -> Any:
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …")
+        return run(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftStep, "run", running_out)
+        result = cli("train", config(), "--run", "run")
+    assert result.status == 1
+    assert "Tried to allocate 2 GiB; held at the peak: weights 0.0 GiB" in result.err
+    assert cli("train", "--resume", "--run", "run").status == 0
