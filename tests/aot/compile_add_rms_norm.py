@@ -76,7 +76,7 @@ def compile_case(case: Case, capability: int) -> Any:
         attrs={
             (i,): [["tt.divisibility", 16]]
             for i, name in enumerate(names)
-            if name.endswith("_ptr") or name.startswith("stride_") or name == "I"
+            if name.endswith("_ptr") or name.startswith("stride_") or name in ("I", "V")
         },
     )
     options = {"num_warps": warps, "launch_pdl": capability >= 90}

@@ -7,6 +7,7 @@ from tli_engine.ops.nf4_linear import nf4_linear
 from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
 from tli_engine.ops.nf4_quantize import nf4_quantize
 from tli_engine.ops.pooled_alignment_loss import pooled_alignment_loss
+from tli_engine.ops.rotary import rotary
 from tli_engine.ops.segment_mean import segment_mean
 from tli_engine.ops.swiglu import swiglu
 from tli_engine.ops.word_attention import joined_word_attention, word_attention, word_bounds
@@ -20,6 +21,7 @@ __all__ = [
     "nf4_lora_linear",
     "nf4_quantize",
     "pooled_alignment_loss",
+    "rotary",
     "segment_mean",
     "swiglu",
     "word_attention",
