@@ -317,5 +317,5 @@ def test_an_example_without_a_label_is_refused(files: ModelFiles, tmp_path: Path
     trainer, _ = trainer_of(files, config_of())
     bare = replace(EXAMPLES[0], prompt=len(EXAMPLES[0]))
     trainer.engine._examples = Store([bare] * len(EXAMPLES))
-    with pytest.raises(ValueError, match="none of the .* tokens of a row is a label"):
+    with pytest.raises(ValueError, match=r"none of the .* tokens of a row is a label"):
         trainer.run()

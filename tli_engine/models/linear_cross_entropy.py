@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tli_engine.ops.cross_entropy_rows import cross_entropy_rows_
+
 # logits of a chunk: 256 MiB in fp32
 _LOGITS = 2**26
 # rows of the vocabulary whose gradient is computed at once: what lies between is small
@@ -107,6 +109,9 @@ def _chunk(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
     """The summed loss of a chunk, and the gradient of its logits in their dtype."""
+    if needs_gradient and not softcap:
+        losses = cross_entropy_rows_(logits, targets)
+        return losses.sum(), logits
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     slope = None
