@@ -8,7 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from tli_engine.config import LoraConfig
 from tli_engine.data.words import Pack, Word, pack
+from tli_engine.models.adapters import adapter_tensors, add_lora
+from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import save_tiny_model
@@ -59,6 +62,24 @@ def full(tiny: Tiny) -> Callable[..., Any]:
     def load(family: str = "llama", dtype: torch.dtype = torch.float32, **overrides: Any) -> Any:
         folder = tiny(family, **overrides).folder
         return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+
+    return load
+
+
+@pytest.fixture
+def causal(tiny: Tiny) -> Callable[..., CausalModel]:
+    """Load a tiny model whole, fp32 on the CPU, with adapters whose B is not zero if asked for."""
+
+    def load(family: str, lora: LoraConfig | None = None, **overrides: Any) -> CausalModel:
+        files = tiny(family, **overrides)
+        model = load_causal(files, dtype=torch.float32, device=torch.device("cpu"))
+        if lora is not None:
+            add_lora(model.early, lora, model.early.depth, seed=0)
+            generator = torch.Generator().manual_seed(1)
+            for name, tensor in adapter_tensors(model.early).items():
+                if ".lora_B." in name:
+                    tensor.data.normal_(0, 0.05, generator=generator)
+        return model
 
     return load
 

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from tli_engine.config import LoraConfig
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapter_tensors, adapters, add_lora
+from tli_engine.models.adapters import adapter_tensors, adapters
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.files import FAMILIES
 
@@ -22,6 +22,7 @@ LENGTHS = (40, 7, 24, 2)
 MODELS = [
     *(pytest.param(family, {}, id=family) for family in FAMILIES),
     pytest.param("llama", {"tie_word_embeddings": True}, id="llama-tied"),
+    pytest.param("llama", {"attention_bias": True, "mlp_bias": True}, id="llama-biases"),
     pytest.param("gemma3_text", {"tie_word_embeddings": False}, id="gemma3-untied"),
     pytest.param(
         "qwen2",
@@ -31,24 +32,6 @@ MODELS = [
 ]
 Load = Callable[..., CausalModel]
 Gradients = dict[str, Tensor]
-
-
-@pytest.fixture
-def causal(tiny: Callable[..., Any]) -> Load:
-    """Load a tiny model whole, fp32 on the CPU, with adapters whose B is not zero if asked for."""
-
-    def load(family: str, lora: LoraConfig | None = None, **overrides: Any) -> CausalModel:
-        files = tiny(family, **overrides)
-        model = load_causal(files, dtype=torch.float32, device=torch.device("cpu"))
-        if lora is not None:
-            add_lora(model.early, lora, model.early.depth, seed=0)
-            generator = torch.Generator().manual_seed(1)
-            for name, tensor in adapter_tensors(model.early).items():
-                if ".lora_B." in name:
-                    tensor.data.normal_(0, 0.05, generator=generator)
-        return model
-
-    return load
 
 
 def reference_loss(theirs: Any, weights: dict[str, Tensor], documents: Any) -> Tensor:
@@ -77,8 +60,21 @@ def lora_reference(theirs: Any, model: CausalModel, documents: Any) -> tuple[Ten
 
 
 def gradients(model: CausalModel, loss: Tensor) -> Gradients:
+    """Gradients by the modules' own names, also where tensors are joined."""
     trained = model.trainable()
-    return dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    grads = dict(zip(trained, torch.autograd.grad(loss, list(trained.values())), strict=True))
+    for projection in [] if model.early.fused is None else model.early.fused.projections():
+        for name, _, whole, rows in projection.parts():
+            grads[name] = grads[whole][rows]
+        owner, _, leaves = projection.name.rpartition(".")
+        for whole in projection.joined_weights().keys() & grads.keys():
+            kind = whole.rpartition(".")[2]
+            parts = grads.pop(whole).split(projection.sizes)
+            for leaf, grad in zip(leaves.split("+"), parts, strict=True):
+                grads[f"{owner}.{leaf}.{kind}"] = grad
+        for name in projection.joined():
+            del grads[name]
+    return grads
 
 
 def assert_alike(actual: Gradients, expected: Gradients) -> None:
@@ -87,11 +83,14 @@ def assert_alike(actual: Gradients, expected: Gradients) -> None:
         assert (grad - expected[name]).norm() < 1e-4 * expected[name].norm(), name
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_lora_gradients_are_those_of_transformers(
-    family: str, overrides: Any, causal: Load, full: Any, texts: Any
+    family: str, overrides: Any, fused: bool, causal: Load, full: Any, texts: Any
 ) -> None:
     model = causal(family, LoraConfig(layers="0-2", modules=ALL, r=4), **overrides)
+    if fused:
+        model.fuse()
     packed = texts(*LENGTHS)
     loss = model.loss(packed)
     expected, exact = lora_reference(full(family, **overrides), model, packed.documents)
@@ -99,12 +98,15 @@ def test_lora_gradients_are_those_of_transformers(
     assert_alike(gradients(model, loss), exact)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_gradients_of_all_weights_are_those_of_transformers(
-    family: str, overrides: Any, causal: Load, full: Any, texts: Any
+    family: str, overrides: Any, fused: bool, causal: Load, full: Any, texts: Any
 ) -> None:
     model, theirs = causal(family, **overrides), full(family, **overrides)
     model.train_all()
+    if fused:
+        model.fuse()
     packed = texts(*LENGTHS)
     loss = model.loss(packed)
     expected = reference_loss(theirs, dict(theirs.named_parameters()), packed.documents)
@@ -114,8 +116,13 @@ def test_gradients_of_all_weights_are_those_of_transformers(
     assert_alike(gradients(model, loss), exact)
 
 
-def test_packed_gradients_are_the_sum_of_the_unpacked_ones(causal: Load, texts: Any) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
+def test_packed_gradients_are_the_sum_of_the_unpacked_ones(
+    fused: bool, causal: Load, texts: Any
+) -> None:
     model = causal("mistral", LoraConfig(layers="1-2", modules=ALL, r=4))
+    if fused:
+        model.fuse()
     alone = [texts(length, seed=i) for i, length in enumerate(LENGTHS)]
     from_parts: Gradients = {}
     for one in alone:
@@ -125,8 +132,11 @@ def test_packed_gradients_are_the_sum_of_the_unpacked_ones(causal: Load, texts: 
     assert_alike(gradients(model, model.loss(together)), from_parts)
 
 
-def test_another_document_changes_nothing(causal: Load, texts: Any) -> None:
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
+def test_another_document_changes_nothing(fused: bool, causal: Load, texts: Any) -> None:
     model = causal("gemma3_text")
+    if fused:
+        model.fuse()
     one, other = texts(30, 9), texts(30, 9, seed=1)
     mixed = type(one).of([one.documents[0], other.documents[1]])
     rows = torch.arange(30)
@@ -148,6 +158,35 @@ def test_full_fine_tuning_of_nf4_weights_is_refused(tiny: Any) -> None:
     model = load_causal(files, quantize="nf4", **options)
     with pytest.raises(UserError, match="method: full trains every weight"):
         model.train_all()
+
+
+def test_trained_weights_may_be_joined_before_or_after(causal: Load, texts: Any) -> None:
+    packed = texts(*LENGTHS)
+    found = []
+    for early in (True, False):
+        model = causal("qwen2")
+        if early:
+            model.train_all()
+        model.fuse()
+        if not early:
+            model.train_all()
+        assert "layers.0.self_attn.q_proj+k_proj+v_proj.bias" in model.trainable()
+        assert "layers.0.self_attn.q_proj.weight" not in model.trainable()
+        found.append(gradients(model, model.loss(packed)))
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
+def test_joined_weights_are_those_that_go_by_the_modules_names(causal: Load, texts: Any) -> None:
+    """An update in place of what is trained reaches the weights that are saved."""
+    model, other = causal("qwen2"), causal("qwen2")
+    model.train_all(), model.fuse()
+    packed = texts(*LENGTHS)
+    with torch.no_grad():
+        for tensor in model.trainable().values():
+            tensor += 0.01 * torch.randn_like(tensor)
+        for name, tensor in other.weights().items():
+            tensor.copy_(model.weights()[name])
+        torch.testing.assert_close(model.loss(packed), other.loss(packed))
 
 
 def test_weights_go_by_their_names(causal: Load, full: Any) -> None:

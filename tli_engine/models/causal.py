@@ -1,5 +1,6 @@
 """A whole causal language model: all blocks and the output layer, its loss on packed documents."""
 
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -8,9 +9,13 @@ from torch import Tensor, nn
 from tli_engine.config import Numerics, Quantize, Residency
 from tli_engine.data.words import Pack
 from tli_engine.errors import UserError
-from tli_engine.models.early import EarlyModel, load_early
+from tli_engine.models.adapters import adapters
+from tli_engine.models.document_attention import Attention, choose_attention
+from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
-from tli_engine.models.linear_cross_entropy import linear_cross_entropy
+from tli_engine.models.fused import FusedBlock, Rows
+from tli_engine.models.linear_cross_entropy import chunk_rows, linear_cross_entropy
+from tli_engine.models.recompute import Activations, Block
 from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
@@ -39,6 +44,8 @@ class CausalModel(nn.Module):
     Attributes:
         early: The decoder.
         lm_head: Output embeddings, ``[V, D]``; None where they are the input's.
+        attention: What attends within documents once the blocks are fused; see :meth:`fuse`.
+        activations: Which blocks are run again on the way back; all save unless it is replaced.
     """
 
     lm_head: nn.Parameter | None
@@ -46,6 +53,8 @@ class CausalModel(nn.Module):
     def __init__(self, early: EarlyModel, lm_head: nn.Parameter | None) -> None:
         super().__init__()
         self.early = early
+        self.attention: Attention = "sdpa"
+        self.activations = Activations("save")
         self.register_parameter("lm_head", lm_head)
         self.train(False)
 
@@ -70,13 +79,82 @@ class CausalModel(nn.Module):
     def hidden_states(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
         """What the output layer reads, ``[T, D]``, or of some ``rows`` alone, ``[L, D]``."""
         early = self.early
-        hidden = early.embed(pack, documents=True)
-        rotary = early.rotary(pack)
-        for block in range(early.depth):
-            hidden = early.run_block(block, hidden, pack, rotary)
+        x: Tensor = early.embed(pack, documents=True)
+        residual: Tensor | None = None
+        blocks, first = self._blocks(pack), self._first_trained(x)
+        for number, block in enumerate(blocks):
+            if number < first:
+                with torch.no_grad():
+                    x, residual = block(x, residual)
+                continue
+            if number == first and self.activations.undecided and torch.is_grad_enabled():
+                self.activations.plan(blocks[first:], first, x, residual, self._reserve())
+            x, residual = self.activations.run(number, block, x, residual, self._draws)
         if rows is not None:
-            hidden = hidden.index_select(0, rows)
-        return early.read_out(early.depth, hidden)
+            x = x.index_select(0, rows)
+            residual = None if residual is None else residual.index_select(0, rows)
+        if self.early.fused is not None:
+            return self.early.fused.final_norm(x, residual)
+        return early.read_out(early.depth, x)
+
+    def fuse(self, attention: Attention = "auto") -> None:
+        """Run the blocks, with the adapters they have now, on the engine's ops from here on.
+
+        Args:
+            attention: What attends within documents; ``auto`` is varlen where it runs, else sdpa.
+
+        Raises:
+            NotFusedError: A family, a projection or an adapter that the ops do not run.
+            UserError: An attention that was asked for by name cannot run here.
+        """
+        weight = self.early.decoder.embed_tokens.weight
+        block: Any = self.early.blocks[0]
+        head_dim = block.self_attn.head_dim
+        chosen = choose_attention(attention, weight.device, weight.dtype, head_dim)
+        self.early.fuse()
+        self.attention = chosen
+
+    def _blocks(self, pack: Pack) -> list[Block]:
+        """What runs each block on a pack."""
+        early = self.early
+        if early.fused is None:
+            rotary = early.rotary(pack)
+            return [partial(_run_modules, early, i, pack, rotary) for i in range(early.depth)]
+        like = early.decoder.embed_tokens.weight[:1]
+        rows = early.fused.document_rows(pack, like, self.attention)
+        return [
+            partial(_run_fused, block, rows, block.draw_seeds(like.device))
+            for block in early.fused.blocks
+        ]
+
+    @property
+    def _draws(self) -> bool:
+        """Whether blocks draw random numbers as they run."""
+        # the fused ones take seeds that were drawn before
+        if self.early.fused is not None or not self.training:
+            return False
+        return any(a.dropout.training and a.dropout.p > 0 for a in adapters(self.early).values())
+
+    def _first_trained(self, x: Tensor) -> int:
+        """Number of the lowest block that a gradient passes; nothing is kept below it."""
+        if x.requires_grad:
+            return 0
+        trained = (
+            i
+            for i, block in enumerate(self.early.blocks)
+            if any(p.requires_grad for p in block.parameters())
+        )
+        return next(trained, self.early.depth)
+
+    def _reserve(self) -> int:
+        """Bytes of gradients and of optimizer states to come, and of the loss."""
+        trained = self.trainable().values()
+        # a gradient, and AdamW's two moments in fp32
+        states = sum(p.numel() * (p.element_size() + 8) for p in trained if p.grad is None)
+        rows = chunk_rows(len(self.head)) * len(self.head)
+        # logits and their gradient, in two dtypes
+        loss = rows * 12 + (self.head.numel() * 6 if self.head.requires_grad else 0)
+        return int(states + loss)
 
     def train_all(self) -> None:
         """Let gradients reach every weight: full fine-tuning.
@@ -94,18 +172,44 @@ class CausalModel(nn.Module):
                 # what is read from a file may be its mapped memory, which others read too
                 parameter.data = parameter.data.clone()
         self.requires_grad_(True)
+        if self.early.fused is not None:
+            for projection in self.early.fused.projections():
+                projection.layer.requires_grad_(True)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """The tensors that gradients reach, by name: adapters, or after :meth:`train_all` all."""
-        return {n: p for n, p in self._named() if p.requires_grad}
+        """The tensors that gradients reach, by name: adapters, or after :meth:`train_all` all.
+
+        In fused blocks, tensors of layers that share an input are joined, and so are their names.
+        """
+        named = self.weights()
+        if self.early.fused is not None:
+            projections = self.early.fused.projections()
+            views = {id(p) for projection in projections for p in projection.views()}
+            named = {n: p for n, p in named.items() if id(p) not in views}
+            for projection in projections:
+                named |= projection.joined() | projection.joined_weights()
+        return {n: p for n, p in named.items() if p.requires_grad}
 
     def weights(self) -> dict[str, nn.Parameter]:
-        """Every weight by transformers' name within the decoder, and ``lm_head.weight`` if untied."""
-        return dict(self._named())
+        """Every weight by transformers' name within the decoder, and ``lm_head.weight`` if untied.
 
-    def _named(self) -> list[tuple[str, nn.Parameter]]:
-        named = list(self.early.decoder.named_parameters())
-        return named if self.lm_head is None else [*named, (_HEAD, self.lm_head)]
+        Adapters are among them. In fused blocks some are views of the tensors of :meth:`trainable`,
+        whose values they follow; change those in place.
+        """
+        named = dict(self.early.decoder.named_parameters())
+        return named if self.lm_head is None else named | {_HEAD: self.lm_head}
+
+
+def _run_modules(
+    early: EarlyModel, number: int, pack: Pack, rotary: Rotary | Rows, x: Tensor, _: Tensor | None
+) -> tuple[Tensor, None]:
+    return early.run_block(number, x, pack, rotary), None
+
+
+def _run_fused(
+    block: FusedBlock, rows: Rows, seeds: list[Tensor], x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    return block(x, residual, rows, iter(seeds))
 
 
 def load_causal(

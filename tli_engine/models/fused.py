@@ -1,4 +1,4 @@
-"""A decoder's blocks on the engine's ops: a norm with its residual, joined projections, word attention.
+"""A decoder's blocks on the engine's ops: a norm with its residual, joined projections, attention.
 
 Ten launches a block, where transformers' modules make some forty, and gradients only where the loss
 needs them. The weights are the model's own: see :class:`tli_engine.models.projection.Projection`.
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from tli_engine.data.words import Pack
+from tli_engine.models.document_attention import Attention, Documents
+from tli_engine.models.norm import Norm
 from tli_engine.models.projection import NotFusedError, Projection
+from tli_engine.models.rotary import rotary
 from tli_engine.ops import (
-    add_rms_norm,
     joined_word_attention,
     swiglu,
     word_attention,
@@ -32,30 +34,14 @@ class Rows:
     Attributes:
         cos: Cosines of each row's angles, by rotary embedding, ``[T, D / 2]``.
         sin: Sines, as ``cos``.
-        bounds: Of each row's word; see :func:`tli_engine.ops.word_bounds`.
+        bounds: Of each row's word; see :func:`tli_engine.ops.word_bounds`. None in documents.
+        documents: Where the rows are of documents; blocks then attend within windows.
     """
 
     cos: dict[str, Tensor]
     sin: dict[str, Tensor]
-    bounds: Tensor
-
-
-class _Norm:
-    """One RMSNorm of a block."""
-
-    def __init__(self, module: Any) -> None:
-        self._weight: Tensor = module.weight
-        # Gemma's norms call it eps, and scale by 1 + weight
-        self._plus_one = not hasattr(module, "variance_epsilon")
-        self._eps: float = module.eps if self._plus_one else module.variance_epsilon
-
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return the norm of ``x + residual``, and the sum."""
-        return add_rms_norm(x, residual, self._weight, self._eps, plus_one=self._plus_one)
-
-    def heads(self, x: Tensor) -> Tensor:
-        """Norm of each head, ``[T, H, D]``."""
-        return self(x.reshape(-1, x.shape[-1]))[0].view(x.shape)
+    bounds: Tensor | None
+    documents: Documents | None = None
 
 
 class FusedBlock:
@@ -75,22 +61,30 @@ class FusedBlock:
         self.down = Projection(mlp, f"{name}.mlp", ("down_proj",))
         self._head_dim: int = attention.head_dim
         self._scale: float = attention.scaling
+        self._window = _window(attention, config)
         self._heads = [size // self._head_dim for size in self.qkv.sizes]
         self._act = _ACTIVATIONS[_activation(config)]
-        self._before_attention = _Norm(block.input_layernorm)
+        self._before_attention = Norm(block.input_layernorm)
         sandwich = hasattr(block, "pre_feedforward_layernorm")
         before_mlp = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
-        self._before_mlp = _Norm(getattr(block, before_mlp))
-        self._after_attention = _Norm(block.post_attention_layernorm) if sandwich else None
-        self._after_mlp = _Norm(block.post_feedforward_layernorm) if sandwich else None
+        self._before_mlp = Norm(getattr(block, before_mlp))
+        self._after_attention = Norm(block.post_attention_layernorm) if sandwich else None
+        self._after_mlp = Norm(block.post_feedforward_layernorm) if sandwich else None
         has_head_norms = hasattr(attention, "q_norm")
-        self._q_norm = _Norm(attention.q_norm) if has_head_norms else None
-        self._k_norm = _Norm(attention.k_norm) if has_head_norms else None
+        self._q_norm = Norm(attention.q_norm) if has_head_norms else None
+        self._k_norm = Norm(attention.k_norm) if has_head_norms else None
 
     @property
     def projections(self) -> tuple[Projection, Projection, Projection, Projection]:
         """In the order in which they run."""
         return self.qkv, self.o, self.gate_up, self.down
+
+    def draw_seeds(self, device: torch.device) -> list[Tensor]:
+        """A seed for each projection that drops, from torch's generator of the device."""
+        count = sum(projection.drops for projection in self.projections)
+        if not count:
+            return []
+        return list(torch.randint(2**63 - 1, (count,), device=device).unbind())
 
     def __call__(
         self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
@@ -103,7 +97,10 @@ class FusedBlock:
             rows: Of the pack.
             seeds: One for each projection that drops, in order; drawn if None.
         """
-        y, residual = self._before_attention(x, residual)
+        if residual is None:
+            y, residual = self._before_attention.fork(x)
+        else:
+            y, residual = self._before_attention(x, residual)
         x = self.o(self._attend(self._project(self.qkv, y, seeds), rows), _seed(self.o, seeds))
         if self._after_attention is not None:
             x = self._after_attention(x)[0]
@@ -119,6 +116,9 @@ class FusedBlock:
 
     def _attend(self, qkv: Tensor, rows: Rows) -> Tensor:
         heads = qkv.view(len(qkv), -1, self._head_dim)
+        if rows.documents is not None:
+            return self._attend_in_documents(heads, rows, rows.documents)
+        assert rows.bounds is not None
         tokens = rows.cos[self.rotary], rows.sin[self.rotary], rows.bounds
         if self._q_norm is None or self._k_norm is None:
             out = joined_word_attention(heads, self._heads, *tokens, scale=self._scale)
@@ -127,6 +127,17 @@ class FusedBlock:
             q, k = self._q_norm.heads(q), self._k_norm.heads(k)
             out = word_attention(q, k, v, *tokens, scale=self._scale)
         return out.flatten(1)
+
+    def _attend_in_documents(self, heads: Tensor, rows: Rows, documents: Documents) -> Tensor:
+        angles = rows.cos[self.rotary], rows.sin[self.rotary]
+        if self._q_norm is None or self._k_norm is None:
+            rotated = rotary(heads, *angles, self._heads[0] + self._heads[1])
+            q, k, v = torch.split(rotated, self._heads, dim=1)
+        else:
+            q, k, v = torch.split(heads, self._heads, dim=1)
+            q, k = self._q_norm.heads(q), self._k_norm.heads(k)
+            q, k = rotary(q, *angles), rotary(k, *angles)
+        return documents.attend(q, k, v, self._scale, self._window).flatten(1)
 
 
 class FusedBlocks:
@@ -148,6 +159,11 @@ class FusedBlocks:
         """What attention needs of a pack, for hidden states such as ``like``."""
         cos, sin = self.angles(pack.position_ids, like)
         return Rows(cos, sin, word_bounds(pack.offsets, len(pack.input_ids)))
+
+    def document_rows(self, pack: Pack, like: Tensor, attention: Attention) -> Rows:
+        """:meth:`rows_of` for a pack of documents, and what attends within them."""
+        cos, sin = self.angles(pack.position_ids, like)
+        return Rows(cos, sin, None, Documents.of(pack, attention))
 
     def angles(
         self, positions: Tensor, like: Tensor
@@ -175,6 +191,10 @@ class FusedBlocks:
             x, residual = block(x, residual, rows, seeds)
         return x if residual is None else x + residual
 
+    def final_norm(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """The norm of ``x + residual`` that the output layer reads; for a model of all blocks."""
+        return Norm(self._decoder.norm)(x, residual)[0]
+
     def projections(self) -> list[Projection]:
         """Of all blocks, in the order in which they run."""
         return [projection for block in self.blocks for projection in block.projections]
@@ -199,6 +219,14 @@ def _rotary_type(config: Any, block: int) -> str:
     """Which rotary embedding a block has, where there are several."""
     kind: str = config.layer_types[block] if config.model_type == "gemma3_text" else ""
     return kind
+
+
+def _window(attention: Any, config: Any) -> int | None:
+    """Tokens that a token sees in this block, itself included; None: all before it."""
+    # Mistral's blocks are all alike
+    owner = config if config.model_type == "mistral" else attention
+    window: int | None = getattr(owner, "sliding_window", None)
+    return window
 
 
 def _seed(layer: Projection, seeds: Iterator[Tensor] | None) -> Tensor | None:

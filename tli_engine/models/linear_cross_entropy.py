@@ -126,7 +126,9 @@ def _chunk(
     loss = (total.log() - at_target).sum()
     if not needs_gradient:
         return loss, logits
-    dlogits = logits.div_(total).scatter_add_(1, targets[:, None], torch.full_like(at_target, -1.0))
+    dlogits = logits.div_(total)
+    at_target = dlogits.gather(1, targets[:, None]) - 1
+    dlogits.scatter_(1, targets[:, None], at_target)
     if slope is not None:
         dlogits *= slope
     return loss, dlogits.to(dtype)

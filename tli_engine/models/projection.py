@@ -28,7 +28,7 @@ class Projection:
     Attributes:
         name: The layers' names, joined.
         sizes: Rows of each layer.
-        layer: The joined layer, frozen.
+        layer: The joined layer; frozen, but for full fine-tuning of one that is not NF4.
         adapters: Those there are, by the layer's number.
         lora_A: ``[layers * r, K]``, fp32, or ``None`` without adapters.
         lora_B: ``[N, r]``, fp32, or ``None``.
@@ -92,6 +92,23 @@ class Projection:
             return {}
         return {f"{self.name}.lora_A": self.lora_A, f"{self.name}.lora_B": self.lora_B}
 
+    def joined_weights(self) -> dict[str, nn.Parameter]:
+        """The joined layer's parameters by name; none of a layer alone, or in NF4."""
+        if len(self._names) == 1 or isinstance(self.layer, NF4Linear):
+            return {}
+        return {f"{self.name}.{n}": p for n, p in self.layer.named_parameters()}
+
+    def views(self) -> list[nn.Parameter]:
+        """The modules' own parameters that are views of joined ones: no gradient reaches them."""
+        views: list[nn.Parameter] = []
+        for adapter in self.adapters.values():
+            views += (*adapter.lora_A.parameters(), *adapter.lora_B.parameters())
+        if self.joined_weights():
+            for module in self._modules:
+                layer = module.base_layer if isinstance(module, LoRALinear) else module
+                views += layer.parameters()
+        return views
+
     def parts(self) -> Iterator[tuple[str, nn.Parameter, str, slice]]:
         """The adapters' own parameters: name, parameter, name of the joined one, rows there."""
         first = [sum(self.sizes[:i]) for i in range(len(self.sizes))]
@@ -139,13 +156,15 @@ def _join(layers: Sequence[Linear]) -> Linear:
     dense = [layer for layer in layers if isinstance(layer, nn.Linear)]
     weight = torch.cat([layer.weight.detach() for layer in dense])
     joined = nn.Linear(weight.shape[1], len(weight), bias=bias is not None, device="meta")
-    joined.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        joined.bias = nn.Parameter(bias, requires_grad=False)
-    for layer, rows in zip(
-        dense, torch.split(weight, [d.out_features for d in dense]), strict=True
-    ):
+    trained = any(layer.weight.requires_grad for layer in dense)
+    joined.weight = nn.Parameter(weight, requires_grad=trained)
+    sizes = [layer.out_features for layer in dense]
+    for layer, rows in zip(dense, torch.split(weight, sizes), strict=True):
         layer.weight.data = rows
+    if bias is not None:
+        joined.bias = nn.Parameter(bias, requires_grad=trained)
+        for layer, part in zip(dense, torch.split(bias, sizes), strict=True):
+            layer.bias.data = part
     return joined
 
 
