@@ -16,13 +16,14 @@ from tli_engine.config import RunConfig
 from tli_engine.data.examples import Example
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import tokenize_splits
-from tli_engine.errors import TrainingError
+from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import save_tiny_model
 from tli_engine.train.sft_loop import SftMetrics, SftTrainer, Validation
 from tli_engine.train.sft_order import SftOrder
+from tli_engine.train.sft_prepare import fuse_for_texts
 from tli_engine.train.sft_step import Pairs, SftStep
 
 EXAMPLES = [
@@ -319,3 +320,32 @@ def test_an_example_without_a_label_is_refused(files: ModelFiles, tmp_path: Path
     trainer.engine._examples = Store([bare] * len(EXAMPLES))
     with pytest.raises(ValueError, match=r"none of the .* tokens of a row is a label"):
         trainer.run()
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_fused_blocks_give_the_modules_losses(files: ModelFiles, method: str) -> None:
+    train = {"learning_rate": 1e-3}
+    plain, expected = trainer_of(files, config_of(method, train=train))
+    plain.run()
+    config = config_of(method, train=train | {"engine": "fused"})
+    model, _ = model_of(files, config)
+    fuse_for_texts(model, config)
+    assert model.early.fused is not None
+    store, steps = Store(EXAMPLES), []
+    order = SftOrder(store.lengths, config)
+    engine = SftStep(model, model.trainable(), store, order, config, None)
+    SftTrainer(config, model, engine, order, None, steps.append).run()
+    losses = [s.loss for s in expected]
+    assert [s.loss for s in steps] == pytest.approx(losses, abs=1e-4)
+    # the model's own tensors follow the joined ones
+    ours, theirs = model.weights(), plain.model.weights()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-3, atol=1e-4)
+
+
+def test_an_attention_that_cannot_run_is_refused(files: ModelFiles) -> None:
+    config = config_of(sft={"attention": "varlen"})
+    model, _ = model_of(files, config)
+    with pytest.raises(UserError, match=r"sft\.attention: varlen needs train\.engine: fused"):
+        fuse_for_texts(model, config)

@@ -12,10 +12,12 @@ from tli_engine.data.packing import rows_of_epoch
 from tli_engine.data.splits import read_run_pairs, tokenize_splits
 from tli_engine.data.texts import Texts, read_texts
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapter_tensors, add_lora
+from tli_engine.models.adapters import add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.models.projection import NotFusedError
+from tli_engine.models.recompute import Activations
 from tli_engine.train.metrics import check_tensorboard
 from tli_engine.train.prepare import fit_loss_space, go_on_from, leak_warnings
 from tli_engine.train.provenance import provenance
@@ -120,17 +122,37 @@ def _trained(
     model: CausalModel, config: RunConfig, record: dict[str, Any], say: Callable[[str], None]
 ) -> dict[str, nn.Parameter]:
     """Put the adapters on, or free the weights; return what is trained."""
-    early = model.early
     if config.method == "full":
         model.train_all()
-        return model.trainable()
-    if config.lora.init is None:
-        add_lora(early, config.lora, early.depth, config.seed)
+    elif config.lora.init is None:
+        add_lora(model.early, config.lora, model.early.depth, config.seed)
     else:
-        record["lora_init_sha256"] = go_on_from(early, config, say)
-    if early.fused is None:
-        return adapter_tensors(early)
-    return {n: t for p in early.fused.projections() for n, t in p.joined().items()}
+        record["lora_init_sha256"] = go_on_from(model.early, config, say)
+    fuse_for_texts(model, config, say)
+    return model.trainable()
+
+
+def fuse_for_texts(
+    model: CausalModel, config: RunConfig, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """Put the blocks on the engine's ops if the run asks for it, or has a GPU and they can.
+
+    Raises:
+        UserError: The run asks for what cannot run here.
+    """
+    sft, engine = config.sft, config.train.engine
+    most = config.train.batch_size * sft.context
+    model.activations = Activations(sft.activations, largest=most)
+    if engine == "modules" or (engine == "auto" and model.early.device.type != "cuda"):
+        if sft.attention not in ("auto", "sdpa"):
+            raise UserError(f"sft.attention: {sft.attention} needs train.engine: fused, on a GPU")
+        return
+    try:
+        model.fuse(sft.attention)
+    except NotFusedError as reason:
+        if engine == "fused":
+            raise UserError(f"train.engine: fused cannot run this: {reason}") from None
+        say(f"training through transformers' modules: {reason}")
 
 
 def _validation(store: ExampleStore | None, config: RunConfig) -> Validation | None:
