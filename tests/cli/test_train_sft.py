@@ -213,3 +213,31 @@ def test_no_memory_is_said_and_checkpoints_stay(
     assert result.status == 1
     assert "Tried to allocate 2 GiB; held at the peak: weights 0.0 GiB" in result.err
     assert cli("train", "--resume", "--run", "run").status == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_evaluating_a_run_gives_the_loss_that_training_measured(
+    cli: Cli, config: Callable[..., Path], method: str
+) -> None:
+    changes = {"learning_rate": 1e-3} if method == "full" else {}
+    assert cli("train", config(method=method, train=changes), "--run", "run").status == 0
+    trained = json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"]
+    result = cli("evaluate", "run")
+    assert result.status == 0, result.err
+    again = json.loads(Path("run/evaluation.json").read_text())
+    for stage in ("before", "after"):
+        assert again["loss"]["validation"][stage] == pytest.approx(trained[stage], abs=1e-6)
+    assert "throughput" in again
+    assert "on 2 unseen articles" in result.out
+
+
+def test_a_run_without_unseen_articles_cannot_be_evaluated(
+    cli: Cli, config: Callable[..., Path]
+) -> None:
+    path = config(data={"validation": None})
+    result = cli("train", path, "--run", "run")
+    assert result.status == 0, result.err
+    assert json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"] is None
+    result = cli("evaluate", "run")
+    assert result.status == 2
+    assert "has no data.validation" in result.err
