@@ -15,7 +15,7 @@ _COMMANDS = {
     "train": "train adapters on a few early layers",
     "evaluate": "measure a run's alignment before and after training",
     "verify": "check a run or a checkpoint against its manifest",
-    "export": "write a run's adapter for use elsewhere",
+    "export": "write a run's adapter, or a whole model, for use elsewhere",
     "data": "look at word pairs before training on them",
     "info": "print versions, devices and which backend each op uses",
 }

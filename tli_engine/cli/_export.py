@@ -118,12 +118,13 @@ def _record(
     drift: LogitDrift,
 ) -> dict[str, Any]:
     """``export.json``."""
+    recorded = config.provenance or {}
     against = "base model and adapter" if config.method == "lora" else "trained model"
     return {
         "format": kind,
         "strength": strength,
-        "base_model": files.hub_id,
-        "base_revision": files.revision,
+        "base_model": recorded.get("base_model", config.model),
+        "base_revision": files.revision or recorded.get("base_revision"),
         "method": config.method,
         "note": note,
         "logit_drift": {
