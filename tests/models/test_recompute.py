@@ -11,7 +11,8 @@ from tli_engine.config import LoraConfig
 from tli_engine.models.adapters import adapters
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.files import FAMILIES
-from tli_engine.models.recompute import Activations, first_saved
+from tli_engine.models.projection import Projection
+from tli_engine.models.recompute import Activations, Block, first_saved
 
 Load = Callable[..., CausalModel]
 LORA = LoraConfig(layers="1-2", modules=("q_proj", "down_proj"), r=4)
@@ -73,12 +74,12 @@ def test_blocks_run_as_often_as_is_needed(
     counts = [0] * 4
 
     def counted(pack: Any) -> list[Any]:
-        def count(number: int, block: Any) -> Any:
+        def count(number: int, block: Block) -> Block:
             def run(x: Tensor, residual: Tensor | None) -> Any:
                 counts[number] += 1
-                return block(x, residual)
+                return block.trunk(x, residual)
 
-            return run
+            return Block(run, block.last)
 
         return [count(i, b) for i, b in enumerate(CausalModel._blocks(model, pack))]
 
@@ -89,6 +90,37 @@ def test_blocks_run_as_often_as_is_needed(
         counts[:] = [0] * 4
         model.loss(texts(9, 7))
     assert counts == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("family", "modules", "runs"),
+    [
+        # frozen ones keep nothing of what they read
+        ("llama", ("q_proj",), [1, 1, 1, 1]),
+        ("llama", ("down_proj",), [1, 2, 2, 1]),
+        # a norm reads what it returns
+        ("gemma3_text", ("q_proj",), [1, 2, 2, 2]),
+    ],
+)
+def test_a_last_layer_that_keeps_nothing_is_run_once(
+    family: str, modules: tuple[str, ...], runs: list[int], causal: Load, texts: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model = causal(family, LORA.model_copy(update={"modules": modules}))
+    model.fuse()
+    assert model.early.fused is not None
+    downs = {id(block.down): i for i, block in enumerate(model.early.fused.blocks)}
+    counts, call = [0] * 4, Projection.__call__
+
+    def counted(self: Projection, *args: Any) -> Tensor:
+        if id(self) in downs:
+            counts[downs[id(self)]] += 1
+        return call(self, *args)
+
+    monkeypatch.setattr(Projection, "__call__", counted)
+    model.activations = Activations("recompute")
+    step(model, texts(9, 7))
+    assert counts == runs
 
 
 def test_saving_keeps_more_than_running_again(causal: Load, texts: Any) -> None:

@@ -119,13 +119,11 @@ class CausalModel(nn.Module):
         early = self.early
         if early.fused is None:
             rotary = early.rotary(pack)
-            return [partial(_run_modules, early, i, pack, rotary) for i in range(early.depth)]
+            runs = (partial(_run_modules, early, i, pack, rotary) for i in range(early.depth))
+            return [Block(run) for run in runs]
         like = early.decoder.embed_tokens.weight[:1]
         rows = early.fused.document_rows(pack, like, self.attention)
-        return [
-            partial(_run_fused, block, rows, block.draw_seeds(like.device))
-            for block in early.fused.blocks
-        ]
+        return [_fused(block, rows, like.device) for block in early.fused.blocks]
 
     @property
     def _draws(self) -> bool:
@@ -206,10 +204,12 @@ def _run_modules(
     return early.run_block(number, x, pack, rotary), None
 
 
-def _run_fused(
-    block: FusedBlock, rows: Rows, seeds: list[Tensor], x: Tensor, residual: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return block(x, residual, rows, iter(seeds))
+def _fused(block: FusedBlock, rows: Rows, device: torch.device) -> Block:
+    # drawn before: a second run takes the same
+    seeds = block.draw_seeds(device)
+    if block.ends_freely:
+        return Block(lambda x, residual: block.trunk(x, residual, rows, iter(seeds)), block.down)
+    return Block(lambda x, residual: block(x, residual, rows, iter(seeds)))
 
 
 def load_causal(

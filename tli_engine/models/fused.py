@@ -86,6 +86,26 @@ class FusedBlock:
             return []
         return list(torch.randint(2**63 - 1, (count,), device=device).unbind())
 
+    def trunk(
+        self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the block up to what ``down`` reads, ``[T, intermediate]``, and the residual."""
+        if residual is None:
+            y, residual = self._before_attention.fork(x)
+        else:
+            y, residual = self._before_attention(x, residual)
+        x = self.o(self._attend(self._project(self.qkv, y, seeds), rows), _seed(self.o, seeds))
+        if self._after_attention is not None:
+            x = self._after_attention(x)[0]
+        y, residual = self._before_mlp(x, residual)
+        gated = swiglu(self._project(self.gate_up, y, seeds), act=self._act)
+        return gated, residual
+
+    @property
+    def ends_freely(self) -> bool:
+        """Whether the way back needs nothing of what the last layer, ``down``, reads and returns."""
+        return self._after_mlp is None and not self.down.keeps_input
+
     def __call__(
         self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -97,15 +117,7 @@ class FusedBlock:
             rows: Of the pack.
             seeds: One for each projection that drops, in order; drawn if None.
         """
-        if residual is None:
-            y, residual = self._before_attention.fork(x)
-        else:
-            y, residual = self._before_attention(x, residual)
-        x = self.o(self._attend(self._project(self.qkv, y, seeds), rows), _seed(self.o, seeds))
-        if self._after_attention is not None:
-            x = self._after_attention(x)[0]
-        y, residual = self._before_mlp(x, residual)
-        gated = swiglu(self._project(self.gate_up, y, seeds), act=self._act)
+        gated, residual = self.trunk(x, residual, rows, seeds)
         x = self._project(self.down, gated, seeds)
         if self._after_mlp is not None:
             x = self._after_mlp(x)[0]

@@ -62,6 +62,13 @@ class Projection:
         first = next(iter(self.adapters.values()))
         return first.active and first.dropout.training and first.dropout.p > 0
 
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the way back needs what the layer read."""
+        adapted = any(adapter.active for adapter in self.adapters.values())
+        dense = not isinstance(self.layer, NF4Linear) and self.layer.weight.requires_grad
+        return adapted or dense
+
     def __call__(self, x: Tensor, seed: Tensor | None = None) -> Tensor:
         """Return the joined product of ``x``, ``[T, K]`` to ``[T, N]``, adapters included.
 

@@ -1,6 +1,7 @@
 """What blocks keep for the way back: all that they compute, or only their input."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -8,8 +9,29 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 Policy = Literal["auto", "save", "recompute"]
-# takes hidden states in two parts, whose sum they are, and returns such
-Block = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+@dataclass(frozen=True)
+class Block:
+    """A block on the rows of a pack; its input is the sum of two parts, and so is its output.
+
+    Attributes:
+        trunk: All of it, or all but its last layer.
+        last: The last layer, of the first part, where its way back needs nothing of its input: it is
+            never run again.
+    """
+
+    trunk: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    last: Callable[[Tensor], Tensor] | None = None
+
+    def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the block."""
+        return self.finish(*self.trunk(x, residual))
+
+    def finish(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run the last layer on what the trunk returned."""
+        return (x if self.last is None else self.last(x)), residual
+
 
 # share of a GPU's memory that a plan leaves free: what fragments, and what it does not know of
 _UNPLANNED = 0.05
@@ -69,9 +91,9 @@ class Activations:
         # one tensor is kept, not two
         h = x if residual is None else x + residual
         out: tuple[Tensor, Tensor | None] = checkpoint(
-            block, h, None, use_reentrant=False, preserve_rng_state=draws
+            block.trunk, h, None, use_reentrant=False, preserve_rng_state=draws
         )
-        return out
+        return block.finish(*out)
 
 
 def first_saved(kept: Sequence[int], room: int) -> int:
