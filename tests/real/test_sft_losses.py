@@ -41,7 +41,7 @@ def config_of(method: str) -> RunConfig:
             "model": "builtin:smollm2-135m", "objective": "sft", "method": method, "data": "a.jsonl",
             "prompt": {"template": "plain", "instruction": "Fupisha: {text}\nMuhtasari:"},
             "lora": {"layers": "0-2", "modules": ("q_proj", "v_proj", "down_proj")},
-            "sft": {"context": 128},
+            "sft": {"context": 64},
             "train": {
                 "steps": STEPS, "batch_size": 1, "schedule": "constant",
                 "learning_rate": 1e-3 if method == "lora" else 1e-5,

@@ -54,6 +54,11 @@ def evaluate_run(
 ) -> None:
     """Measure a finished run."""
     config = open_run(folder)
+    if config.objective == "sft":
+        _evaluate_texts(folder, config, device)
+        return
+    if config.method == "full":
+        raise UserError(f"{folder}: alignment after full fine-tuning is not measured yet")
     lines = {str(path): read_lines(path) for path in texts}
     pairs = read_run_pairs(config.data)
     _check_same_pairs(config, {name: p.digest() for name, p in pairs.items()})
@@ -84,6 +89,20 @@ def evaluate_run(
     for line in problems(folder):
         warn(f"{line}: the run is not as its training left it")
     _report(measured, config, folder, _recorded_warnings(folder), costs)
+
+
+def _evaluate_texts(folder: Path, config: RunConfig, device: str | None) -> None:
+    """Measure a run on summaries: its loss on unseen articles."""
+    # takes what runs on word pairs do without
+    from tli_engine.cli._evaluate_sft import validation_loss
+
+    measured = validation_loss(folder, config, device)
+    for line in problems(folder):
+        warn(f"{line}: the run is not as its training left it")
+    path = folder / "evaluation.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    write_json(path, earlier | {"loss": {"validation": measured}})
+    say(f"run folder: {folder}")
 
 
 def _recorded_warnings(folder: Path) -> list[str]:
