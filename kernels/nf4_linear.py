@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_forward
 from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.lora_up_backward import group_ends
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
@@ -221,6 +222,7 @@ def nf4_linear(
         return x.new_empty(M, N)
     tile = choose_tile("fwd", x, M, N, K, block_size, absmax)
     if tile is None:
-        weight = dequantize_tiles(packed, absmax, N, K, x.dtype, block_size, tiled)
+        stored = (packed, absmax, N, K, x.dtype, block_size, tiled)
+        weight = for_forward(packed, x.dtype, lambda: dequantize_tiles(*stored))
         return torch.nn.functional.linear(x, weight, bias)
     return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_backward
 from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles
 from tli_engine.kernels.nf4_dispatch import Tile, choose_tile, fast_table
@@ -153,5 +154,6 @@ def nf4_linear_dx(
         return dy.new_zeros(M, K)
     tile = choose_tile("dx", dy, M, N, K, block_size, absmax)
     if tile is None:
-        return dy @ dequantize_tiles(packed, absmax, N, K, dy.dtype, block_size, tiled)
+        stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
+        return dy @ for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))
     return fused_dx(dy, packed, absmax, K, tiled, fast, tile)

@@ -7,6 +7,7 @@ so, many rows go to cuBLAS, which reads the weight decoded into a buffer.
 import torch
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_backward, for_forward
 from tli_engine.kernels.lora_products import down, down_dx, up
 from tli_engine.kernels.nf4_records import dequantize_records
 from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
@@ -60,7 +61,7 @@ def _forward(
         if lora is not None:
             lora = (lora[0], adapter_operand(lora[1], x.dtype), lora[2])
         return launch(x, records, N, False, fast, tile, bias, lora)
-    weight = dequantize_records(records, N, K, x.dtype)
+    weight = for_forward(records, x.dtype, lambda: dequantize_records(records, N, K, x.dtype))
     if lora is None:
         return torch.nn.functional.linear(x, weight, bias)
     return up(lora[0], lora[1], bias, lora[2]).addmm_(x, weight.T)
@@ -92,7 +93,7 @@ def product_dx(
             operand = adapter_operand(lora_A, dy.dtype)
             return launch(dy, transposed, K, True, fast, tile, lora=(t, operand, [K]))
         return down_dx(*lora, launch(dy, transposed, K, True, fast, tile))
-    weight = dequantize_records(records, N, K, dy.dtype)
+    weight = for_backward(records, dy.dtype, lambda: dequantize_records(records, N, K, dy.dtype))
     if lora is None:
         return dy @ weight
     return down_dx(*lora).addmm_(dy, weight)

@@ -11,6 +11,7 @@ Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagona
 import torch
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_forward
 from tli_engine.kernels.lora_down import is_narrow
 from tli_engine.kernels.lora_products import down, group_slices, up
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
@@ -51,7 +52,8 @@ def nf4_lora_linear(
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
     if narrow and tiled and pays_to_append(M, N, K):
         return _append(x, s, packed, absmax, bias, lora_B, sizes), s
-    weight = dequantize_tiles(packed, absmax, N, K, x.dtype, block_size, tiled)
+    stored = (packed, absmax, N, K, x.dtype, block_size, tiled)
+    weight = for_forward(packed, x.dtype, lambda: dequantize_tiles(*stored))
     return up(s, lora_B, bias, sizes).addmm_(x, weight.T), s
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_backward
 from tli_engine.kernels.lora_down import is_narrow
 from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
@@ -72,10 +73,10 @@ def _dx(
     # with dropout the update has a mask of its own and cannot share the product's contraction
     if narrow and tiled and seed is None and pays_to_append(M, K, N):
         return _append(dy, t, packed, absmax, lora_A)
+    stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
+    weight = for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))
     # cuBLAS adds to the update under its own arithmetic
-    return down_dx(t, lora_A, seed, dropout).addmm_(
-        dy, dequantize_tiles(packed, absmax, N, K, dy.dtype, block_size, tiled)
-    )
+    return down_dx(t, lora_A, seed, dropout).addmm_(dy, weight)
 
 
 def _append(dy: Tensor, t: Tensor, packed: Tensor, absmax: Tensor, lora_A: Tensor) -> Tensor:

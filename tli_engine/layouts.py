@@ -4,8 +4,10 @@ Each layout holds bitsandbytes' bytes once, permuted without loss, and gives the
 be held a second time, transposed, for the gradient of the input.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -210,6 +212,27 @@ class RowsOf:
 
     def add_transposed_copy(self) -> None:
         """Do nothing: the joined weight has its own."""
+
+
+@contextmanager
+def run_again(device: torch.device) -> Iterator[None]:
+    """Run a block again during a backward: weights decoded inside are kept for its way back.
+
+    They are given up as they are used, and what is left with the next block, or when the backward
+    ends. On a CPU nothing is kept.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    keep = backends.resolve("keep_decoded")
+    torch.autograd.Variable._execution_engine.queue_callback(
+        partial(keep, keeping=False, forget=True)
+    )
+    keep(keeping=True, forget=True)
+    try:
+        yield
+    finally:
+        keep(keeping=False, forget=False)
 
 
 def lora_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, sizes: Sequence[int]) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from tli_engine.layouts import Adapter, PortableWeight, RecordedWeight, RowsOf, lay_out, lora_update
+from tli_engine.layouts import run_again as run_again
 from tli_engine.nf4 import DTYPES, NF4Weight
 from tli_engine.ops.autocast import cast_input
 from tli_engine.ops.counter_dropout import counter_dropout

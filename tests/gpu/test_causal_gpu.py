@@ -1,5 +1,6 @@
 """Documents on a GPU: fused varlen against transformers' modules, activations run again, the loss."""
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,12 @@ from torch import Tensor
 
 from tli_engine.config import LoraConfig
 from tli_engine.data.words import Pack, Word, pack
+from tli_engine.kernels import (
+    keep_decoded,
+    nf4_linear,
+    nf4_linear_dx,
+    nf4_linear_records_sm90,
+)
 from tli_engine.models.adapters import adapter_tensors, add_lora, add_transposed_copies
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.document_attention import Documents, choose_attention
@@ -180,6 +187,37 @@ def test_run_again_is_saved_bit_for_bit(family: str, quantize: str, load: Load) 
     for again in found[1:]:
         different = [n for n, t in found[0].items() if not torch.equal(t, again[n])]
         assert different == []
+
+
+@pytest.mark.parametrize("copies", [False, True], ids=["one-copy", "transposed-copies"])
+def test_a_weight_is_decoded_twice_at_most(
+    copies: bool, load: Load, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the way there, and once for the second run and the way back together."""
+    model = load("llama", quantize="nf4", lora=LORA.model_copy(update={"modules": ("q_proj",)}))
+    model.fuse()
+    if copies:
+        add_transposed_copies(model.early)
+    model.activations = Activations("recompute")
+    counts: Counter[int] = Counter()
+    for kernel, name in (
+        (nf4_linear, "dequantize_tiles"),
+        (nf4_linear_dx, "dequantize_tiles"),
+        (nf4_linear_records_sm90, "dequantize_records"),
+    ):
+        plain = getattr(kernel, name)
+
+        def counted(stored: Tensor, *args: Any, plain: Any = plain) -> Tensor:
+            counts[stored.data_ptr()] += 1
+            result: Tensor = plain(stored, *args)
+            return result
+
+        monkeypatch.setattr(kernel, name, counted)
+    # so many rows that some products take cuBLAS
+    loss = model.loss(texts(*[500] * 10))
+    loss.backward()
+    assert all(count <= 2 for count in counts.values())
+    assert not keep_decoded._kept
 
 
 def kept_by(model: CausalModel, packed: Texts, activations: Activations) -> int:

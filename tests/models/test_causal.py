@@ -179,7 +179,7 @@ def test_trained_weights_may_be_joined_before_or_after(causal: Load, texts: Any)
 def test_joined_weights_are_those_that_go_by_the_modules_names(causal: Load, texts: Any) -> None:
     """An update in place of what is trained reaches the weights that are saved."""
     model, other = causal("qwen2"), causal("qwen2")
-    model.train_all(), model.fuse()
+    model.train_all(), model.fuse(), other.train_all()
     packed = texts(*LENGTHS)
     with torch.no_grad():
         for tensor in model.trainable().values():
@@ -187,6 +187,19 @@ def test_joined_weights_are_those_that_go_by_the_modules_names(causal: Load, tex
         for name, tensor in other.weights().items():
             tensor.copy_(model.weights()[name])
         torch.testing.assert_close(model.loss(packed), other.loss(packed))
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
+def test_training_leaves_the_files_memory_alone(fused: bool, causal: Load) -> None:
+    model = causal("qwen2")
+    if fused:
+        model.fuse()
+    model.train_all()
+    with torch.no_grad():
+        for tensor in model.trainable().values():
+            tensor += 1
+    for name, tensor in causal("qwen2").weights().items():
+        assert torch.equal(model.weights()[name], tensor + 1), name
 
 
 def test_weights_go_by_their_names(causal: Load, full: Any) -> None:

@@ -170,9 +170,15 @@ class CausalModel(nn.Module):
                 # what is read from a file may be its mapped memory, which others read too
                 parameter.data = parameter.data.clone()
         self.requires_grad_(True)
+        joined: set[int] = set()
         if self.early.fused is not None:
             for projection in self.early.fused.projections():
                 projection.layer.requires_grad_(True)
+                joined |= {id(p) for p in projection.joined_weights().values()}
+        for parameter in self.trainable().values():
+            # on a CPU it may be the mapped file's own memory, which others read
+            if parameter.device.type == "cpu" and id(parameter) not in joined:
+                parameter.data = parameter.data.clone()
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The tensors that gradients reach, by name: adapters, or after :meth:`train_all` all.

@@ -1,12 +1,15 @@
 """What blocks keep for the way back: all that they compute, or only their input."""
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from tli_engine.nn import run_again
 
 Policy = Literal["auto", "save", "recompute"]
 
@@ -91,7 +94,10 @@ class Activations:
         # one tensor is kept, not two
         h = x if residual is None else x + residual
         out: tuple[Tensor, Tensor | None] = checkpoint(
-            block.trunk, h, None, use_reentrant=False, preserve_rng_state=draws
+            *(block.trunk, h, None),
+            use_reentrant=False,
+            preserve_rng_state=draws,
+            context_fn=lambda: (nullcontext(), run_again(h.device)),
         )
         return block.finish(*out)
 
