@@ -114,7 +114,7 @@ def sizes_table() -> str:
                 [
                     forward[N, K, tokens, "cublas-bf16"] / time
                     for (N, K, M, of), time in forward.items()
-                    if M == tokens and of == "tli-engine:fast" and least <= N * K / 1e6 < most
+                    if tokens == M and of == "tli-engine:fast" and least <= N * K / 1e6 < most
                 ]
             )
             for tokens in _TOKENS
