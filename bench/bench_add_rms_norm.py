@@ -8,24 +8,20 @@ at the speed of a copy on this GPU: above 1 while it lies in the L2 cache.
 python -m bench add_rms_norm [--shapes NAME ...] [--tokens T ...] [--sweep]
 """
 
-import argparse
 import itertools
-import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from bench.harness import Row, copy_bandwidth, time_graphs, write_results
-from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, time_case
+from bench.harness import Row, print_tiles
+from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, run, time_case
 from tli_engine.kernels.add_rms_norm import Tile, forward_tile, launch_forward
 from tli_engine.kernels.add_rms_norm_backward import backward_tile, launch_backward
 from tli_engine.ops import add_rms_norm
 
 SHAPES = {"8b": 4096, "qwen2-72b": 8192}
-TOKENS = (64, 256, 4096, 8192)
 EPS = 1e-5
 BASELINE = "transformers"
 
@@ -102,35 +98,11 @@ def sweep(model: str, T: int) -> None:
     }
     tiles = [Tile(*sizes) for sizes in itertools.product((1, 2, 4), (2, 4, 8, 16))]
     for name, (chosen, launch) in directions.items():
-        for tile in dict.fromkeys((chosen, *tiles)):
-            try:
-                launch(tile)
-            except Exception as error:
-                print(f"{name} {model} T={T} {tuple(tile)}: {type(error).__name__}", flush=True)
-                continue
-            seconds = time_graphs({"": [partial(launch, tile)]}, 20, rounds=5)[""]
-            us = statistics.median(seconds) * 1e6
-            print(f"{name} {model} T={T} {tuple(tile)}: {us:.2f} us", flush=True)
+        print_tiles(f"{name} {model} T={T}", launch, (chosen, *tiles))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--sweep", action="store_true", help="time every tile instead")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    rows: list[Row] = []
-    for model, T in itertools.product(args.shapes, args.tokens):
-        if args.sweep:
-            sweep(model, T)
-        else:
-            rows += bench_case(model, T, bandwidth)
-    if rows:
-        peers = ["transformers", "liger-kernel"]
-        path = write_results("add_rms_norm", rows, peers, copy_bytes_per_s=bandwidth)
-        print(f"written: {path}")
+    run("add_rms_norm", __doc__, SHAPES, bench_case, sweep)
 
 
 if __name__ == "__main__":

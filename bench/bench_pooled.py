@@ -25,6 +25,7 @@ from bench.harness import (
     Row,
     copy_bandwidth,
     print_gpu_rows,
+    print_tiles,
     quantiles_ms,
     time_graphs,
     write_results,
@@ -188,15 +189,7 @@ def sweep(N: int, H: int, loss: str) -> None:
     }
     tiles = [Tile(*t) for t in itertools.product((16, 32), (64, 128, 256), (4, 8, 16))]
     for name, (first, launch) in launches.items():
-        for tile in dict.fromkeys((first, *tiles)):
-            try:
-                launch(tile)
-            except Exception as error:
-                print(f"{name} N={N} {tuple(tile)}: {type(error).__name__}", flush=True)
-                continue
-            seconds = time_graphs({"": [partial(launch, tile)]}, 50, rounds=5)[""]
-            us = statistics.median(seconds) * 1e6
-            print(f"{name} N={N} {tuple(tile)}: {us:.2f} us", flush=True)
+        print_tiles(f"{name} N={N}", launch, (first, *tiles), 50)
 
 
 def main() -> None:

@@ -8,18 +8,15 @@ written, at the speed of a copy on this GPU: above 1 while it lies in the L2 cac
 python -m bench swiglu [--shapes NAME ...] [--tokens T ...] [--sweep]
 """
 
-import argparse
 import itertools
-import statistics
 from collections.abc import Callable
-from functools import partial
 
 import torch
 from torch import Tensor
 from transformers.activations import ACT2FN
 
-from bench.harness import Row, copy_bandwidth, time_graphs, write_results
-from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, time_case
+from bench.harness import Row, print_tiles
+from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, run, time_case
 from tli_engine.kernels.swiglu import Tile, launch_forward, tile_for
 from tli_engine.kernels.swiglu_backward import launch_backward
 from tli_engine.ops import swiglu
@@ -34,7 +31,6 @@ PEERS = {
     "silu": ("silu", "swiglu", "LigerSiLUMulFunction"),
     "gelu_tanh": ("gelu_pytorch_tanh", "geglu", "LigerGELUMulFunction"),
 }
-TOKENS = (64, 256, 4096, 8192)
 BASELINE = "transformers"
 
 
@@ -105,35 +101,11 @@ def sweep(model: str, T: int) -> None:
     sizes = itertools.product((1, 2), (512, 1024, 2048, 4096), (2, 4, 8))
     tiles = [Tile(*size) for size in sizes]
     for name, launch in directions.items():
-        for tile in dict.fromkeys((tile_for(T, I), *tiles)):
-            try:
-                launch(tile)
-            except Exception as error:
-                print(f"{name} {model} T={T} {tuple(tile)}: {type(error).__name__}", flush=True)
-                continue
-            seconds = time_graphs({"": [partial(launch, tile)]}, 20, rounds=5)[""]
-            us = statistics.median(seconds) * 1e6
-            print(f"{name} {model} T={T} {tuple(tile)}: {us:.2f} us", flush=True)
+        print_tiles(f"{name} {model} T={T}", launch, (tile_for(T, I), *tiles))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--sweep", action="store_true", help="time every tile instead")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    rows: list[Row] = []
-    for model, T in itertools.product(args.shapes, args.tokens):
-        if args.sweep:
-            sweep(model, T)
-        else:
-            rows += bench_case(model, T, bandwidth)
-    if rows:
-        named = ["transformers", "liger-kernel"]
-        path = write_results("swiglu", rows, named, copy_bytes_per_s=bandwidth)
-        print(f"written: {path}")
+    run("swiglu", __doc__, SHAPES, bench_case, sweep)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,14 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bench.harness import Row, print_gpu_rows, quantiles_ms, time_graphs, write_results
+from bench.harness import (
+    Row,
+    print_gpu_rows,
+    print_tiles,
+    quantiles_ms,
+    time_graphs,
+    write_results,
+)
 from tli_engine.kernels.word_attention import Tile, forward_tile, launch_forward
 from tli_engine.kernels.word_attention_backward import backward_tile, launch_backward
 from tli_engine.ops import word_attention, word_bounds
@@ -207,15 +214,7 @@ def sweep(model: str, T: int) -> None:
     sizes = itertools.product(((16, 16), (16, 32), (32, 32), (32, 64)), (1, 2, 4), (2, 4, 8))
     tiles = [Tile(*rows, h, w) for rows, h, w in sizes]
     for name, (chosen, launch) in directions.items():
-        for tile in dict.fromkeys((chosen, *tiles)):
-            try:
-                launch(tile)
-            except Exception as error:
-                print(f"{name} {model} T={T} {tuple(tile)}: {type(error).__name__}", flush=True)
-                continue
-            seconds = time_graphs({"": [partial(launch, tile)]}, CALLS, rounds=5)[""]
-            us = statistics.median(seconds) * 1e6
-            print(f"{name} {model} T={T} {tuple(tile)}: {us:.2f} us", flush=True)
+        print_tiles(f"{name} {model} T={T}", launch, (chosen, *tiles), CALLS)
 
 
 def main() -> None:

@@ -4,8 +4,10 @@ Few rows lie in the L2 cache, as they do after the projection before; for many r
 exceeds it.
 """
 
+import argparse
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -13,9 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.harness import Row, print_gpu_rows, time_graphs
+from bench.harness import Row, copy_bandwidth, print_gpu_rows, time_graphs, write_results
 from bench.nf4_shapes import rows_of
 
+PEERS = ["transformers", "liger-kernel"]
+TOKENS = (64, 256, 4096, 8192)
 FEW_ROWS = 1024
 _ROTATION_BYTES = 512 << 20
 Outputs = tuple[Tensor, ...]
@@ -119,3 +123,35 @@ def load_liger(module: str, name: str) -> Any | None:
     except (ImportError, AttributeError) as error:
         print(f"liger's {name} is not measured: {error}")
         return None
+
+
+def run(
+    op: str,
+    description: str,
+    shapes: Collection[str],
+    bench_case: Callable[[str, int, float], list[Row]],
+    sweep: Callable[[str, int], None],
+) -> None:
+    """The command line of an op's bench.
+
+    Args:
+        op: Names the file of results.
+        description: The bench's docstring.
+        shapes: Names of what ``--shapes`` chooses among.
+        bench_case: Rows of a shape and a number of tokens, given a copy's bytes a second.
+        sweep: Prints the times of tiles, for ``--sweep``.
+    """
+    parser = argparse.ArgumentParser(description=description.partition("\n")[0])
+    parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--sweep", action="store_true", help="time every tile, and write nothing")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    cases = list(itertools.product(args.shapes, args.tokens))
+    if args.sweep:
+        for case in cases:
+            sweep(*case)
+        return
+    bandwidth = copy_bandwidth()
+    rows = [row for case in cases for row in bench_case(*case, bandwidth)]
+    print(f"written: {write_results(op, rows, PEERS, copy_bytes_per_s=bandwidth)}")

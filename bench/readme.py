@@ -1,6 +1,7 @@
 """Fills in the README's tables and output from committed files: ``python -m bench readme``."""
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def _time(row: dict[str, float]) -> str:
 
 
 _TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096)
+# matrices by millions of weights
+_SIZES = (("over 100 M", 100, math.inf), ("58-67 M", 50, 100), ("17-25 M", 0, 50))
 _GPU = RESULTS / "NVIDIA-H100-80GB-HBM3"
 
 
@@ -91,6 +94,33 @@ def nf4_table() -> str:
             ("x Unsloth", "dx", ours, "unsloth"),
         ]
     )
+
+
+def sizes_table() -> str:
+    """The fast forward against cuBLAS, by the size of the matrix."""
+    rows = _gpu_rows("nf4_linear")
+    forward = {
+        (r["shape"]["N"], r["shape"]["K"], r["shape"]["M"], r["provider"]): r["ms"]
+        for r in rows
+        if r["case"] == "fwd"
+    }
+    lines = [
+        f"| weights, by tokens | {' | '.join(f'{tokens:,}' for tokens in _TOKENS)} |",
+        f"|---|{'---:|' * len(_TOKENS)}",
+    ]
+    for title, least, most in _SIZES:
+        cells = [
+            _range(
+                [
+                    forward[N, K, tokens, "cublas-bf16"] / time
+                    for (N, K, M, of), time in forward.items()
+                    if tokens == M and of == "tli-engine:fast" and least <= N * K / 1e6 < most
+                ]
+            )
+            for tokens in _TOKENS
+        ]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def triton_table() -> str:
@@ -151,6 +181,7 @@ def output_of(name: str) -> str:
 TABLES = {
     "published": published_table,
     "nf4": nf4_table,
+    "sizes": sizes_table,
     "triton": triton_table,
     "lora": lora_table,
     "words": words_table,

@@ -14,7 +14,7 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// ---- barriers
+// Barriers.
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, int arrivals) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals));
@@ -64,7 +64,7 @@ __device__ __forceinline__ void sync_threads(int barrier) {
     asm volatile("bar.sync %0, %1;" ::"r"(barrier), "n"(THREADS) : "memory");
 }
 
-// ---- clusters
+// Clusters.
 
 // this CTA's place in its cluster
 __device__ __forceinline__ uint32_t cluster_rank() {
@@ -82,7 +82,7 @@ __device__ __forceinline__ void sync_cluster() {
         "barrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// ---- copies into shared memory; each adds its bytes to a barrier's phase
+// Copies into shared memory: each adds its bytes to a barrier's phase.
 
 __device__ __forceinline__ void copy_bytes(
     uint32_t destination, const uint8_t* source, int bytes, uint32_t barrier) {
@@ -117,7 +117,7 @@ __device__ __forceinline__ void prefetch_map(const CUtensorMap& map) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&map));
 }
 
-// ---- programmatic dependent launch
+// Programmatic dependent launch.
 
 // lets the next kernel start its prologue as soon as there is room
 __device__ __forceinline__ void allow_next_kernel() {
@@ -129,7 +129,7 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
-// ---- registers of a warpgroup
+// Registers of a warpgroup.
 
 template <int REGISTERS>
 __device__ __forceinline__ void give_registers_back() {
@@ -141,7 +141,7 @@ __device__ __forceinline__ void take_registers() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
 }
 
-// ---- wgmma
+// wgmma.
 
 __device__ __forceinline__ void wgmma_fence() {
     asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
@@ -174,7 +174,7 @@ __device__ __forceinline__ uint64_t operand_descriptor(uint32_t address) {
     return SWIZZLE_128 | EIGHT_ROWS | UNUSED | (address & 0x3ffff) >> 4;
 }
 
-// ---- loads and stores of shared memory
+// Loads and stores of shared memory.
 
 __device__ __forceinline__ float load_float(uint32_t address) {
     float v;
@@ -225,7 +225,7 @@ __device__ __forceinline__ uint32_t transpose(uint32_t v) {
     return transposed;
 }
 
-// ---- flags in global memory
+// Flags in global memory.
 
 __device__ __forceinline__ unsigned load_acquire(const unsigned* pointer) {
     unsigned value;

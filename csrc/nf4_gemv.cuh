@@ -255,7 +255,7 @@ private:
     }
 };
 
-// ---- from accumulators to the output
+// From accumulators to the output.
 
 // A sum's place in the second halves of the table's rows: 64 rows by eight m for each warp, swizzled
 // against bank conflicts.

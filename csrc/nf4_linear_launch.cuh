@@ -92,7 +92,7 @@ void launch(const Call& call) {
 }
 
 // block_m, blocks_per_warpgroup, warpgroups, ctas_per_sm, cluster: the best of a sweep for some shape
-// (H100); clusters, not measured, where reading x from L2 is near its limit
+// (H100); clusters where reading x from L2 is near its limit
 #define TLI_TILES(F)   \
     F(16, 1, 4, 1, 1)  \
     F(16, 1, 2, 1, 1)  \

@@ -164,7 +164,7 @@ struct Slot {
     __device__ __forceinline__ uint32_t records() const { return x() + C::STAGE_BLOCKS * C::X_BYTES; }
 };
 
-// ---- the producer, one thread
+// The producer: one thread.
 
 // 64 columns of a tile's rows of x, or of lora_x, of which each CTA of a cluster sends a part to all.
 // It may come before its receiver expects it: the phase there waits for that producer too.
@@ -245,7 +245,7 @@ __device__ __forceinline__ void produce(
     }
 }
 
-// ---- the consumers
+// The consumers.
 
 // acc += (64 rows of W) x^T over 64 columns, left in flight
 template <class C>

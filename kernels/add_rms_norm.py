@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 # up to so many rows each has a program of its own, and many warps to be done soon
 _FEW_ROWS = 1024
 
@@ -103,11 +103,6 @@ def forward_tile(T: int, D: int) -> Tile:
         return Tile(1, warps_for(block_d, 16))
     rows = max(1, 2048 // block_d)
     return Tile(rows, warps_for(rows * block_d, 32))
-
-
-def with_dense_rows(x: Tensor) -> Tensor:
-    """Copy if the last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def launch_forward(

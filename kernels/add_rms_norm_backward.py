@@ -15,12 +15,11 @@ from tli_engine.kernels.add_rms_norm import (
     block_d_for,
     load_rows,
     warps_for,
-    with_dense_rows,
 )
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 # parts of the weight's gradient: two programs for each processor of a large GPU
 _PARTS = 256
 

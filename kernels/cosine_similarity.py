@@ -10,9 +10,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.fp32_product import product_of_rows
-from tli_engine.kernels.segment_mean import acc_of, divide, triton_acc_of, with_dense_rows
-from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
+from tli_engine.kernels.segment_mean import acc_of, divide, triton_acc_of
+from tli_engine.kernels.split_sum import LOCKS, arrivals, split_for, sum_of_parts
 
 # tiles of 32 x 32 pairs of the largest problem that is one launch: as many as a captured launch has
 # counters for
@@ -48,7 +49,7 @@ def finish_tile(
     tl.store(square_ptr + part * BLOCK + lane, xx)
     tl.store(square_ptr + (SPLIT + part) * BLOCK + lane, yy)
     offs = offs_n[:, None] * M + offs_m[None, :]
-    locks = lock_ptr + tile * 64
+    locks = lock_ptr + tile * LOCKS
     total, is_last = sum_of_parts(dot, part_ptr, locks, part, offs, keep, N * M, SPLIT)
     if is_last:
         if SPLIT > 1:

@@ -16,10 +16,9 @@ from torch import Tensor
 
 from tli_engine.kernels.grid_barrier import PROGRAMS, arrive, wait_and_leave
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 from tli_engine.kernels.semaphores import semaphores
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 # one 16-byte load of each buffer a thread; 64 registers, so that two launches fit on a GPU at once
 BLOCK = 2048
 WARPS = 16

@@ -13,10 +13,9 @@ from torch import Tensor
 
 from tli_engine.kernels.counter_dropout import drop, threshold_and_scale
 from tli_engine.kernels.nf4_tile import dot, round_to
-from tli_engine.kernels.overlap import follow, overlap
-from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
+from tli_engine.kernels.split_sum import LOCKS, arrivals, split_for, sum_of_parts
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 _MAX_ROWS = 256
 _MAX_RANKS = 64
 
@@ -65,7 +64,7 @@ def _lora_down_kernel(
         acc = dot(x, a, acc, PORTABLE)
     offs = row * RANKS + rank
     keep = keep_m & (rank < RANKS)
-    locks = lock_ptr + tl.program_id(0) * 64
+    locks = lock_ptr + tl.program_id(0) * LOCKS
     total, is_last = sum_of_parts(acc, part_ptr, locks, part, offs, keep, M * RANKS, SPLIT)
     tl.store(s_ptr + offs, round_to(total, dtype, PORTABLE), mask=keep & is_last)
 

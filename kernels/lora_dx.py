@@ -8,8 +8,7 @@ from torch import Tensor
 from tli_engine.kernels.counter_dropout import drop, threshold_and_scale
 from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.nf4_tile import dot, round_to
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET
 
 
 @triton.jit(do_not_specialize=["M"])

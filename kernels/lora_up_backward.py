@@ -11,10 +11,9 @@ from torch import Tensor
 
 from tli_engine.kernels.lora_down import width
 from tli_engine.kernels.nf4_tile import dot, round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 # rows of dy and columns of s whose product one program's registers hold
 _MAX_SUMS = 4096
 

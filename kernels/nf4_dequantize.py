@@ -13,8 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.nf4_tile import code_of, decode_pairs, decode_tile, load_scale, round_to
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET
 
 
 @triton.jit

@@ -25,9 +25,7 @@ from tli_engine.kernels.nf4_tile import (
     round_to,
     word_offsets,
 )
-from tli_engine.kernels.overlap import follow, overlap
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
 
 @triton.jit(do_not_specialize=["M"])

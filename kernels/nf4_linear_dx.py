@@ -23,8 +23,7 @@ from tli_engine.kernels.nf4_tile import (
     round_to,
     word_offsets,
 )
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET
 
 
 @triton.jit(do_not_specialize=["M"])

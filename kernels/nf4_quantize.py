@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.overlap import INTERPRET
+
 # half-way between neighbouring codes, as fp32; the last is never passed
 _THRESHOLDS = [
     *(-0.8480963706970215, -0.6106328964233398, -0.4599952697753906, -0.33967941999435425),
@@ -18,8 +20,6 @@ _THRESHOLDS = [
     *(0.120255246758461, 0.2035212516784668, 0.2920137643814087, 0.3893125355243683),
     *(0.5016634464263916, 0.6427869200706482, 0.8614784479141235, float("inf")),
 ]
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit(do_not_specialize=["blocks"])

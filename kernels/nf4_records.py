@@ -11,8 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.nf4_tile import CODES, code_of, round_to
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET
 
 
 @triton.jit

@@ -1,6 +1,6 @@
 """Tiles of the Hopper product that were the fastest, by (direction, rows, contraction, bucket of M, fast).
 
-Written by ``python -m bench.tune_sm90`` on one H200; None: dequantising, then cuBLAS, was faster.
+Written by ``python -m bench.tune_sm90`` on one H100; None: dequantising, then cuBLAS, was faster.
 """
 
 TUNED: dict[tuple[str, int, int, int, bool], tuple[int, ...] | None] = {

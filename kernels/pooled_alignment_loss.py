@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.cosine_similarity import norm_of, squares
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.fp32_product import product_of_rows
 from tli_engine.kernels.overlap import follow, overlap
 from tli_engine.kernels.pooled_alignment_loss_many import pooled_alignment_loss_many
@@ -25,7 +26,6 @@ from tli_engine.kernels.pooled_loss import (
     negatives_of,
     semihard_of,
 )
-from tli_engine.kernels.segment_mean import with_dense_rows
 from tli_engine.kernels.semaphores import semaphores
 from tli_engine.kernels.split_sum import add_parts, arrives_last
 

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.cosine_similarity import norm_of
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.pooled_loss import (
     Choice,
     gathered,
@@ -18,7 +19,7 @@ from tli_engine.kernels.pooled_loss import (
     negatives_of,
     semihard_of,
 )
-from tli_engine.kernels.segment_mean import mean_of, with_dense_rows
+from tli_engine.kernels.segment_mean import mean_of
 
 # columns whose losses a program takes, and rows that it reads at once
 COLUMNS, ROWS = 16, 64

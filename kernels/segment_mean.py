@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
+
 # rows whose loads a program has under way at once
 UNROLL = 8
 
@@ -76,11 +78,6 @@ def acc_of(dtype: torch.dtype) -> torch.dtype:
 def triton_acc_of(dtype: torch.dtype) -> tl.dtype:
     """The same, as Triton names it."""
     return tl.float64 if dtype == torch.float64 else tl.float32
-
-
-def with_dense_rows(x: Tensor) -> Tensor:
-    """Copy if the last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def segment_mean(x: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:

@@ -10,9 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.nf4_tile import round_to
+from tli_engine.kernels.overlap import INTERPRET
 from tli_engine.kernels.segment_mean import block_d_for, divide, triton_acc_of
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit

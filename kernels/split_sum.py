@@ -12,10 +12,12 @@ from torch import Tensor
 from tli_engine.kernels.semaphores import semaphores
 
 # counters of one sum: of up to 63 groups of parts, then of the groups
-LOCKS = 64
+LOCKS = tl.constexpr(64)
 _MAX_SPLIT = 128
-# parts of a group; steps of a program that take as long as a second level
-_GROUP, _MANY_STEPS = 16, 8
+# parts of a group
+_GROUP = tl.constexpr(16)
+# steps of a program that take as long as a second level
+_MANY_STEPS = 8
 
 
 @triton.jit
@@ -46,7 +48,7 @@ def sum_of_parts(acc, part_ptr, lock_ptr, part, offs, keep, stride, SPLIT: tl.co
     """
     is_last = part >= 0
     if SPLIT > 1:
-        GROUP: tl.constexpr = SPLIT if SPLIT < 16 else 16
+        GROUP: tl.constexpr = SPLIT if SPLIT < _GROUP else _GROUP
         GROUPS: tl.constexpr = SPLIT // GROUP
         tl.store(part_ptr + part * stride + offs, acc, mask=keep)
         group = part // GROUP
@@ -57,7 +59,7 @@ def sum_of_parts(acc, part_ptr, lock_ptr, part, offs, keep, stride, SPLIT: tl.co
         if GROUPS > 1 and is_last:
             # its members are done with the first of their parts
             tl.store(part_ptr + first * stride + offs, acc, mask=keep)
-            is_last = arrives_last(lock_ptr + 63, GROUPS)
+            is_last = arrives_last(lock_ptr + (LOCKS - 1), GROUPS)
             if is_last:
                 acc = add_parts(part_ptr, offs, keep, stride * GROUP, GROUPS)
     return acc, is_last
@@ -65,7 +67,7 @@ def sum_of_parts(acc, part_ptr, lock_ptr, part, offs, keep, stride, SPLIT: tl.co
 
 def arrivals(device: torch.device, sums: int) -> Tensor:
     """Counters for so many sums of one launch, ``LOCKS`` each."""
-    return semaphores(device, sums * LOCKS)
+    return semaphores(device, sums * LOCKS.value)
 
 
 def split_for(programs: int, steps: int) -> int:
@@ -74,7 +76,8 @@ def split_for(programs: int, steps: int) -> int:
     At most 16, which are added up at once, unless a program would then have many steps: each level
     of adding up is two trips to the L2 cache, about 2 us (H100).
     """
-    most = _GROUP if steps <= _MANY_STEPS * _GROUP else _MAX_SPLIT
+    group: int = _GROUP.value
+    most = group if steps <= _MANY_STEPS * group else _MAX_SPLIT
     split = 1
     while split < most and programs * split < 2 * 64 and steps >= 2 * split:
         split *= 2

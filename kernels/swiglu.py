@@ -12,10 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
 
 class Tile(NamedTuple):
@@ -94,11 +93,6 @@ def tile_for(T: int, I: int) -> Tile:
     columns = min(elements, max(16, triton.next_power_of_2(I)))
     rows = min(elements // columns, triton.next_power_of_2(T))
     return Tile(rows, columns, 4)
-
-
-def with_dense_rows(x: Tensor) -> Tensor:
-    """Copy if the last dimension is not contiguous."""
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def programs(T: int, I: int, tile: Tile) -> int:

@@ -8,18 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 from tli_engine.kernels.swiglu import (
     Tile,
     programs,
     share_and_slope,
     tile_for,
     tile_offsets,
-    with_dense_rows,
 )
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
 
 
 @triton.jit(do_not_specialize=["T"])

@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
+from tli_engine.kernels.overlap import INTERPRET
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 LOG2_E = 1.4426950408889634
 
 
@@ -194,11 +195,6 @@ def half_of(D: int) -> int:
     return max(16, half)
 
 
-def with_dense_rows(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copy those whose last dimension is not contiguous; views of a projection pass as they are."""
-    return tuple(x if x.stride(-1) == 1 else x.contiguous() for x in tensors)
-
-
 def choose_heads(D: int, group: int, dtype: torch.dtype, budget: int) -> int:
     """Query heads a program takes at once, so that a row of them fits ``budget`` bytes; at most 4."""
     row = 2 * half_of(D) * dtype.itemsize
@@ -222,7 +218,7 @@ def launch_forward(
     tile: Tile,
 ) -> tuple[Tensor, Tensor]:
     """Launch the kernel with a tile; the arguments are those of ``tli_engine::word_attention``."""
-    q, k, v, cos, sin = with_dense_rows(q, k, v, cos, sin)
+    q, k, v, cos, sin = (with_dense_rows(x) for x in (q, k, v, cos, sin))
     T, heads, D = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty(T, heads, dtype=torch.float32, device=q.device)

@@ -11,9 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.dense_rows import with_dense_rows
 from tli_engine.kernels.nf4_tile import round_to
+from tli_engine.kernels.overlap import INTERPRET
 from tli_engine.kernels.word_attention import (
-    INTERPRET,
     LOG2_E,
     Tile,
     choose_heads,
@@ -25,7 +26,6 @@ from tli_engine.kernels.word_attention import (
     load_rows,
     scores_of,
     turns_for,
-    with_dense_rows,
 )
 
 
@@ -208,7 +208,7 @@ def launch_backward(
     tile: Tile,
 ) -> Tensor:
     """Launch the kernel with a tile; see ``tli_engine::word_attention_backward``."""
-    dout, q, k, v, cos, sin = with_dense_rows(dout, q, k, v, cos, sin)
+    dout, q, k, v, cos, sin = (with_dense_rows(x) for x in (dout, q, k, v, cos, sin))
     (T, heads, D), kv_heads = q.shape, k.shape[1]
     dqkv = torch.empty(T, heads + 2 * kv_heads, D, dtype=q.dtype, device=q.device)
     group = heads // kv_heads

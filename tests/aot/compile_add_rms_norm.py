@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import triton
-from compile_nf4 import assembler_log
+from assembler import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -89,15 +89,10 @@ def print_report(found: dict[str, Case], capability: int) -> None:
     for name, case in found.items():
         compiled = compile_case(case, capability)
         ptx = compiled.asm["ptx"]
-        log = assembler_log(ptx, capability)
-        report[name] = {
-            "shared": compiled.metadata.shared,
-            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
-            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+        report[name] = usage(compiled, capability) | {
             "wide": len(re.findall(r"(?:ld|st)\.global\S*\.v4\.b32", ptx)),
             "narrow": len(re.findall(r"(?:ld|st)\.global\.(?:v[24]\.)?b16", ptx)),
             "waits": ptx.count("griddepcontrol.wait"),
-            "log": log if "Used" not in log else "",
         }
     print(json.dumps(report))
 

@@ -9,7 +9,7 @@ import sys
 from typing import Any
 
 import triton
-from compile_nf4 import assembler_log
+from assembler import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -60,17 +60,12 @@ def main() -> None:
     for name, case in CASES.items():
         compiled = compile_case(*case, capability)
         ptx = compiled.asm["ptx"]
-        log = assembler_log(ptx, capability)
-        report[name] = {
-            "shared": compiled.metadata.shared,
-            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
-            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+        report[name] = usage(compiled, capability) | {
             "acquires": len(re.findall(r"ld\.global\.gpu\.acquire", ptx)),
             "releases": len(re.findall(r"(?:atom|red)\.global\.gpu\.release", ptx)),
             # 16 bytes a thread, of the gradient alone and of all four buffers
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
-            "log": log if "Used" not in log else "",
         }
     print(json.dumps(report))
 

@@ -5,13 +5,11 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
 import triton
+from assembler import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -172,41 +170,16 @@ def compile_case(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def assembler_log(ptx: str, capability: int) -> str:
-    """What ptxas says of the PTX: spills, and wgmma that it had to serialise."""
-    suffix = "a" if capability >= 90 else ""
-    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
-    ptxas /= "ptxas-blackwell" if capability >= 100 else "ptxas"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
-        command = [str(ptxas), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source)]
-        command += ["-o", f"{folder}/kernel.cubin"]
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-    return result.stderr + result.stdout
-
-
 def main() -> None:
     capability = int(sys.argv[1])
     report = {}
     cases = products(capability) | adapters() | streams()
     for name, (kernel, dtype, constants, warps) in cases.items():
         compiled = compile_case(kernel, dtype, constants, warps, capability)
-        log = assembler_log(compiled.asm["ptx"], capability)
-        report[name] = {
-            "shared": compiled.metadata.shared,
-            "spilled": sum(int(n) for n in re.findall(r"(\d+) bytes spill", log)),
-            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
-            "serialised": bool(re.search(r"C75\d\d", log)),
+        report[name] = usage(compiled, capability) | {
             "wgmma_from_registers": bool(
                 re.search(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", compiled.asm["ptx"])
             ),
-            # products still in flight when the loop goes on, their operands open to being overwritten
-            "in_flight": max(
-                [int(n) for n in re.findall(r"wgmma\.wait_group\S*\s+(\d+)", compiled.asm["ptx"])],
-                default=0,
-            ),
-            "log": log if "Used" not in log else "",
         }
     print(json.dumps(report))
 

@@ -5,13 +5,12 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 
 import itertools
 import json
-import re
 import sys
 from typing import Any
 
 import torch
 import triton
-from compile_nf4 import assembler_log
+from assembler import usage
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -157,16 +156,9 @@ def compile_case(case: Case, capability: int) -> Any:
 
 def main() -> None:
     capability = int(sys.argv[1])
-    report = {}
-    for name, case in cases().items():
-        compiled = compile_case(case, capability)
-        log = assembler_log(compiled.asm["ptx"], capability)
-        report[name] = {
-            "shared": compiled.metadata.shared,
-            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
-            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
-            "log": log if "Used" not in log else "",
-        }
+    report = {
+        name: usage(compile_case(case, capability), capability) for name, case in cases().items()
+    }
     print(json.dumps(report))
 
 

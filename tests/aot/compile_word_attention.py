@@ -4,14 +4,13 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 """
 
 import json
-import re
 import sys
 from functools import partial
 from typing import Any
 
 import torch
 import triton
-from compile_nf4 import assembler_log
+from assembler import usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -88,17 +87,7 @@ def main() -> None:
     report = {}
     for name, (kernel, dtype, constants, warps) in cases(capability).items():
         compiled = compile_case(kernel, dtype, constants, warps, capability)
-        log = assembler_log(compiled.asm["ptx"], capability)
-        waits = re.findall(r"wgmma\.wait_group\S*\s+(\d+)", compiled.asm["ptx"])
-        report[name] = {
-            "shared": compiled.metadata.shared,
-            "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
-            "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
-            "serialised": bool(re.search(r"C75\d\d", log)),
-            # products still in flight when the loop goes on, their operands open to being overwritten
-            "in_flight": max([int(n) for n in waits], default=0),
-            "log": log if "Used" not in log else "",
-        }
+        report[name] = usage(compiled, capability)
     print(json.dumps(report))
 
 

@@ -13,10 +13,11 @@ from tli_engine.ops import add_rms_norm
 from tli_engine.testing import assert_within_error_budget
 
 pytest.importorskip("triton")
-from tli_engine.kernels.add_rms_norm import Tile, forward_tile, launch_forward, with_dense_rows
+from tli_engine.kernels.add_rms_norm import Tile, forward_tile, launch_forward
 from tli_engine.kernels.add_rms_norm import add_rms_norm as triton_forward
 from tli_engine.kernels.add_rms_norm_backward import add_rms_norm_backward as triton_backward
 from tli_engine.kernels.add_rms_norm_backward import backward_tile, launch_backward, stages_for
+from tli_engine.kernels.dense_rows import with_dense_rows
 
 OPS = torch.ops.tli_engine
 EPS = 1e-6

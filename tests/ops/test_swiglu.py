@@ -9,7 +9,8 @@ from tli_engine.ops import swiglu
 from tli_engine.testing import assert_within_error_budget
 
 pytest.importorskip("triton")
-from tli_engine.kernels.swiglu import Tile, launch_forward, programs, tile_for, with_dense_rows
+from tli_engine.kernels.dense_rows import with_dense_rows
+from tli_engine.kernels.swiglu import Tile, launch_forward, programs, tile_for
 from tli_engine.kernels.swiglu import swiglu as triton_forward
 from tli_engine.kernels.swiglu_backward import launch_backward
 from tli_engine.kernels.swiglu_backward import swiglu_backward as triton_backward

@@ -13,12 +13,8 @@ from tli_engine.reference.word_attention import rotate, words_by_length
 from tli_engine.testing import assert_within_error_budget
 
 pytest.importorskip("triton")
-from tli_engine.kernels.word_attention import (
-    Tile,
-    forward_tile,
-    launch_forward,
-    with_dense_rows,
-)
+from tli_engine.kernels.dense_rows import with_dense_rows
+from tli_engine.kernels.word_attention import Tile, forward_tile, launch_forward
 from tli_engine.kernels.word_attention import word_attention as triton_forward
 from tli_engine.kernels.word_attention_backward import backward_tile, launch_backward
 from tli_engine.kernels.word_attention_backward import word_attention_backward as triton_backward
@@ -163,7 +159,7 @@ def test_rows_not_asked_for_are_not_read(device: torch.device) -> None:
         room = torch.full((40, *x.shape[1:-1], x.shape[-1] + 8), torch.nan, device=device)
         padded.append(room.to(x.dtype)[:7, ..., : x.shape[-1]])
         padded[-1].copy_(x)
-        assert with_dense_rows(padded[-1])[0] is padded[-1]
+        assert with_dense_rows(padded[-1]) is padded[-1]
     out, lse = triton_forward(*inputs, bounds, 0.1)
     assert torch.equal(triton_forward(*padded, bounds, 0.1)[0], out)
     dout = torch.randn_like(out)

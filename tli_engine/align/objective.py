@@ -39,12 +39,26 @@ def pair_batch(
     target_groups: Sequence[int],
     mask_duplicates: bool,
 ) -> PairBatch:
-    """Pack a batch; with ``mask_duplicates`` pairs that share a word are no negatives."""
-    is_negative = ~torch.eye(len(source), dtype=torch.bool)
+    """Pack a batch; groups and ``mask_duplicates`` are those of :func:`negatives`."""
+    groups = torch.tensor([source_groups, target_groups])
+    return PairBatch(pack([*source, *target]), negatives(groups, mask_duplicates))
+
+
+def negatives(groups: Tensor, mask_duplicates: bool) -> Tensor:
+    """Which pairs of a batch are mismatched.
+
+    Args:
+        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64.
+        mask_duplicates: Whether pairs that share a word are left out.
+
+    Returns:
+        Whether target j is a wrong translation of source i, ``[N, N]``, bool.
+    """
+    is_negative = ~torch.eye(groups.shape[1], dtype=torch.bool, device=groups.device)
     if mask_duplicates:
-        for groups in (torch.tensor(source_groups), torch.tensor(target_groups)):
-            is_negative &= groups[:, None] != groups
-    return PairBatch(pack([*source, *target]), is_negative)
+        for group in groups:
+            is_negative &= group[:, None] != group
+    return is_negative
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.align.losses import alignment_loss
+from tli_engine.align.objective import negatives
 from tli_engine.align.retrieval import measure_alignment
 from tli_engine.align.space import PairSpace, fit_space
 from tli_engine.config import AlignConfig, Pooling, Presentation
@@ -51,12 +52,11 @@ def _fit_heads(space: PairSpace, train: Vectors) -> tuple[Tensor, Tensor]:
     start = torch.linalg.qr(start).Q.to(source.device)
     heads = [start.clone().requires_grad_(), start.clone().requires_grad_()]
     optimizer = torch.optim.AdamW(heads, lr=_LEARNING_RATE, weight_decay=_WEIGHT_DECAY)
-    groups = [torch.tensor(g) for g in train.split.groups]
+    groups = torch.tensor(train.split.groups)
     with torch.enable_grad():
         for _ in range(_STEPS):
             rows = torch.randperm(len(source), generator=generator)[:_BATCH]
-            words = [g[rows] for g in groups]
-            is_negative = torch.stack([w[:, None] != w for w in words]).all(0).to(source.device)
+            is_negative = negatives(groups[:, rows], mask_duplicates=True).to(source.device)
             rows = rows.to(source.device)
             cosine = cosine_similarity(sides[0][rows] @ heads[0], sides[1][rows] @ heads[1])
             optimizer.zero_grad()

@@ -15,9 +15,9 @@ from tli_engine.data.words import Pack
 from tli_engine.models.document_attention import Attention, Documents
 from tli_engine.models.norm import Norm
 from tli_engine.models.projection import NotFusedError, Projection
-from tli_engine.models.rotary import rotary
 from tli_engine.ops import (
     joined_word_attention,
+    rotary,
     swiglu,
     word_attention,
     word_bounds,

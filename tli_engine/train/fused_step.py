@@ -9,16 +9,19 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from tli_engine.align.encode import stage
 from tli_engine.align.losses import alignment_loss
+from tli_engine.align.objective import negatives
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
-from tli_engine.data.words import Word, pack, packs_of
+from tli_engine.data.words import Word
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.fused import Rows
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
@@ -28,9 +31,6 @@ from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.staging import Batch, BatchBuffer, Ints, WordTable, padded
-
-# words a pack when inputs of the first adapted block are computed
-_PACK_TOKENS = 1024
 
 
 @dataclass
@@ -257,19 +257,11 @@ class FusedStep:
                 two_way=align.two_way,
             )
         source, target = segment_mean(hidden, weight, offsets).chunk(2)
-        negative = self._negatives(batch)
+        negative = negatives(batch.groups, align.mask_duplicates)
         cosine = cosine_similarity(self._space.source(source), self._space.target(target))
         loss = alignment_loss(cosine, negative, align)
         raw = cosine_similarity(source.detach(), target.detach())
         return loss, raw.diagonal().mean(), (raw * negative).sum() / negative.sum()
-
-    def _negatives(self, batch: Batch) -> Tensor:
-        N = batch.groups.shape[1]
-        negative = ~torch.eye(N, dtype=torch.bool, device=batch.groups.device)
-        if self._config.align.mask_duplicates:
-            for group in batch.groups:
-                negative = negative & (group[:, None] != group)
-        return negative
 
     def _shape(self, tokens: int, pairs: int) -> _Captured:
         key = (tokens, pairs)
@@ -312,20 +304,16 @@ class FusedStep:
             table, row_of = model.embedding_table()
             rows = [[int(row_of[token]) for token in word.input_ids] for word in words]
             return table, WordTable(words, rows, pooling)
-        number = {word: i for i, word in enumerate(dict.fromkeys(words))}
-        distinct = list(number)
-        starts = np.concatenate([[0], np.cumsum([len(word) for word in distinct])])
-        inputs: Tensor | None = None
-        for members in packs_of(distinct, _PACK_TOKENS):
-            packed = pack([distinct[i] for i in members]).to(model.device)
-            hidden = model(packed, self._first)
-            if inputs is None:
-                inputs = hidden.new_empty(int(starts[-1]), hidden.shape[1])
-            at = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in members])
-            inputs[torch.from_numpy(at).to(model.device)] = hidden
-        assert inputs is not None
-        rows = [list(range(starts[number[w]], starts[number[w] + 1])) for w in words]
-        return inputs, WordTable(words, rows, pooling)
+        staged = stage(model, words, [])
+        embedding: Tensor = model.decoder.embed_tokens.weight
+        inputs = embedding.new_empty(staged.tokens, embedding.shape[1])
+        sizes = [len(part.pack.input_ids) for part in staged.packs]
+        for part, hidden in zip(staged.packs, torch.split(inputs, sizes), strict=True):
+            hidden.copy_(model(part.pack, self._first))
+        # words lie in the table as they were staged
+        ends = dict(zip(staged.row_of, accumulate(map(len, staged.row_of)), strict=True))
+        places = [range(ends[word] - len(word), ends[word]) for word in words]
+        return inputs, WordTable(words, places, pooling)
 
     def _table_of_angles(self, words: list[Word]) -> dict[str, Tensor]:
         """Cosines, then sines, of each position, by kind of rotary embedding."""

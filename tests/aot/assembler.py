@@ -1,0 +1,42 @@
+"""What ptxas says of a kernel: registers, spills, and how it takes its products."""
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import triton
+
+_WAIT = r"wgmma\.wait_group\S*\s+(\d+)"
+
+
+def usage(compiled: Any, capability: int) -> dict[str, Any]:
+    """What every kernel is held to: shared memory, registers and spilled bytes.
+
+    ``log`` is empty unless the assembler failed.
+    """
+    log = assembler_log(compiled.asm["ptx"], capability)
+    return {
+        "shared": compiled.metadata.shared,
+        "spilled": max([int(n) for n in re.findall(r"(\d+) bytes spill", log)], default=0),
+        "registers": max([int(n) for n in re.findall(r"Used (\d+) registers", log)], default=0),
+        "serialised": bool(re.search(r"C75\d\d", log)),
+        # products still in flight when the loop goes on, their operands open to being overwritten
+        "in_flight": max([int(n) for n in re.findall(_WAIT, compiled.asm["ptx"])], default=0),
+        "log": log if "Used" not in log else "",
+    }
+
+
+def assembler_log(ptx: str, capability: int) -> str:
+    """What ptxas says of the PTX: spills, and wgmma that it had to serialise."""
+    suffix = "a" if capability >= 90 else ""
+    ptxas = Path(triton.__file__).parent / "backends/nvidia/bin"
+    ptxas /= "ptxas-blackwell" if capability >= 100 else "ptxas"
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        command = [str(ptxas), "-v", f"--gpu-name=sm_{capability}{suffix}", str(source)]
+        command += ["-o", f"{folder}/kernel.cubin"]
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    return result.stderr + result.stdout

@@ -1,0 +1,45 @@
+"""Kernels compiled by a script beside the test, for an architecture that need not be here."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# shared memory of a program, in KiB: the architecture's most
+_SHARED = {80: 163, 89: 99, 90: 227, 100: 227}
+
+
+@pytest.fixture(params=_SHARED)
+def capability(request: pytest.FixtureRequest) -> int:
+    """Ampere, Ada, Hopper, Blackwell."""
+    capability: int = request.param
+    return capability
+
+
+@pytest.fixture
+def compile_kernels(capability: int) -> Callable[[str], dict[str, Any]]:
+    """Compile ``compile_<name>.py``'s kernels without the interpreter; all assemble and fit."""
+
+    def report_of(name: str) -> dict[str, Any]:
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        script = Path(__file__).with_name(f"compile_{name}.py")
+        result = subprocess.run(
+            [sys.executable, str(script), str(capability)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-2000:]
+        report: dict[str, Any] = json.loads(result.stdout)
+        for kernel, found in report.items():
+            assert found["registers"] > 0, f"{kernel}: {found['log']}"
+            assert found["shared"] <= _SHARED[capability] * 1024, f"{kernel}: {found['shared']}"
+        return report
+
+    return report_of
