@@ -165,10 +165,6 @@ class CausalModel(nn.Module):
                 "method: full trains every weight, but this model's are held in NF4; "
                 "use quantize: none with a model that is not quantised, or method: lora"
             )
-        for parameter in self.parameters():
-            if parameter.device.type == "cpu":
-                # what is read from a file may be its mapped memory, which others read too
-                parameter.data = parameter.data.clone()
         self.requires_grad_(True)
         joined: set[int] = set()
         if self.early.fused is not None:
