@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from tli_engine.align import encode as encode_module
-from tli_engine.align import pairing
+from tli_engine.align import bootstrap, pairing
 from tli_engine.align.encode import encode, stage
 from tli_engine.align.layers import vectors_by_layer
 from tli_engine.align.scan import Scan, scan
@@ -140,6 +140,7 @@ def test_the_peak_does_not_grow_with_the_layers(
 ) -> None:
     for name, size in {"_ROWS": 128, "_COLUMNS": 128, "_KEPT": 0, "_VALUES": 1 << 14}.items():
         monkeypatch.setattr(pairing, name, size)
+    monkeypatch.setattr(bootstrap, "_BLOCK", 1 << 14)
     pairs = 1000
     peaks = {}
     for depth in (2, 12):
