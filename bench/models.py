@@ -62,17 +62,35 @@ _QWEN2_72B = {
     "eos_token_id": 151643,
     "tie_word_embeddings": False,
 }
-RANDOM = {"llama-3-8b": _LLAMA_3_8B, "qwen2-72b": _QWEN2_72B}
+_QWEN2_1_5B = {
+    **_QWEN2_72B,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "vocab_size": 151936,
+    "tie_word_embeddings": True,
+}
+RANDOM = {"llama-3-8b": _LLAMA_3_8B, "qwen2-72b": _QWEN2_72B, "qwen2-1.5b": _QWEN2_1_5B}
 NAMES = ("smollm2-135m", *RANDOM)
 
 
 class RandomSource:
     """A :class:`~tli_engine.models.sources.TensorSource` of values drawn anew by name at each read.
 
-    Weights are normal, norms one; the linear layers of blocks are stored in NF4 if ``nf4``.
+    Weights are normal, norms one; the linear layers of blocks are stored in NF4 if ``nf4``, their
+    absmax in 8 bits if ``double_quant``.
     """
 
-    def __init__(self, config: Any, dtype: torch.dtype, device: torch.device, nf4: bool) -> None:
+    def __init__(
+        self,
+        config: Any,
+        dtype: torch.dtype,
+        device: torch.device,
+        nf4: bool,
+        double_quant: bool = False,
+    ) -> None:
         from transformers import AutoModelForCausalLM
 
         with torch.device("meta"):
@@ -81,7 +99,8 @@ class RandomSource:
             name.removeprefix("model."): parameter.shape
             for name, parameter in model.named_parameters()
         }
-        self._dtype, self._device, self._nf4 = dtype, device, nf4
+        self._dtype, self._device = dtype, device
+        self._nf4, self._double_quant = nf4, double_quant
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
@@ -102,7 +121,7 @@ class RandomSource:
         """A linear layer of a block, quantised; ``None`` for others."""
         if not self._nf4 or not name.startswith("layers.") or len(self._shapes[name]) != 2:
             return None
-        return nf4_quantize(self.read(name))
+        return nf4_quantize(self.read(name), double_quant=self._double_quant)
 
 
 @dataclass(frozen=True)
@@ -187,10 +206,15 @@ def config_of(name: str) -> Any:
 
 
 def random_subject(
-    name: str, model_config: Any, dtype: torch.dtype, device: torch.device, nf4: bool = True
+    name: str,
+    model_config: Any,
+    dtype: torch.dtype,
+    device: torch.device,
+    nf4: bool = True,
+    double_quant: bool = False,
 ) -> Subject:
     """A model of random weights and words of random tokens, both the same at every call."""
-    source = RandomSource(model_config, dtype, device, nf4)
+    source = RandomSource(model_config, dtype, device, nf4, double_quant)
     files = ModelFiles(name, name, Path(), None, model_config, source)
     overrides = [f"model={name}", f"quantize={'nf4' if nf4 else 'none'}"]
     config = resolve_config(apply_overrides(read_recipe("paper"), overrides), "paper")
@@ -246,7 +270,8 @@ def causal_lm(
             continue
         for leaf, _ in list(module.named_parameters(recurse=False)):
             if f"{name}.{leaf}" in source:
-                tensor = source.read(f"{name}.{leaf}").to(device, dtype)
+                # a copy of its own: it may be trained, and the source keeps its tensors
+                tensor = source.read(f"{name}.{leaf}").to(device, dtype, copy=True)
                 setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embed_tokens.weight

@@ -65,6 +65,7 @@ def bnb_weight(weight: NF4Weight) -> tuple[Tensor, Any]:
 
     from tli_engine.nf4 import CODE
 
+    nested = weight.nested
     state = QuantState(
         absmax=weight.absmax,
         shape=torch.Size(weight.shape),
@@ -72,6 +73,15 @@ def bnb_weight(weight: NF4Weight) -> tuple[Tensor, Any]:
         blocksize=weight.block_size,
         quant_type="nf4",
         dtype=weight.dtype,
+        offset=None if nested is None else nested.offset,
+        state2=None
+        if nested is None
+        else QuantState(
+            absmax=nested.absmax,
+            code=nested.code,
+            blocksize=nested.block_size,
+            dtype=torch.float32,
+        ),
     )
     return weight.packed, state
 

@@ -1,0 +1,219 @@
+"""Measures one provider of the bench of fine-tuning steps, in a process of its own.
+
+A process each: Liger and Unsloth patch transformers for good, a crash or a time limit ends one
+provider alone, and all of its memory is free for the next. ``python -m bench.train_worker JOB FILE``
+is how :func:`run_apart` runs it; JOB is JSON, FILE is where the report goes.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench.harness import gpu_busy
+from bench.models import Subject
+from bench.train_cases import (
+    CASES,
+    Absent,
+    Case,
+    Provider,
+    Step,
+    providers_of,
+    random_batches,
+    train_subject,
+)
+from tli_engine.models.device import choose_device
+
+# steps that are run before any is timed: kernels are built, the allocator fills up
+WARM_UP = 3
+_FEWEST = 3
+_TRACED = 2
+_ENVIRONMENT = {
+    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
+    "HF_HUB_OFFLINE": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+_LINES = 15
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one process measures.
+
+    Attributes:
+        model: Name of the model.
+        case: Name of the case.
+        provider: Name of the provider.
+        rows: Of a batch.
+        length: Tokens of a row.
+        steps: To time.
+        limit_s: Seconds after which the process is ended; the last third is left for the trace.
+        double_quant: Whether the absmax of NF4 weights is in 8 bits, the peers' usual.
+    """
+
+    model: str
+    case: str
+    provider: str
+    rows: int
+    length: int
+    steps: int
+    limit_s: float
+    double_quant: bool = True
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was measured; seconds are of each timed step, losses of the first steps.
+
+    Attributes:
+        seconds: From a batch on the host to updated weights, by a clock on the wall.
+        losses: Of every step from the first.
+        trained: Parameters that are trained.
+        build_s: Seconds to make the model.
+        first_s: Seconds of the first step.
+        held_mib: GPU memory before the first step.
+        peak_mib: The most allocated, and with what the allocator kept besides.
+        gpu_ms: Time in which the GPU is busy in a step, and kernels in it.
+    """
+
+    seconds: list[float]
+    losses: list[float]
+    trained: int
+    build_s: float
+    first_s: float
+    held_mib: float | None = None
+    peak_mib: float | None = None
+    reserved_mib: float | None = None
+    gpu_ms: float | None = None
+    kernels: int | None = None
+
+
+def builder(provider: Provider) -> Callable[[Subject, Case, Provider, list[Tensor]], Step]:
+    """What makes a provider's step. Imported late: one provider's patches must not reach another's."""
+    if provider.kind == "engine":
+        from bench.train_engine import engine_train_step
+
+        return engine_train_step
+    if provider.kind == "unsloth":
+        from bench.train_unsloth import unsloth_step
+
+        return unsloth_step
+    from bench.train_peers import peer_step
+
+    return peer_step
+
+
+def measure(build: Callable[[], Step], steps: int, limit_s: float) -> Report:
+    """Build a step, run it some times, then time it and trace it."""
+    on_gpu = torch.cuda.is_available()
+    start = time.perf_counter()
+    step = build()
+    built = time.perf_counter()
+    memory: dict[str, Any] = {}
+    if on_gpu:
+        torch.cuda.synchronize()
+        # what building took for a moment is no peak
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        memory["held_mib"] = torch.cuda.memory_allocated() / 2**20
+    seconds: list[float] = []
+    losses: list[float] = []
+    for number in range(WARM_UP + steps):
+        late = time.perf_counter() - start > limit_s * 2 / 3
+        if late and number >= WARM_UP + _FEWEST:
+            break
+        begun = time.perf_counter()
+        loss = step.call()
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - begun)
+        losses.append(float(loss))
+    if on_gpu:
+        memory["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+        memory["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        memory["gpu_ms"], memory["kernels"] = gpu_busy(step.call, _TRACED)
+    return Report(
+        seconds[WARM_UP:], losses, step.trained, built - start, seconds[0], **memory
+    )  # fmt: skip
+
+
+def run_job(job: Job) -> Report:
+    """Measure in this process.
+
+    Raises:
+        Absent: The provider cannot be measured here.
+    """
+    case, device = CASES[job.case], choose_device("auto")
+    provider = next(p for p in providers_of(case, job.model) if p.name == job.provider)
+    if provider.memory_gib:
+        if device.type != "cuda":
+            raise Absent("its memory can be limited on a GPU alone")
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(provider.memory_gib * 2**30 / total)
+
+    def build() -> Step:
+        make = builder(provider)
+        nf4 = case.method == "lora" and not provider.dense
+        subject = train_subject(job.model, device, nf4=nf4, double_quant=job.double_quant)
+        batches = random_batches(subject.files.config, job.rows, job.length)
+        return make(subject, case, provider, batches)
+
+    return measure(build, job.steps, job.limit_s)
+
+
+def run_apart(job: Job, command: tuple[str, ...] = ("-m", "bench.train_worker")) -> Report | str:
+    """Measure in a process of its own; a line that says why not, where it cannot be."""
+    with tempfile.TemporaryDirectory() as folder:
+        path, log = Path(folder) / "report.json", Path(folder) / "log"
+        with log.open("w") as output:
+            process = subprocess.Popen(
+                [sys.executable, *command, json.dumps(asdict(job)), str(path)],
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env=_ENVIRONMENT | dict(os.environ),
+            )
+            try:
+                code = process.wait(job.limit_s)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                return f"took over {job.limit_s:.0f} s"
+        if path.is_file():
+            found = json.loads(path.read_text())
+            if "absent" not in found:
+                return Report(**found)
+            reason = str(found["absent"])
+        else:
+            reason = f"exit status {code}"
+        lines = deque(log.read_text(errors="replace").splitlines(), _LINES)
+        print("\n".join(f"    | {line[:160]}" for line in lines), flush=True)
+        return reason
+
+
+def main() -> None:
+    job, path = Job(**json.loads(sys.argv[1])), Path(sys.argv[2])
+    try:
+        report = asdict(run_job(job))
+    except Absent as reason:
+        report = {"absent": str(reason)}
+    except torch.OutOfMemoryError as error:
+        report = {"absent": f"out of memory: {str(error).partition(' GPU ')[0]}"}
+    except BaseException as error:
+        lines = str(error).strip().splitlines() or [""]
+        path.write_text(json.dumps({"absent": f"{type(error).__name__}: {lines[0][:200]}"}))
+        raise
+    path.write_text(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
