@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from tli_engine.align import encode as encode_module
 from tli_engine.align import bootstrap, pairing
+from tli_engine.align import encode as encode_module
 from tli_engine.align.encode import encode, stage
 from tli_engine.align.layers import vectors_by_layer
 from tli_engine.align.scan import Scan, scan
