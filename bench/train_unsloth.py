@@ -7,7 +7,6 @@ first step, which takes up to a minute.
 """
 
 import importlib
-import os
 import tempfile
 from typing import Any
 
@@ -97,8 +96,6 @@ def unsloth_step(subject: Subject, case: Case, provider: Provider, batches: list
 
 
 def _load(module: str) -> Any:
-    os.environ.setdefault("UNSLOTH_DISABLE_STATISTICS", "1")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
     try:
         importlib.import_module("unsloth")
         return importlib.import_module(module)

@@ -42,7 +42,16 @@ _ENVIRONMENT = {
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "UNSLOTH_DISABLE_STATISTICS": "1",
 }
+_WORKER = ("-m", "bench.train_worker")
+# it wants to be imported before transformers, which it patches; why it cannot be is said later
+_UNSLOTH_WORKER = (
+    "-c",
+    "from contextlib import suppress\n"
+    "with suppress(Exception): import unsloth\n"
+    "from bench.train_worker import main; main()",
+)
 _LINES = 15
 
 
@@ -171,13 +180,18 @@ def run_job(job: Job) -> Report:
     return measure(build, job.steps, job.limit_s)
 
 
-def run_apart(job: Job, command: tuple[str, ...] = ("-m", "bench.train_worker")) -> Report | str:
+def worker_of(job: Job) -> tuple[str, ...]:
+    """What Python is to run for a job."""
+    return _UNSLOTH_WORKER if job.provider.startswith("unsloth") else _WORKER
+
+
+def run_apart(job: Job, command: tuple[str, ...] | None = None) -> Report | str:
     """Measure in a process of its own; a line that says why not, where it cannot be."""
     with tempfile.TemporaryDirectory() as folder:
         path, log = Path(folder) / "report.json", Path(folder) / "log"
         with log.open("w") as output:
             process = subprocess.Popen(
-                [sys.executable, *command, json.dumps(asdict(job)), str(path)],
+                [sys.executable, *(command or worker_of(job)), json.dumps(asdict(job)), str(path)],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env=_ENVIRONMENT | dict(os.environ),

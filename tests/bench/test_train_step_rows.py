@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -133,6 +134,22 @@ def fake_worker(tmp_path: Path, body: str) -> tuple[str, ...]:
         f"import json, sys, time\njob, path = json.loads(sys.argv[1]), sys.argv[2]\n{body}"
     )
     return (str(script),)
+
+
+def test_unsloth_is_imported_before_transformers_and_absent_with_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = tmp_path / "order"
+    (tmp_path / "unsloth.py").write_text(
+        "import sys\n"
+        f"with open({str(note)!r}, 'a') as f: print('transformers' in sys.modules, file=f)\n"
+        "raise ImportError('No module named trl')"
+    )
+    root = Path(train_worker.__file__).parents[1]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(root)]))
+    reason = run_apart(replace(JOB, provider="unsloth"))
+    assert reason == "unsloth cannot be imported: ImportError: No module named trl"
+    assert note.read_text().split() == ["False", "True"]
 
 
 def test_a_report_comes_back_from_a_process(tmp_path: Path) -> None:
