@@ -176,6 +176,8 @@ def bench_training(subject: Subject, runs: int = 2) -> Row:
         seconds.append(time.perf_counter() - start)
         steps = trainer.total_steps
         peaks.append((torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None)
+        # its memory is not the next one's
+        del trainer
     pairs = len(subject.splits[0].pairs)
     shape = {"pairs": pairs, "steps": steps, "layer": subject.config.align.layer}
     row = Row(

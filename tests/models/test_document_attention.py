@@ -124,7 +124,7 @@ def test_flash_functions_get_the_window_and_the_scale(
         return q
 
     monkeypatch.setattr(document_attention, "_function", lambda name: recorded)
-    Documents(documents.offsets, 9, "varlen").attend(*qkv, 0.7, window)
+    Documents(documents.offsets, 9, documents.tokens, "varlen").attend(*qkv, 0.7, window)
     assert seen == [{"scale": 0.7, "window_size": (left, 0), "enable_gqa": True}]
 
     def older(q: Tensor, k: Tensor, v: Tensor, *args: Any, window_size: Any) -> Tensor:
@@ -132,6 +132,6 @@ def test_flash_functions_get_the_window_and_the_scale(
         return q
 
     monkeypatch.setattr(document_attention, "_function", lambda name: older)
-    q = Documents(documents.offsets, 9, "varlen").attend(*qkv, 0.7, window)
+    q = Documents(documents.offsets, 9, documents.tokens, "varlen").attend(*qkv, 0.7, window)
     # the kernel's own scale is D ** -0.5
     torch.testing.assert_close(q * 8**-0.5, qkv[0] * 0.7)

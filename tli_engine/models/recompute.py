@@ -141,5 +141,8 @@ def _measure(blocks: Sequence[Block], x: Tensor, residual: Tensor | None) -> tup
 
 def _free(device: torch.device) -> int:
     free, total = torch.cuda.mem_get_info(device)
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(free + unused - _UNPLANNED * total)
+    held = torch.cuda.memory_allocated(device)
+    unused = torch.cuda.memory_reserved(device) - held
+    # a process may be told to take no more than a share of the card
+    total = int(torch.cuda.get_per_process_memory_fraction(device) * total)
+    return int(min(free + unused, total - held) - _UNPLANNED * total)

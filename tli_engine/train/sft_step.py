@@ -80,6 +80,7 @@ class SftStep:
         for tensor in tensors.values():
             tensor.requires_grad_(True)
         self.updates = Updates(tensors, config.train)
+        self._ready: tuple[int, list[TextPack]] | None = None
 
     def run(self, step: int) -> SftObserved:
         """Run a step, counted from 0.
@@ -88,7 +89,7 @@ class SftStep:
             TrainingError: A tensor without a finite gradient, or a loss that is not finite.
         """
         config = self._config
-        packs = [self.pack(batch) for batch in self._order.batches(step)]
+        packs = self._take(step)
         labels = sum(pack.labels for pack in packs)
         torch.manual_seed(step_seed(config.seed, step))
         self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
@@ -101,12 +102,25 @@ class SftStep:
         aligned = None if self._pairs is None else self._align(step, self._pairs)
         if step == 0 and not config.train.in_backward:
             self._check_gradients()
+        # while a GPU is busy with this step
+        self._prepare(step + 1)
         grad_norm = float(self.updates.clip())
         check_finite(step, float(loss), grad_norm)
         self.updates.step()
         tokens = sum(pack.tokens for pack in packs)
         figures = None if aligned is None else tuple(map(float, aligned))
         return SftObserved(tokens, labels, float(loss), grad_norm, figures)  # type: ignore[arg-type]
+
+    def _take(self, step: int) -> list[TextPack]:
+        """The batches of a step, prepared before or now."""
+        if self._ready is None or self._ready[0] != step:
+            self._prepare(step)
+        assert self._ready is not None
+        return self._ready[1]
+
+    def _prepare(self, step: int) -> None:
+        if step < self._order.total_steps:
+            self._ready = step, [self.pack(batch) for batch in self._order.batches(step)]
 
     def pack(self, batch: Batch) -> TextPack:
         """The examples of a batch, end to end: attention stays inside each."""
