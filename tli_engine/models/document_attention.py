@@ -148,7 +148,7 @@ def _sdpa(
 
 def _batched(q: Tensor, k: Tensor, v: Tensor, length: int, scale: float) -> Tensor:
     """Documents of one length as a batch: cuDNN takes half of varlen's time on Hopper GPUs."""
-    q, k, v = (x.unflatten(0, (-1, length)).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (x.view(-1, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
     with sdpa_kernel(_BATCHED, set_priority=True):
         out = scaled_dot_product_attention(
             q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
