@@ -291,7 +291,8 @@ def test_attention_within_documents(
     joined = torch.randn(T, heads + 2 * key_heads, D, generator=seed).to(CUDA, torch.bfloat16)
     dout = torch.randn(T, heads, D, generator=seed).to(CUDA, torch.bfloat16)
     for kind, dtype in ((name, torch.bfloat16), ("sdpa", torch.bfloat16), ("sdpa", torch.float64)):
-        x = joined.to(dtype).requires_grad_()
+        # its own leaf: a tensor of that dtype would be the same one every time
+        x = joined.to(dtype, copy=True).requires_grad_()
         q, k, v = x.split([heads, key_heads, key_heads], 1)
         out = Documents.of(packed, kind).attend(q, k, v, 0.7 * D**-0.5, window)
         out.backward(dout.to(dtype))
