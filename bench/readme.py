@@ -172,6 +172,51 @@ def words_table() -> str:
     return "\n".join(lines)
 
 
+def steps_table() -> str:
+    """The training step of word pairs on a GPU, against the published one and its cut."""
+    rows = [r for r in _gpu_rows("tli_step") if r["case"] == "step"]
+    by_key = {(r["model"], r["shape"]["tokens"], r["provider"]): r for r in rows}
+    lines = [
+        "| tokens a step | published | cut to two blocks | tli-engine, exact | fast | weights resident in bf16 |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    model = next(r["model"] for r in rows if r["provider"] == "published")
+    for tokens in dict.fromkeys(t for m, t, _ in by_key if m == model):
+        names = (
+            "published",
+            "peft+bitsandbytes",
+            "tli-engine",
+            "tli-engine:fast",
+            "tli-engine:bf16",
+        )
+        cells = [_wall_and_gpu(by_key[model, tokens, name]) for name in names]
+        lines.append(f"| {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _wall_and_gpu(row: dict[str, Any]) -> str:
+    def shown(ms: float) -> str:
+        return f"{ms:.0f}" if ms >= 20 else f"{ms:.1f}" if ms >= 5 else f"{ms:.2f}"
+
+    return f"{shown(row['ms'])} ms ({shown(row['gpu_ms'])})"
+
+
+def sft_table() -> str:
+    """The step of fine-tuning on a GPU, peers beside."""
+    lines = [
+        "| adapters | who | tokens/s | GPU busy | peak memory |",
+        "|---|---|---:|---:|---:|",
+    ]
+    cases = {"lora_early": "blocks 0-2", "lora_all": "all blocks"}
+    for row in _gpu_rows("train_step"):
+        if row["case"] in cases:
+            lines.append(
+                f"| {cases[row['case']]} | {row['provider']} | {row['notes']['tokens_per_s']:,.0f} | "
+                f"{row['gpu_ms']:.0f} ms | {row['peak_mib'] / 1024:.1f} GiB |"
+            )
+    return "\n".join(lines)
+
+
 def output_of(name: str) -> str:
     """What a command printed, from ``docs/output``."""
     text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
@@ -185,6 +230,8 @@ TABLES = {
     "triton": triton_table,
     "lora": lora_table,
     "words": words_table,
+    "steps": steps_table,
+    "sft": sft_table,
 }
 
 

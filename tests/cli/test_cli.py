@@ -268,3 +268,12 @@ def test_output_to_a_closed_pipe_is_no_error(pairs_file: Path) -> None:
     result = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
     os.close(write)
     assert "Traceback" not in result.stderr
+
+
+def test_info_names_a_backend_of_every_op(cli: Cli) -> None:
+    facts = json.loads(cli("info", "--json").out)
+    assert {"nf4_linear", "word_attention", "cross_entropy_rows", "flat_adamw"} <= set(facts["ops"])
+    for op, backend in facts["ops"].items():
+        assert backend["gpu"] in ("triton", "cuda"), op
+    assert facts["attention"]["sdpa"] == "runs"
+    assert set(facts["attention"]) == {"sdpa", "varlen", "flash-attn"}

@@ -6,10 +6,16 @@ import torch
 
 from tli_engine import backends, extension, ops
 from tli_engine.models.builtin import cache_folder, names
+from tli_engine.models.device import choose_device
+from tli_engine.models.document_attention import attentions
 from tli_engine.models.files import FAMILIES
 from tli_engine.train.provenance import versions
 
-_OPS = [op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)]
+# the joined form of word_attention runs its kernel; two ops are no part of what ops exports
+_OPS = sorted(
+    {op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)} - {"joined_word_attention"}
+    | {"flat_adamw", "cross_entropy_rows"}
+)
 
 
 def collect() -> dict[str, Any]:
@@ -19,6 +25,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "devices": _devices(),
         "extension": extension.status(),
+        "attention": attentions(choose_device("auto")),
         "ops": {op: _backends(op) for op in _OPS},
         "families": list(FAMILIES),
         "builtin_models": names(),
@@ -69,6 +76,9 @@ def print_info(facts: dict[str, Any]) -> None:
             "device     "
             + ", ".join(f"{v}" if k == "name" else f"{k} {v}" for k, v in device.items())
         )
+    print("blocks     on a CPU transformers' modules, on a GPU the engine's ops (train.engine)")
+    for name, status in facts["attention"].items():
+        print(f"attention  {name}: {status}")
     print(f"extension  CUDA C++ for Hopper GPUs: {facts['extension']}")
     for op, backend in facts["ops"].items():
         why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""

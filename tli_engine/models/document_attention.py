@@ -91,6 +91,12 @@ def choose_attention(
     return name
 
 
+def attentions(device: torch.device) -> dict[str, str]:
+    """Each choice of ``sft.attention``, and what keeps it from running on a device in bf16."""
+    flash = {n: _why_not_flash(n, device, torch.bfloat16, 128) for n in ("varlen", "flash-attn")}
+    return {"sdpa": "runs"} | {name: reason or "runs" for name, reason in flash.items()}
+
+
 def _why_not_flash(
     name: str, device: torch.device, dtype: torch.dtype, head_dim: int
 ) -> str | None:
