@@ -271,6 +271,7 @@ def test_output_to_a_closed_pipe_is_no_error(pairs_file: Path) -> None:
 
 
 def test_info_names_a_backend_of_every_op(cli: Cli) -> None:
+    pytest.importorskip("triton")
     facts = json.loads(cli("info", "--json").out)
     assert {"nf4_linear", "word_attention", "cross_entropy_rows", "flat_adamw"} <= set(facts["ops"])
     for op, backend in facts["ops"].items():

@@ -174,7 +174,7 @@ def test_joint_training_takes_pairs_too(
         ({"data": {"texts": "none.jsonl"}}, "none.jsonl"),
         ({"data": {"texts": "xlsum:klingon"}}, "klingon"),
         ({"prompt": {"template": "chat"}}, "no chat template; use plain"),
-        ({"train": {"optimizer": "adamw-8bit"}}, "train.optimizer: adamw-8bit needs a GPU"),
+        ({"train": {"optimizer": "adamw-paged"}}, "train.optimizer: adamw-paged needs a GPU"),
         ({"lora": {"layers": "0-3"}}, "lora.layers: the model has blocks 0-2"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",

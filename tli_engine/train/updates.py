@@ -107,7 +107,7 @@ class Updates:
         for part, optimizer in self._optimizers:
             groups = optimizer.state_dict()["param_groups"]
             order = [name for group in self._groups(part) for name in group["names"]]
-            numbered = {i: by_name[name] for i, name in enumerate(order) if by_name.get(name)}
+            numbered = {i: _plain(by_name[n]) for i, n in enumerate(order) if by_name.get(n)}
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
     def nbytes(self) -> tuple[int, int]:
@@ -158,6 +158,12 @@ class Updates:
             tensor.copy_(held)
 
 
+def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:
+    """Statistics as their optimizer has them: bitsandbytes counts steps in a plain number."""
+    step = statistics["step"]
+    return statistics | ({} if step.is_floating_point() else {"step": int(step)})
+
+
 def optimizer_of(train: TrainConfig, device: torch.device) -> Any:
     """What makes the optimizer of a run from parameter groups.
 
@@ -172,8 +178,8 @@ def optimizer_of(train: TrainConfig, device: torch.device) -> Any:
         raise UserError(
             f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}"
         )
-    if device.type != "cuda":
-        raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw")
+    if device.type != "cuda" and "paged" in train.optimizer:
+        raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw or adamw-8bit")
     try:
         from bitsandbytes import optim
     except ImportError:
