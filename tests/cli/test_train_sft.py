@@ -28,7 +28,7 @@ ARTICLES = [
 def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing is most of the time that a tiny model takes."""
     monkeypatch.setattr(
-        "tli_engine.cli._train_sft.plot_losses", lambda steps, path: path.write_bytes(b"")
+        "tli_engine.cli._train_sft.plot_losses", lambda steps, before, path: path.write_bytes(b"")
     )
 
 

@@ -1,5 +1,6 @@
 """Pictures are written, and what they are to show can be seen on them."""
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from tli_engine.evaluate.alignment import Vectors
 from tli_engine.evaluate.plots import (
     plot_histograms,
     plot_layer_curve,
+    plot_losses,
     plot_scan,
     plot_training,
 )
@@ -169,3 +171,19 @@ def test_layer_curve_of_one_pair(tmp_path: Path) -> None:
     single = measure_alignment(source, target, [0], [0])
     plot_layer_curve({0: (single, single), 1: (single, single)}, 1, "control", tmp_path / "a.png")
     pixels(tmp_path / "a.png")
+
+
+def test_losses_show_unseen_articles_where_they_were_measured(tmp_path: Path) -> None:
+    steps: list[dict[str, float]] = [{"step": i, "loss": 3.0 - 0.1 * i} for i in range(1, 9)]
+    path = tmp_path / "training.png"
+    plot_losses(steps, math.nan, path)
+    bare = pixels(path)
+    assert count(bare, BLUE) > 300
+    assert count(bare, RED) == 0
+    for step in steps[3::4]:
+        step["validation_loss"] = step["loss"] + 0.5
+    plot_losses(steps, 3.5, path)
+    assert count(pixels(path), RED) > 300
+    # a run that was stopped before its first step
+    plot_losses([], math.nan, path)
+    assert path.read_bytes().startswith(b"\x89PNG")

@@ -88,7 +88,7 @@ class SftJob:
             warnings.append(line)
             warn(line)
         results = self._save(folder, warnings)
-        plot_losses(steps, folder / "training.png")
+        plot_losses(steps, best.before, folder / "training.png")
         write_json(folder / "evaluation.json", self._evaluation(trainer, steps, warnings))
         write_manifest(folder, ("config.yaml", "metrics.jsonl", *results))
         if run.validation is not None:

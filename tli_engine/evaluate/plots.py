@@ -72,19 +72,20 @@ def plot_training(steps: Sequence[Mapping[str, float]], path: Path) -> None:
     plt.close(figure)
 
 
-def plot_losses(steps: Sequence[Mapping[str, float]], path: Path) -> None:
-    """Draw the loss of each step, smoothed too, and the loss on unseen articles."""
+def plot_losses(steps: Sequence[Mapping[str, float]], before: float, path: Path) -> None:
+    """Draw the loss of each step, smoothed too, and that on unseen articles; NaN: none ``before``."""
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
     numbers, losses = [s["step"] for s in steps], [s["loss"] for s in steps]
     axes.plot(numbers, losses, color=_TRUE, lw=1, alpha=0.3)
-    if losses:
-        smooth, value = [], losses[0]
-        for loss in losses:
-            value += _SMOOTHING * (loss - value)
-            smooth.append(value)
-        axes.plot(numbers, smooth, color=_TRUE, label="training, smoothed")
+    smooth, total, weight = [], 0.0, 0.0
+    for loss in losses:
+        total += _SMOOTHING * (loss - total)
+        weight += _SMOOTHING * (1 - weight)
+        smooth.append(total / weight)
+    axes.plot(numbers, smooth, color=_TRUE, label="training, smoothed")
     measured = [(s["step"], s["validation_loss"]) for s in steps if "validation_loss" in s]
     if measured:
+        measured = [(0, before), *measured]
         axes.plot(*zip(*measured, strict=True), "o-", color=_RANDOM, label="unseen articles")
     axes.set(xlabel="step", ylabel="nats a token", title="loss")
     axes.legend(frameon=False)
