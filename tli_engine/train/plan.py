@@ -176,7 +176,7 @@ def _add_notes(
         0,
         f"{run.objective}, {run.method}: {made.early.depth} of {made.config.num_hidden_layers} "
         f"blocks, {count:,} trained parameters, {step.tokens:,} tokens a batch, "
-        f"{'the engine' if made.fused else 'transformers'}'s blocks in "
+        f"{"the engine's" if made.fused else "transformers'"} blocks in "
         f"{str(made.dtype).removeprefix('torch.')}, on {target.name}",
     )
     if run.objective != "align":

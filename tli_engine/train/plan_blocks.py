@@ -91,6 +91,11 @@ class BlockMemory:
         if b.sandwich:
             elements += 2 * b.hidden
             floats += 2
+        if self._copies:
+            grouped = b.heads[0] != b.heads[1]
+            # nothing then holds the projection that values were a part of
+            elements += grouped * (2 * b.q - b.head_norms * (b.q + 3 * b.kv))
+            elements += b.q * (full or "o_proj" in adapted)
         for group, read in ((_QKV, b.hidden), (_GATE_UP, b.hidden), (("down_proj",), b.ffn)):
             if full or any(name in adapted for name in group):
                 elements += read
@@ -106,7 +111,10 @@ class BlockMemory:
         if b.heads[0] != b.heads[1]:
             # keys and values, repeated for each query head
             elements += 2 * (b.q - b.kv)
-        norms = (4 if b.sandwich else 2) * b.hidden + (b.q + b.kv) * b.head_norms
+        head_norms = (b.q + b.kv) * b.head_norms
+        norms = (4 if b.sandwich else 2) * b.hidden + head_norms
+        # what a norm returns before its weight, where that is trained
+        elements += head_norms + norms * full
         inputs = {"q_proj": b.hidden, "o_proj": 0, "gate_proj": b.hidden, "down_proj": b.ffn}
         own = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
         reads = {own.get(name, name) for name in adapted} if not full else set(inputs)
@@ -119,6 +127,15 @@ class BlockMemory:
         if b.sandwich:
             elements += 2 * b.hidden
         return e * elements + 4 * floats
+
+    @property
+    def _copies(self) -> bool:
+        """Whether attention is sdpa's, which repeats keys and values, and joins its documents."""
+        outline = self._outline
+        if outline.causal is None:
+            return False
+        slow = not outline.on_gpu or outline.element > 2
+        return slow or outline.run.sft.attention == "sdpa"
 
     def working(self) -> int:
         """Bytes of gradients within a block at its fullest moment, and of a weight decoded for it."""

@@ -1,5 +1,6 @@
 """Devices that a run can be planned for without having them."""
 
+import re
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,8 @@ def find_target(name: str | None, configured: str) -> Target:
         if target is None:
             raise UserError(f"--device {name}: not known; there are {', '.join(NAMES)}")
         return target
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", configured):
+        raise UserError(f"device: {configured!r} is not supported; use auto, cpu, cuda or cuda:1")
     if configured == "cpu" or not torch.cuda.is_available():
         # a run that names a GPU is planned for the usual one
         return _TARGETS[0] if configured in ("auto", "cpu") else _TARGETS[1]
