@@ -38,7 +38,7 @@ def test_torch_is_not_imported_to_help_or_to_refuse() -> None:
     calls = [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("scan", "train", "evaluate", "data", "info")),
+        *([command, "--help"] for command in ("scan", "train", "plan", "evaluate", "data", "info")),
         ["data", "check", "--help"],
         ["train", "none.yaml"],
         ["train", "--recipe", "demo", "--set", "seeed=1"],

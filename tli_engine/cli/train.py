@@ -34,7 +34,9 @@ from tli_engine.errors import ConfigError
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --run.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
-@click.option("--dry-run", is_flag=True, help="Print what the run would take, as plan does, and stop.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what the run would take, as plan does, and stop."
+)
 def command(
     config: Path | None,
     recipe: str | None,

@@ -60,12 +60,14 @@ def is_cached(repo: str, file: str, commit: str) -> bool:
 def file_bytes(repo: str, file: str, commit: str) -> int | None:
     """Bytes of a file, which the Hub is asked for; ``None`` where it does not say."""
     from huggingface_hub import get_hf_file_metadata, hf_hub_url
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
     name, _ = split_revision(repo)
     try:
         return get_hf_file_metadata(hf_hub_url(name, file, revision=commit)).size
-    except (OSError, HfHubHTTPError, OfflineModeIsEnabled, HfHubHTTPError.__bases__[0]):
+    except Exception as e:
+        # what has no explanation is no failure of the network
+        if explained(repo, e) is e:
+            raise
         return None
 
 

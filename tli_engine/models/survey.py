@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tli_engine.errors import UserError
 from tli_engine.models import builtin, hub
 from tli_engine.models.early import EarlyModel
@@ -100,18 +102,22 @@ def _survey_builtin(name: str) -> Survey:
     )
 
 
+def model_without_memory(config: Any, depth: int) -> EarlyModel:
+    """The first blocks of a model on torch's meta device, which has shapes and no values."""
+    with torch.device("meta"):
+        return EarlyModel(config, depth)
+
+
 def sizes_of(config: Any) -> dict[str, int]:
     """Elements of each tensor of a whole model, by its name within the decoder; nothing is allocated."""
-    decoder = EarlyModel(config, config.num_hidden_layers).decoder
+    decoder = model_without_memory(config, config.num_hidden_layers).decoder
     sizes = {name: parameter.numel() for name, parameter in decoder.named_parameters()}
     if not config.tie_word_embeddings:
         sizes[HEAD] = config.vocab_size * config.hidden_size
     return sizes
 
 
-def _missing_on_hub(
-    name: str, commit: str, config: Any, names: Iterable[str]
-) -> tuple[int, bool]:
+def _missing_on_hub(name: str, commit: str, config: Any, names: Iterable[str]) -> tuple[int, bool]:
     """Bytes of a Hub model's files with these tensors that are not in the cache."""
     sizes = sizes_of(config)
     stored = getattr(getattr(config, "dtype", None), "itemsize", _USUAL)
@@ -135,5 +141,3 @@ def _missing_on_hub(
 
 def _stored_name(name: str, prefix: str) -> str:
     return prefix.removesuffix("model.") + name if name == HEAD else prefix + name
-
-

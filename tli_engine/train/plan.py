@@ -65,7 +65,9 @@ def make_plan(run: RunConfig, model: Survey, target: Target) -> Plan:
         UserError: What the run asks for does not fit the model, or the pairs cannot be read.
     """
     notes: list[str] = []
-    if run.objective != "align" and run.sft.context > (most := model.config.max_position_embeddings):
+    if run.objective != "align" and run.sft.context > (
+        most := model.config.max_position_embeddings
+    ):
         raise UserError(f"sft.context: {run.sft.context} is more than the model's {most} tokens")
     made = outline(run, model, target)
     words = _words(run, model, notes) if run.objective == "align" else None
@@ -171,12 +173,13 @@ def _add_notes(
     notes: list[str], made: Outline, step: Step, total: int, seconds: float | None
 ) -> None:
     run, target = made.run, made.target
+    owner = "the engine's" if made.fused else "transformers'"
     count = sum(t.numel() for t in made.trained.values())
     notes.insert(
         0,
         f"{run.objective}, {run.method}: {made.early.depth} of {made.config.num_hidden_layers} "
         f"blocks, {count:,} trained parameters, {step.tokens:,} tokens a batch, "
-        f"{"the engine's" if made.fused else "transformers'"} blocks in "
+        f"{owner} blocks in "
         f"{str(made.dtype).removeprefix('torch.')}, on {target.name}",
     )
     if run.objective != "align":
@@ -195,7 +198,9 @@ def _add_notes(
             )
         if target.hopper and made.nf4:
             notes.append("the CUDA extension is taken to be there (make cuda)")
-        notes.append("the CUDA context is an estimate; what the allocator keeps besides is not counted")
+        notes.append(
+            "the CUDA context is an estimate; what the allocator keeps besides is not counted"
+        )
     if seconds is None:
         notes.append("no step like this was measured: no time is given")
 

@@ -1,5 +1,6 @@
 """What a run holds, counted on its own modules, which are built without memory for their values."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from tli_engine.models.device import choose_dtype
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.fused import check_fused
 from tli_engine.models.projection import NotFusedError
-from tli_engine.models.survey import Survey
+from tli_engine.models.survey import Survey, model_without_memory
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.prepare import go_on_from
 
@@ -116,7 +117,7 @@ class Outline:
         """Bytes of norms and biases."""
         named = self.early.decoder.named_parameters()
         matrices = {f"{name}.weight" for name in self.linear}
-        others = (
+        others: Iterator[int] = (
             p.numel()
             for n, p in named
             if n.replace(".base_layer", "") not in matrices
@@ -127,7 +128,8 @@ class Outline:
 
     def embedding_bytes(self, rows: int | None) -> int:
         """Bytes of embeddings, of some ``rows`` alone, and of an output layer of its own."""
-        vocabulary, hidden = self.config.vocab_size, self.config.hidden_size
+        vocabulary: int = self.config.vocab_size
+        hidden: int = self.config.hidden_size
         head = self.causal is not None and self.causal.lm_head is not None
         return self.element * hidden * ((vocabulary if rows is None else rows) + vocabulary * head)
 
@@ -158,7 +160,7 @@ def outline(run: RunConfig, model: Survey, target: Target) -> Outline:
     if nf4 and run.method == "full":
         raise UserError("method: full trains every weight, but this model's are stored in NF4")
     dtype = choose_dtype(run.dtype, target.kind)
-    early = EarlyModel(config, depth).to(dtype)
+    early = model_without_memory(config, depth).to(dtype)
     linear = {
         name: (module.out_features, module.in_features)
         for name, module in early.decoder.named_modules()
