@@ -38,7 +38,7 @@ def test_torch_is_not_imported_to_help_or_to_refuse() -> None:
     calls = [
         ["--help"],
         ["--version"],
-        *([command, "--help"] for command in ("scan", "train", "evaluate", "data", "info")),
+        *([command, "--help"] for command in ("scan", "train", "plan", "evaluate", "data", "info")),
         ["data", "check", "--help"],
         ["train", "none.yaml"],
         ["train", "--recipe", "demo", "--set", "seeed=1"],
@@ -53,7 +53,7 @@ def test_torch_is_not_imported_to_help_or_to_refuse() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert result.stdout.endswith("\n[]\n")
-    assert result.stderr.endswith("\n[0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 0]\n")
+    assert result.stderr.endswith("\n[0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 0]\n")
 
 
 def test_help_and_version(cli: Cli) -> None:

@@ -13,6 +13,7 @@ from tli_engine.errors import TrainingError, UserError
 _COMMANDS = {
     "scan": "measure the alignment of two languages at every layer",
     "train": "train adapters on a few early layers",
+    "plan": "say what a run would take: downloads, disk, memory, time",
     "evaluate": "measure a run's alignment before and after training",
     "verify": "check a run or a checkpoint against its manifest",
     "export": "write a run's adapter, or a whole model, for use elsewhere",

@@ -34,6 +34,9 @@ from tli_engine.errors import ConfigError
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --run.")
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
+@click.option(
+    "--dry-run", is_flag=True, help="Print what the run would take, as plan does, and stop."
+)
 def command(
     config: Path | None,
     recipe: str | None,
@@ -42,28 +45,39 @@ def command(
     overwrite: bool,
     resume: bool,
     print_config: bool,
+    dry_run: bool,
 ) -> int:
     """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did.
 
     Ctrl-C keeps a checkpoint and prints the command that resumes.
     """
     if resume:
-        if run is None or config or recipe or overrides or overwrite or print_config:
+        if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
             raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
         return _resume(run)
-    resolved, name = _resolve(config, recipe, overrides)
+    resolved, name = resolve_run(config, recipe, overrides)
     if print_config:
         print(to_yaml(resolved), end="")
         return 0
     # torch and transformers are imported here so that --help and bad keys answer at once
+    if dry_run:
+        from tli_engine.cli._plan import run_plan
+
+        run_plan(resolved)
+        return 0
     from tli_engine.cli._train import run_training
 
     return run_training(resolved, name, run, overwrite)
 
 
-def _resolve(
+def resolve_run(
     config: Path | None, recipe: str | None, overrides: tuple[str, ...]
 ) -> tuple[RunConfig, str]:
+    """The configuration of a run, and what to name it after.
+
+    Raises:
+        ConfigError: Neither or both of a file and a recipe, or what is wrong in it.
+    """
     if (config is None) == (recipe is None):
         raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe demo")
     values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())

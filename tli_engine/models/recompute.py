@@ -37,7 +37,7 @@ class Block:
 
 
 # share of a GPU's memory that a plan leaves free: what fragments, and what it does not know of
-_UNPLANNED = 0.05
+UNPLANNED = 0.05
 
 
 class Activations:
@@ -145,4 +145,4 @@ def _free(device: torch.device) -> int:
     unused = torch.cuda.memory_reserved(device) - held
     # a process may be told to take no more than a share of the card
     total = int(torch.cuda.get_per_process_memory_fraction(device) * total)
-    return int(min(free + unused, total - held) - _UNPLANNED * total)
+    return int(min(free + unused, total - held) - UNPLANNED * total)

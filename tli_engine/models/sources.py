@@ -2,7 +2,7 @@
 
 import json
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -45,6 +45,18 @@ SINGLE = "model.safetensors"
 _PLAIN = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
+def decoder_prefix(name: str, tensors: Container[str]) -> str:
+    """What stands before the decoder's names among a checkpoint's ``tensors``.
+
+    Raises:
+        UserError: There is no decoder.
+    """
+    prefix = next((p for p in _PREFIXES if f"{p}embed_tokens.weight" in tensors), None)
+    if prefix is None:
+        raise UserError(f"{name}: no embed_tokens.weight in its safetensors files")
+    return prefix
+
+
 class SafetensorsSource:
     """Safetensors files, with ``model.safetensors.index.json`` if there are several.
 
@@ -59,10 +71,7 @@ class SafetensorsSource:
         self._fetch = fetch
         self._open: dict[str, Any] = {}
         self._shard_of = self._index()
-        prefixes = [p for p in _PREFIXES if f"{p}embed_tokens.weight" in self._shard_of]
-        if not prefixes:
-            raise UserError(f"{name}: no embed_tokens.weight in its safetensors files")
-        self._prefix = prefixes[0]
+        self._prefix = decoder_prefix(name, self._shard_of)
 
     def _index(self) -> dict[str, str]:
         index = self._fetch(INDEX)

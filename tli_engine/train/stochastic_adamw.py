@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # elements updated at a time: fp32 copies of no more than these are held
-_CHUNK = 1 << 26
+CHUNK = 1 << 26
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 
@@ -46,7 +46,7 @@ class StochasticAdamW(torch.optim.Optimizer):
         correction1, correction2 = 1 - beta1**t, 1 - beta2**t
         assert parameter.grad is not None
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
-        for p, g, m, v in zip(*(x.view(-1).split(_CHUNK) for x in tensors), strict=True):
+        for p, g, m, v in zip(*(x.view(-1).split(CHUNK) for x in tensors), strict=True):
             gradient = g.float()
             mean = m.float().lerp_(gradient, 1 - beta1)
             square = v.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)

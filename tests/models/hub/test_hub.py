@@ -17,6 +17,7 @@ from tli_engine.cli import main
 from tli_engine.errors import UserError
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import open_model
+from tli_engine.models.survey import survey
 from tli_engine.testing import save_tiny_model
 
 REPO = "org/tiny"
@@ -351,3 +352,26 @@ def test_scan_of_a_model_on_the_hub(
     assert main(["scan", "org/none", "--pairs", str(pairs)]) == 2
     (line,) = capfd.readouterr().err.splitlines()
     assert line.startswith("tli-engine: error: org/none: no such model")
+
+
+def test_a_survey_asks_for_sizes_and_fetches_no_weights(hub: FakeHub, model: Path) -> None:
+    found = survey(REPO)
+    names = [f"layers.{k}.mlp.up_proj.weight" for k in range(2)] + ["embed_tokens.weight"]
+    needed = {
+        file
+        for tensor, file in json.loads((model / INDEX).read_text())["weight_map"].items()
+        if tensor.removeprefix("model.") in names
+    }
+    total = sum((model / file).stat().st_size for file in needed)
+    assert found.missing(names) == (total, True)
+    assert hub.shards() == []
+    # of what is there nothing more is needed
+    load(2)
+    assert found.missing(names) == (0, True)
+
+
+def test_a_survey_of_one_file_takes_its_size(hub: FakeHub, single: Path) -> None:
+    names = ["embed_tokens.weight"]
+    size = (single / "model.safetensors").stat().st_size
+    assert survey("org/single").missing(names) == (size, True)
+    assert hub.shards() == []

@@ -1,0 +1,64 @@
+"""``tli-engine plan`` and ``train --dry-run``: nothing is read but configuration, tokenizer and pairs."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+Cli = Callable[..., Any]
+Tree = Callable[[Path], dict[str, bytes | None]]
+
+
+def test_json_has_the_keys_of_the_contract(cli: Cli, config_file: Path) -> None:
+    status, out, _ = cli("plan", config_file, "--device", "h100", "--json")
+    assert status == 0
+    plan = json.loads(out)
+    assert plan["download_bytes"] == 0
+    assert plan["disk_bytes"] > 0
+    assert plan["step_seconds"] is None
+    assert {"weights", "embeddings", "adapters", "optimizer"} <= plan["gpu_bytes"].keys()
+    for parts in (plan["host_bytes"], plan["gpu_bytes"]):
+        assert all(isinstance(size, int) and size > 0 for size in parts.values())
+    assert any("h100" in note for note in plan["notes"])
+    on_cpu = json.loads(cli("plan", config_file, "--device", "cpu", "--json").out)
+    assert on_cpu["gpu_bytes"] == {}
+    # fp32 in place of bf16
+    assert on_cpu["host_bytes"]["weights"] == 2 * plan["gpu_bytes"]["weights"]
+
+
+def test_dry_run_is_the_plan_and_writes_nothing(
+    cli: Cli, config_file: Path, tmp_path: Path, tree: Tree
+) -> None:
+    planned = cli("plan", config_file)
+    dry = cli("train", config_file, "--dry-run")
+    assert (dry.status, dry.out) == (0, planned.out)
+    assert "in all" in dry.out
+    assert tree(tmp_path) == {}
+    status, _, err = cli("train", "--resume", "--run", "nowhere", "--dry-run")
+    assert (status, err) == (
+        2,
+        "tli-engine: error: --resume goes with --run DIR alone; the run has its configuration\n",
+    )
+
+
+def test_weights_are_not_looked_for(
+    cli: Cli, tiny_model: Path, config_file: Path, tmp_path: Path
+) -> None:
+    """A folder with configuration and tokenizer alone will do; so does the built-in, which is not here."""
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for path in tiny_model.iterdir():
+        if path.suffix == ".json":
+            (bare / path.name).write_bytes(path.read_bytes())
+    assert cli("plan", config_file, "--set", f"model={bare}").status == 0
+    plan = json.loads(cli("plan", "--recipe", "demo", "--json").out)
+    assert plan["download_bytes"] == 92_871_040
+    # converted to fp32, beside what was downloaded
+    assert plan["disk_bytes"] > 92_871_040 + 4 * 134_515_008
+    assert any("no tokenizer" in note for note in plan["notes"])
+
+
+def test_a_device_that_is_not_known_is_one_line(cli: Cli, config_file: Path) -> None:
+    status, out, err = cli("plan", config_file, "--device", "abacus")
+    assert (status, out) == (2, "")
+    assert err.startswith("tli-engine: error: --device abacus: not known; there are cpu, h100")

@@ -1,0 +1,295 @@
+"""A plan's bytes are those that a run holds: exactly where they can be counted, and measured peaks."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from bench.models import config_of
+from tli_engine.config import RunConfig, resolve_config
+from tli_engine.data.words import Word, pack
+from tli_engine.errors import UserError
+from tli_engine.models.adapters import add_lora, add_transposed_copies
+from tli_engine.models.causal import CausalModel, load_causal
+from tli_engine.models.early import load_early
+from tli_engine.models.files import open_model
+from tli_engine.models.survey import Survey, survey
+from tli_engine.nn import NF4Linear
+from tli_engine.reference.nf4_records import to_records
+from tli_engine.testing import save_tiny_model
+from tli_engine.train.plan import Plan, limited, make_plan
+from tli_engine.train.plan_blocks import BlockMemory
+from tli_engine.train.plan_devices import find_target
+from tli_engine.train.plan_outline import nf4_bytes, outline
+from tli_engine.train.plan_peak import optimizer_bytes
+from tli_engine.train.step_times import MEASURED
+from tli_engine.train.updates import Updates
+
+RESULTS = Path(__file__).parents[2] / "bench" / "results"
+ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+CPU = torch.device("cpu")
+# a prime: only tensors of rows have it in their shape
+TOKENS = 251
+Folder = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Folder:
+    made: dict[str, Path] = {}
+
+    def make(family: str) -> Path:
+        if family not in made:
+            sizes = {"hidden_size": 64, "intermediate_size": 160, "max_position_embeddings": 512}
+            window = {"sliding_window": 1024} if family == "gemma3_text" else {}
+            path = tmp_path_factory.mktemp(family)
+            made[family] = save_tiny_model(path, family, **sizes, **window)
+        return made[family]
+
+    return make
+
+
+def config(model: object, **sections: Any) -> RunConfig:
+    """Fine-tuning on rows of ``TOKENS`` tokens, with adapters on blocks 1 and 2."""
+    values: dict[str, Any] = {
+        "model": str(model),
+        "objective": "sft",
+        "data": {"texts": "none.jsonl"},
+        "lora": {"layers": "1-2", "modules": ALL, "r": 4},
+        "sft": {"context": TOKENS},
+        "train": {"steps": 9, "batch_size": 1},
+    }
+    for name, change in sections.items():
+        old = values.get(name)
+        values[name] = old | change if isinstance(old, dict) else change
+    return resolve_config(values, "test")
+
+
+def load(run: RunConfig) -> CausalModel:
+    """The run's model as training sets it up, on the CPU."""
+    quantize = run.quantize
+    files = open_model(run.model)
+    options: dict[str, Any] = {"dtype": torch.float32, "device": CPU, "quantize": quantize}
+    model = load_causal(files, double_quant=run.double_quant, **options)
+    if run.method == "full":
+        model.train_all()
+    else:
+        add_lora(model.early, run.lora, model.early.depth, run.seed)
+    if run.train.engine == "fused":
+        model.fuse()
+    for tensor in model.trainable().values():
+        tensor.requires_grad_(True)
+    return model
+
+
+def saved_bytes(model: CausalModel) -> int:
+    """Bytes of rows that the way back will read, weights left out."""
+    weights = (*model.parameters(), *model.trainable().values())
+    own = {w.untyped_storage().data_ptr() for w in weights}
+    kept: dict[int, tuple[int, Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        rows = any(size and size % TOKENS == 0 for size in tensor.shape)
+        if rows and storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes(), tensor
+        return tensor
+
+    ids = tuple(torch.randint(0, 256, (TOKENS,)).tolist())
+    words = pack([Word(ids, (True,) * TOKENS)])
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        hidden = model.hidden_states(words)
+    assert hidden.requires_grad
+    return sum(size for size, _ in kept.values())
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["fused", "modules"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3", "gemma3_text"])
+def test_activations_are_what_autograd_keeps(
+    family: str, engine: str, method: str, folder: Folder
+) -> None:
+    run = config(folder(family), method=method, train={"engine": engine})
+    model = load(run)
+    made = outline(run, survey(run.model), find_target("cpu", "auto"))
+    blocks = BlockMemory(made, TOKENS)
+    numbers = range(made.first_trained, 4)
+    # each block's input, and what the final norm reads; a frozen block below puts out what none keeps
+    inputs = len(numbers) + 1 - (method == "lora")
+    planned = sum(map(blocks.kept, numbers)) + inputs * blocks.input
+    tolerance = 0.01 if engine == "fused" else 0.06
+    assert planned == pytest.approx(saved_bytes(model), rel=tolerance)
+
+
+@pytest.mark.parametrize("engine", ["fused", "modules"])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({"lora": {"modules": ["q_proj", "v_proj"]}}, id="lora-beside-none"),
+        pytest.param({"method": "full"}, id="full"),
+        pytest.param({"method": "full", "train": {"rounding": "stochastic"}}, id="stochastic"),
+    ],
+)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_optimizer_and_trained_tensors_are_to_the_byte(
+    dtype: str, changes: dict[str, Any], engine: str, folder: Folder
+) -> None:
+    train = changes.get("train", {}) | {"engine": engine}
+    run = config(folder("llama"), dtype=dtype, **(changes | {"train": train}))
+    files = open_model(run.model)
+    model = load_causal(files, dtype=getattr(torch, dtype), device=CPU)
+    if run.method == "full":
+        model.train_all()
+    else:
+        add_lora(model.early, run.lora, 4, 0)
+    if engine == "fused":
+        model.fuse()
+    tensors = model.trainable()
+    made = outline(run, survey(run.model), find_target("cpu", "auto"))
+    assert {n: (t.shape, t.dtype) for n, t in made.trained.items()} == {
+        n: (t.shape, t.dtype) for n, t in tensors.items()
+    }
+    updates = Updates(tensors, run.train)
+    for tensor in tensors.values():
+        tensor.requires_grad_(True).grad = torch.zeros_like(tensor)
+    gradients, _ = updates.nbytes()
+    updates.step()
+    assert gradients == sum(t.nbytes for t in made.trained.values())
+    assert optimizer_bytes(made) == (updates.nbytes()[1], 0)
+    # every weight in its place, once
+    weights = sum(p.nbytes for n, p in model.weights().items() if ".lora_" not in n)
+    assert made.linear_bytes() + made.other_bytes() + made.embedding_bytes(None) == weights
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_nf4_weights_are_to_the_byte(double_quant: bool, folder: Folder) -> None:
+    run = config(folder("qwen2"), quantize="nf4", double_quant=double_quant)
+    layers = [m for m in load(run).modules() if isinstance(m, NF4Linear)]
+    made = outline(run, survey(run.model), find_target("cpu", "auto"))
+    assert made.linear_bytes() == sum(layer.nbytes for layer in layers)
+
+
+@pytest.mark.parametrize("size", [(64, 64), (192, 320)])
+def test_records_and_their_transpose_are_to_the_byte(size: tuple[int, int]) -> None:
+    rows, columns = size
+    packed = torch.zeros(rows * columns // 2, 1, dtype=torch.uint8)
+    absmax = torch.ones(rows * columns // 64)
+    for transposed, sides in ((False, size), (True, size[::-1])):
+        records = to_records(packed, absmax, rows, columns, transposed)
+        assert nf4_bytes(*sides, False, True) == records.nbytes
+
+
+def test_align_reads_early_blocks_and_rows_in_use(tmp_path: Path, folder: Folder) -> None:
+    pairs = tmp_path / "pairs.csv"
+    pairs.write_text("swahili,english\nmaji,water\nmoto,fire\nmti,tree\n", encoding="utf-8")
+    model = survey(str(folder("llama")))
+    run = resolve_config(
+        {
+            "model": str(folder("llama")),
+            "quantize": "nf4",
+            "data": {"pairs": str(pairs)},
+            "lora": {"layers": "1", "r": 4},
+        },
+        "test",
+    )
+    plan = make_plan(run, model, find_target("cpu", "auto"))
+    tokens = {256, *(model.tokenizer()(w, add_special_tokens=False).input_ids[i] for w in
+        ("maji", "water", "moto", "fire", "mti", "tree") for i in range(len(w)))}  # fmt: skip
+    held = load_early(
+        open_model(run.model), 2, dtype=torch.float32, device=CPU, quantize="nf4", token_ids=tokens
+    )
+    add_lora(held, run.lora, 2, 0)
+    nbytes, copies = add_transposed_copies(held)
+    assert copies == 0
+    assert plan.host_bytes["weights_nf4"] == nbytes
+    assert plan.host_bytes["embeddings"] == held.decoder.embed_tokens.weight.nbytes
+    # on a GPU with the extension: all but what reads the input of the first adapted block
+    made = outline(run, model, find_target("h100", "auto"))
+    reading = ("q_proj", "k_proj", "v_proj")
+    expected = sum(
+        nf4_bytes(k, n, False, True)
+        for name, (n, k) in made.linear.items()
+        if name.startswith("layers.1.") and not name.endswith(reading)
+    )
+    assert made.transposed_bytes() == expected
+    assert outline(run, model, find_target("4090", "auto")).transposed_bytes() == 0
+
+
+def llama(gib: float | None, **changes: Any) -> Plan:
+    """Adapters on blocks 0-2 of Llama-3-8B's shape, 4 rows of 2,048 tokens, as the bench has it."""
+    options: dict[str, Any] = {
+        "quantize": "nf4",
+        "double_quant": True,
+        "lora": {"layers": "0-2", "r": 16},
+        "sft": {"context": 2048},
+        "train": {"batch_size": 4},
+    }
+    model = Survey("llama-3-8b", config_of("llama-3-8b"), None)
+    target = limited(find_target("h100", "auto"), gib)
+    return make_plan(config("llama-3-8b", **(options | changes)), model, target)
+
+
+@pytest.mark.parametrize(
+    ("gib", "recomputed", "peak_mib"),
+    [pytest.param(None, 0, 31284.7, id="all"), pytest.param(12, 30, 10095.6, id="12-gib")],
+)
+def test_measured_peaks(gib: float | None, recomputed: int, peak_mib: float) -> None:
+    """What torch had allocated at the most, one H100: train_step.json, lora_early on llama-3-8b."""
+    plan = llama(gib)
+    allocated = sum(plan.gpu_bytes.values()) - plan.gpu_bytes["cuda_context"]
+    assert plan.recomputed == recomputed
+    assert allocated / 2**20 == pytest.approx(peak_mib, rel=0.01)
+    assert any(note.startswith("fits: ") for note in plan.notes)
+
+
+def test_times_are_those_of_the_committed_results() -> None:
+    assert llama(None).step_seconds == pytest.approx(0.47047)
+    assert llama(12).step_seconds is None
+    assert llama(None, train={"batch_size": 2}).step_seconds is None
+    numerics = {"tli-engine": "exact", "tli-engine:fast": "fast"}
+    found = []
+    for name in ("tli_step", "train_step"):
+        path = RESULTS / "NVIDIA-H100-80GB-HBM3" / f"{name}.json"
+        # the bench of fine-tuning has a file once its results are committed
+        rows = json.loads(path.read_text())["rows"] if path.is_file() else []
+        for row in rows:
+            shape, provider = row["shape"], row["provider"]
+            tokens = shape.get("tokens") or shape["rows"] * shape["length"]
+            case = (row["model"].split()[0], row["case"], tokens, numerics.get(provider))
+            times = {(m.model, m.case, m.tokens, m.numerics): m.ms for m in MEASURED}
+            if case in times:
+                assert times[case] == pytest.approx(row["ms"], abs=0.01)
+                found.append(case)
+    assert len(found) >= 10
+
+
+def test_what_does_not_fit_says_so_and_less_memory_means_more_is_run_again() -> None:
+    full = llama(None, method="full", quantize="none", double_quant=False)
+    (line,) = (note for note in full.notes if note.startswith("does not fit: "))
+    assert "lower train.batch_size" in line
+    # weights, master copies and two moments; gradients in fp32 as they are applied
+    parameters = 8_030_261_248
+    assert full.gpu_bytes["optimizer"] == pytest.approx(12 * parameters, rel=1e-3)
+    assert full.gpu_bytes["gradients"] == 4 * parameters
+    peaks = [sum(llama(gib).gpu_bytes.values()) for gib in (None, 24, 12)]
+    again = [llama(gib).recomputed for gib in (None, 24, 12)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert again == sorted(again)
+
+
+def test_what_the_run_refuses_the_plan_refuses(folder: Folder) -> None:
+    model = survey(str(folder("llama")))
+    for changes, message in (
+        ({"sft": {"context": 9999}}, "sft.context: 9999 is more than the model's 512 tokens"),
+        ({"lora": {"layers": "4"}}, "the model has blocks 0-3, none 4"),
+    ):
+        with pytest.raises(UserError, match=message):
+            make_plan(config(folder("llama"), **changes), model, find_target("cpu", "auto"))
+    with pytest.raises(UserError, match="--device abacus: not known; there are cpu, h100"):
+        find_target("abacus", "auto")
+    with pytest.raises(UserError, match="--memory goes with a GPU"):
+        limited(find_target("cpu", "auto"), 8)

@@ -1,0 +1,218 @@
+"""What a run will take, said before it: downloads, disk, memory of host and GPU, time of a step."""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from tli_engine.config import RunConfig
+from tli_engine.data.pairs import PairList
+from tli_engine.data.splits import read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.errors import UserError
+from tli_engine.models.survey import Survey
+from tli_engine.train.order import steps_per_epoch
+from tli_engine.train.plan_devices import GIB, Target
+from tli_engine.train.plan_outline import Outline, outline
+from tli_engine.train.plan_peak import CONTEXT, Step, fits, optimizer_bytes, step_of_words
+from tli_engine.train.step_times import measured_seconds
+
+# resident bytes of Python with torch and transformers imported, and with CUDA; measured roughly
+_PROCESS, _PROCESS_CUDA = 700 * 2**20, 2 * GIB
+# tokens of a word and what the tokenizer puts before it, where the tokenizer is not here
+_TOKENS_OF_A_WORD = 5
+_MOST_NEEDED = 0.8
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run takes, in bytes by component; see ``tli-engine plan --json``.
+
+    Attributes:
+        download_bytes: Of the model's files that are not here.
+        disk_bytes: Of these, what is made of them, and the run folder.
+        host_bytes: The host's memory at its fullest.
+        gpu_bytes: The GPU's at the fullest moment of a step; empty on a CPU.
+        step_seconds: Of a step; None where nothing was measured.
+        notes: What the figures rest on, and whether they fit.
+        recomputed: Blocks that are run again on the way back.
+    """
+
+    download_bytes: int
+    disk_bytes: int
+    host_bytes: dict[str, int]
+    gpu_bytes: dict[str, int]
+    step_seconds: float | None
+    notes: list[str]
+    recomputed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """With the totals."""
+        totals = {"host": sum(self.host_bytes.values()), "gpu": sum(self.gpu_bytes.values())}
+        return asdict(self) | {"total_bytes": totals}
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Of the pairs of a run: tokens of a batch, rows of embeddings, steps of the run."""
+
+    tokens: int
+    rows: int
+    steps: int
+
+
+def make_plan(run: RunConfig, model: Survey, target: Target) -> Plan:
+    """Plan a run; nothing is downloaded but what ``model`` has, and no GPU is needed.
+
+    Raises:
+        UserError: What the run asks for does not fit the model, or the pairs cannot be read.
+    """
+    notes: list[str] = []
+    if run.objective != "align" and run.sft.context > (
+        most := model.config.max_position_embeddings
+    ):
+        raise UserError(f"sft.context: {run.sft.context} is more than the model's {most} tokens")
+    made = outline(run, model, target)
+    words = _words(run, model, notes) if run.objective == "align" else None
+    held = _held(made, words)
+    states, paged = optimizer_bytes(made)
+    held["optimizer"] = states
+    persistent = sum(held.values())
+    if words is not None:
+        step = step_of_words(made, words.tokens, persistent, states)
+    else:
+        notes.append("every row is taken to be full, and every token of it a label: an upper bound")
+        step = Step(made, run.train.batch_size * run.sft.context, persistent, states)
+    moment = step.peak()
+    parts = held | asdict(moment)
+    host = _host(made, model, states, paged)
+    gpu: dict[str, int] = {}
+    if made.on_gpu:
+        gpu = {name: size for name, size in parts.items() if size} | {"cuda_context": CONTEXT}
+    else:
+        host = host | {name: size for name, size in parts.items() if size}
+    download, exact = model.missing(made.tensor_names())
+    if not exact:
+        notes.append("sizes of files that the Hub did not tell are taken from the configuration")
+    disk = download + model.converted + _run_folder(made)
+    seconds = measured_seconds(made, step.tokens, step.recomputed)
+    _add_notes(notes, made, step, sum(gpu.values()), seconds)
+    return Plan(download, disk, host, gpu, seconds, notes, step.recomputed)
+
+
+def _held(made: Outline, words: _Words | None) -> dict[str, int]:
+    """Bytes that are held all the time, the optimizer's left out."""
+    run = made.run
+    rows = None if words is None else words.rows
+    resident = 0
+    if made.nf4 and run.weight_residency == "bf16":
+        resident = made.element * sum(n * k for n, k in made.linear.values())
+    # the fused step has a table of its own of what blocks take
+    copies = made.embedding_bytes(rows) if words is not None and made.fused else 0
+    found = {
+        "weights_nf4" if made.nf4 else "weights": made.linear_bytes(),
+        "transposed_copies": made.transposed_bytes(),
+        "resident_copies": resident,
+        "norms_and_biases": made.other_bytes(),
+        "embeddings": made.embedding_bytes(rows) + copies,
+    }
+    if run.method == "lora":
+        found["adapters"] = sum(t.nbytes for t in made.trained.values())
+    if words is not None and run.align.space == "whitened":
+        # a matrix for either language, fp32
+        found["loss_space"] = 8 * made.config.hidden_size**2
+    return {name: size for name, size in found.items() if size}
+
+
+def _words(run: RunConfig, model: Survey, notes: list[str]) -> _Words:
+    pairs: dict[str, PairList] = read_run_pairs(run.data)
+    count = len(pairs["train"])
+    size = min(run.train.batch_size, count)
+    steps = run.train.steps or (run.train.epochs or 1) * steps_per_epoch(count, size)
+    tokenizer = model.tokenizer()
+    if tokenizer is None:
+        notes.append(f"no tokenizer is here: words are taken to be {_TOKENS_OF_A_WORD} tokens long")
+        distinct = sum(len(p) for p in pairs.values()) * 2 * (_TOKENS_OF_A_WORD - 1)
+        rows = min(model.config.vocab_size, int(_MOST_NEEDED * distinct))
+        return _Words(2 * size * _TOKENS_OF_A_WORD, rows, steps)
+    splits = tokenize_splits(pairs, tokenizer, run.words)
+    lengths = sorted(
+        (len(s) + len(t) for s, t in zip(splits[0].source, splits[0].target, strict=True)),
+        reverse=True,
+    )
+    mean = round(size * sum(lengths) / count)
+    return _Words(mean, len(tokens_of(splits)), steps)
+
+
+def _host(made: Outline, model: Survey, states: int, paged: int) -> dict[str, int]:
+    """Bytes of the host's memory, but for what a run on a CPU trains and keeps."""
+    stored = model.stored_bytes
+    matrices = [n * k for n, k in made.linear.values()]
+    if made.causal is not None:
+        matrices.append(made.config.vocab_size * made.config.hidden_size)
+    # as it is stored, then in the dtype it is held in
+    reading = max(matrices) * (stored + (0 if made.on_gpu else made.element))
+    # adapters and statistics, copied before they are written
+    checkpoint = states + sum(t.nbytes for t in made.trained.values())
+    found = {
+        "process": _PROCESS_CUDA if made.on_gpu else _PROCESS,
+        # never at the same time
+        "reading_or_checkpoint": max(reading, checkpoint + paged),
+        "paged_optimizer": paged,
+    }
+    return {name: size for name, size in found.items() if size}
+
+
+def _run_folder(made: Outline) -> int:
+    """Bytes of checkpoints, one of them being written, and of the result."""
+    trained = sum(t.nbytes for t in made.trained.values())
+    states, paged = optimizer_bytes(made)
+    checkpoints = (made.run.train.keep_checkpoints + 1) * (trained + states + paged)
+    best = trained * (made.causal is not None and made.run.data.validation is not None)
+    return checkpoints + 2 * best + trained
+
+
+def _add_notes(
+    notes: list[str], made: Outline, step: Step, total: int, seconds: float | None
+) -> None:
+    run, target = made.run, made.target
+    owner = "the engine's" if made.fused else "transformers'"
+    count = sum(t.numel() for t in made.trained.values())
+    notes.insert(
+        0,
+        f"{run.objective}, {run.method}: {made.early.depth} of {made.config.num_hidden_layers} "
+        f"blocks, {count:,} trained parameters, {step.tokens:,} tokens a batch, "
+        f"{owner} blocks in "
+        f"{str(made.dtype).removeprefix('torch.')}, on {target.name}",
+    )
+    if run.objective != "align":
+        notes.append("the articles' own download and their tokens on disk are not counted")
+    if step.recomputed:
+        number = made.early.depth - made.first_trained
+        notes.append(f"{step.recomputed} of {number} blocks are run again on the way back")
+    if target.memory is not None:
+        room = f"{total / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
+        if fits(target, total):
+            notes.append(f"fits: {room}")
+        else:
+            notes.append(
+                f"does not fit: {room}, of which a twentieth is left free; lower train.batch_size or "
+                f"sft.context, or choose sft.activations: recompute, quantize: nf4 or method: lora"
+            )
+        if target.hopper and made.nf4:
+            notes.append("the CUDA extension is taken to be there (make cuda)")
+        notes.append(
+            "the CUDA context is an estimate; what the allocator keeps besides is not counted"
+        )
+    if seconds is None:
+        notes.append("no step like this was measured: no time is given")
+
+
+def limited(target: Target, gib: float | None) -> Target:
+    """A target of which the process takes so much.
+
+    Raises:
+        UserError: It is a CPU.
+    """
+    if gib is None:
+        return target
+    if target.memory is None:
+        raise UserError("--memory goes with a GPU; name one with --device")
+    return replace(target, memory=int(gib * GIB), limited=True)

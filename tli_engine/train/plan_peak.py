@@ -1,0 +1,209 @@
+"""When a training step holds the most memory, and what it is."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from tli_engine.models.linear_cross_entropy import chunk_rows
+from tli_engine.models.recompute import UNPLANNED, first_saved
+from tli_engine.train.plan_blocks import BlockMemory
+from tli_engine.train.plan_devices import Target
+from tli_engine.train.plan_outline import Outline
+from tli_engine.train.staging import padded
+from tli_engine.train.stochastic_adamw import CHUNK
+
+# of a process on a GPU, beside what torch allocates; an estimate
+CONTEXT = 500 * 2**20
+# a workspace each for the products of the forward and of the backward thread
+_WORKSPACES, _WORKSPACES_HOPPER = 2 * 8_519_680, 2 * 32 * 2**20
+# bitsandbytes: from so many elements states are of 8 bits, with an absmax for each 256
+_EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256
+# rows of the vocabulary whose gradient is computed at once
+_VOCABULARY_ROWS = 16384
+# elements to which tensors in one buffer are filled up
+_FLAT = 64
+
+
+@dataclass(frozen=True)
+class Moment:
+    """Bytes at one moment of a step, beside what is always held.
+
+    Attributes:
+        gradients: Of what is trained.
+        activations: Kept for the way back.
+        working: Gradients of activations, logits, weights decoded in full.
+    """
+
+    gradients: int
+    activations: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+        return self.gradients + self.activations + self.working
+
+
+def optimizer_bytes(outline: Outline) -> tuple[int, int]:
+    """Bytes of statistics and master copies on the device, and of paged ones, which move."""
+    train = outline.run.train
+    if outline.causal is None and outline.fused:
+        # parameters and gradients lie in buffers of that size too
+        size = sum(-(-t.numel() // _FLAT) * _FLAT for t in outline.trained.values())
+        return 8 * size + 16, 0
+    held = paged = 0
+    for tensor in outline.trained.values():
+        count, element = tensor.numel(), tensor.element_size()
+        stochastic = train.rounding == "stochastic"
+        if element < 4 and not stochastic:
+            held += 4 * count
+        if "8bit" in train.optimizer and count >= _EIGHT_BIT_FROM:
+            states = 2 * (count + 4 * -(-count // _EIGHT_BIT_BLOCK))
+        else:
+            states = 2 * count * (element if stochastic else 4)
+        if "paged" in train.optimizer:
+            paged += states
+        else:
+            held += states + (4 if train.optimizer == "adamw" else 0)
+    return held, paged
+
+
+class Step:
+    """The moments of a step.
+
+    Args:
+        outline: The run.
+        tokens: Of a pack.
+        persistent: Bytes that are always held, optimizer included.
+        optimizer: Bytes of the optimizer among them.
+    """
+
+    def __init__(self, outline: Outline, tokens: int, persistent: int, optimizer: int) -> None:
+        self._outline, self.tokens = outline, tokens
+        self._blocks = BlockMemory(outline, tokens)
+        self._first, self._depth = outline.first_trained, outline.early.depth
+        self._workspaces = 0
+        if outline.on_gpu:
+            self._workspaces = _WORKSPACES_HOPPER if outline.target.hopper else _WORKSPACES
+        self._before = persistent - optimizer
+        self.first_saved = self._choose()
+
+    @property
+    def recomputed(self) -> int:
+        """Blocks that are run again on the way back."""
+        return max(0, self.first_saved - self._first)
+
+    def peak(self) -> Moment:
+        """The fullest moment."""
+        return max(self.moments(), key=lambda moment: moment.total)
+
+    def moments(self) -> Iterator[Moment]:
+        """Those at which the most may be held."""
+        outline, train = self._outline, self._outline.run.train
+        every = sum(t.nbytes for t in outline.trained.values())
+        earlier = every if train.accumulate > 1 and outline.causal is not None else 0
+        kept = [self._kept(i) for i in range(self._first, self._depth)]
+        if outline.causal is not None:
+            yield from self._loss(earlier, sum(kept))
+        gradients = earlier or self._head_gradient()
+        for i in reversed(range(self._first, self._depth)):
+            activations = sum(kept[: i - self._first + 1])
+            if i < self.first_saved:
+                activations += self._blocks.run_again(i)
+            gradients = every if earlier else gradients + self._gradient(i)
+            working = self._blocks.working() + self._workspaces
+            if outline.causal is None:
+                # fused: they are made, then written to the buffer of all
+                gradients = (2 if outline.fused else 1) * every
+            yield Moment(self._at_once(gradients), activations, working)
+        yield self._update(every)
+
+    def _kept(self, number: int) -> int:
+        """Bytes that a block and its input hold until its way back."""
+        if number < self.first_saved:
+            return self._blocks.input
+        frozen_input = number == self._first and self._outline.run.method == "lora"
+        return self._blocks.kept(number) + (0 if frozen_input else self._blocks.input)
+
+    def _gradient(self, number: int) -> int:
+        prefix = f"layers.{number}."
+        return sum(t.nbytes for n, t in self._outline.trained.items() if n.startswith(prefix))
+
+    def _head_gradient(self) -> int:
+        causal = self._outline.causal
+        full = causal is not None and causal.head.requires_grad
+        return causal.head.nbytes if causal is not None and full else 0
+
+    def _at_once(self, gradients: int) -> int:
+        """What of gradients is held where each is used at once."""
+        if not self._outline.run.train.in_backward:
+            return gradients
+        largest = max(self._outline.trained.values(), key=lambda t: t.numel())
+        return largest.nbytes + self._rounding(largest.numel(), largest.element_size())
+
+    def _rounding(self, largest: int, element: int) -> int:
+        """Bytes that an update takes for a moment."""
+        if element >= 4:
+            return 0
+        if self._outline.run.train.rounding == "stochastic":
+            # gradient, mean, square, its root, value and random bits
+            return 6 * 4 * min(largest, CHUNK)
+        return 4 * largest
+
+    def _loss(self, gradients: int, activations: int) -> Iterator[Moment]:
+        """The output layer, all of whose rows are labels at most."""
+        outline, config = self._outline, self._outline.config
+        vocabulary, hidden, element = config.vocab_size, config.hidden_size, outline.element
+        rows = min(self.tokens, chunk_rows(vocabulary))
+        capped = bool(getattr(config, "final_logit_softcapping", None))
+        logits = rows * vocabulary * (element + 12 * capped)
+        working = 3 * self._blocks.input + logits + self._workspaces
+        if not self._head_gradient():
+            yield Moment(gradients, activations, working)
+            return
+        summed = 4 * vocabulary * hidden
+        part = 4 * min(vocabulary, _VOCABULARY_ROWS) * hidden
+        yield Moment(gradients, activations, working + summed + part)
+        # the sum, times what comes from above, rounded
+        scaled = 2 * summed + vocabulary * hidden * element
+        yield Moment(gradients, activations, 3 * self._blocks.input + scaled + self._workspaces)
+
+    def _update(self, gradients: int) -> Moment:
+        outline, train = self._outline, self._outline.run.train
+        largest = max(outline.trained.values(), key=lambda t: t.numel())
+        count, element = largest.numel(), largest.element_size()
+        if train.in_backward or element >= 4:
+            return Moment(self._at_once(gradients), 0, self._workspaces)
+        if train.rounding == "stochastic":
+            return Moment(gradients, 0, self._rounding(count, element) + self._workspaces)
+        # in fp32, in place of the ones in 16 bits
+        return Moment(gradients // element * 4, 0, self._workspaces)
+
+    def _choose(self) -> int:
+        """The lowest block that keeps its activations, as ``sft.activations`` is decided."""
+        outline, memory = self._outline, self._outline.target.memory
+        policy = outline.run.sft.activations
+        if outline.causal is None or policy == "save" or (policy == "auto" and memory is None):
+            return self._first
+        if policy == "recompute" or memory is None:
+            return self._depth
+        master = 4 * sum(t.numel() for t in outline.trained.values() if t.element_size() < 4)
+        if outline.run.train.rounding == "stochastic":
+            master = 0
+        held = self._before + master + self._blocks.input + self._workspaces // 2
+        free = memory - (0 if outline.target.limited else CONTEXT)
+        number = self._depth - self._first
+        room = free - held - int(UNPLANNED * memory) - outline.causal.reserve()
+        kept = [self._blocks.kept(i) for i in range(self._first, self._depth)]
+        return self._first + first_saved(kept, room - number * self._blocks.input)
+
+
+def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:
+    """The moments of a step of the align objective on so many tokens."""
+    rows = padded(tokens) if outline.fused else tokens
+    most = outline.run.train.chunk_tokens
+    return Step(outline, rows if most is None else min(rows, most), persistent, optimizer)
+
+
+def fits(target: Target, peak: int) -> bool:
+    """Whether a GPU holds ``peak`` bytes and what fragments; True of a CPU."""
+    return target.memory is None or peak <= target.memory * (1 - UNPLANNED)

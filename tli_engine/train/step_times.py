@@ -1,0 +1,96 @@
+"""Times of training steps that were measured; the rows are the committed ones of ``bench/results``."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from tli_engine.train.plan_outline import Outline
+
+# hidden size, feed-forward size, blocks, query heads, key heads, vocabulary
+_SHAPES = {
+    "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
+    "qwen2-72b": (8192, 29568, 80, 64, 8, 152064),
+}
+_ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A step as it was measured.
+
+    Attributes:
+        results: The device's name in ``bench/results``.
+        model: A shape.
+        case: ``step`` of ``tli_step.json``: hidden_states[2], adapters of rank 16 on q and v of blocks
+            0-1; ``lora_early`` of ``train_step.json``: of rank 16 on all projections of blocks 0-2, nothing
+            run again. Weights in NF4.
+        tokens: Of a batch.
+        numerics: Of the products.
+        ms: Of a step, the median.
+    """
+
+    results: str
+    model: str
+    case: str
+    tokens: int
+    numerics: str
+    ms: float
+
+
+_H100 = "NVIDIA-H100-80GB-HBM3"
+MEASURED = [
+    Measured(_H100, "llama-3-8b", "step", 64, "exact", 0.66),
+    Measured(_H100, "llama-3-8b", "step", 64, "fast", 0.61),
+    Measured(_H100, "llama-3-8b", "step", 256, "exact", 1.6),
+    Measured(_H100, "llama-3-8b", "step", 256, "fast", 1.48),
+    Measured(_H100, "llama-3-8b", "step", 4125, "exact", 14.01),
+    Measured(_H100, "llama-3-8b", "step", 4125, "fast", 13.74),
+    Measured(_H100, "qwen2-72b", "step", 64, "exact", 1.65),
+    Measured(_H100, "qwen2-72b", "step", 64, "fast", 1.49),
+    Measured(_H100, "qwen2-72b", "step", 256, "exact", 4.67),
+    Measured(_H100, "qwen2-72b", "step", 256, "fast", 4.2),
+    Measured(_H100, "llama-3-8b", "lora_early", 8192, "exact", 470.47),
+]
+# share by which a batch may differ from the one measured
+_NEAR = 0.05
+
+
+def measured_seconds(outline: Outline, tokens: int, recomputed: int) -> float | None:
+    """Seconds of a step of this run, if one like it was measured: same shape, adapters and tokens."""
+    run = outline.run
+    if not (outline.nf4 and outline.fused and run.method == "lora") or recomputed:
+        return None
+    if run.weight_residency != "nf4" or run.lora.r != 16 or run.train.accumulate > 1:
+        return None
+    case = _case(outline)
+    shape = _shape(outline.config)
+    rows = (
+        row
+        for row in MEASURED
+        if (row.results, row.case, row.numerics) == (outline.target.results, case, run.numerics)
+        and _SHAPES[row.model] == shape
+        and abs(tokens - row.tokens) <= _NEAR * row.tokens
+    )
+    found = next(rows, None)
+    return None if found is None else found.ms / 1000
+
+
+def _case(outline: Outline) -> str | None:
+    run = outline.run
+    modules, layers = set(run.lora.modules), outline.run.lora.layers
+    if run.objective == "align":
+        alike = modules == {"q_proj", "v_proj"} and layers == "0-1" and outline.early.depth == 2
+        return "step" if alike and run.align.space == "raw" else None
+    alike = modules == _ALL and layers == "0-2" and run.objective == "sft"
+    # attention took rows of one length
+    return "lora_early" if alike and run.sft.context == 2048 else None
+
+
+def _shape(config: Any) -> tuple[int, ...]:
+    return (
+        config.hidden_size,
+        config.intermediate_size,
+        config.num_hidden_layers,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.vocab_size,
+    )
