@@ -38,6 +38,8 @@ class DataConfig(_Section):
     texts: str | None = None
     # articles to measure the loss on while training; a preset has its own
     validation: str | None = None
+    # articles for a comparison to summarise; a preset has its own
+    test: str | None = None
     columns: tuple[str, str] = ("text", "summary")
     # articles to train on at most, and to measure on
     texts_limit: PositiveInt | None = None
@@ -324,13 +326,14 @@ def resolve_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as e:
-        raise ConfigError(f"{where}: {_explain(e.errors()[0])}") from None
+        raise ConfigError(f"{where}: {explain(e.errors()[0])}") from None
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, root: Any = None) -> str:
+    """One line on an error of pydantic's: the key, what is wrong, what is allowed."""
     key = ".".join(str(part) for part in error["loc"]) or "(top level)"
     if error["type"] == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = root or RunConfig
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
         return f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
@@ -358,7 +361,7 @@ def resolve_words(
     try:
         return WordsConfig(presentation=presentation, template=pairs, prefix=prefix)
     except ValidationError as e:
-        raise ConfigError(f"--presentation, --template: {_explain(e.errors()[0])}") from None
+        raise ConfigError(f"--presentation, --template: {explain(e.errors()[0])}") from None
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -367,7 +370,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(name: str | None) -> str | None:
         return str(Path(name).absolute()) if name and Path(name).exists() else name
 
-    names = ("pairs", "control", "texts", "validation")
+    names = ("pairs", "control", "texts", "validation", "test")
     data = {name: absolute(getattr(config.data, name)) for name in names}
     return config.model_copy(
         update={
