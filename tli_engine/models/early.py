@@ -16,6 +16,7 @@ from tli_engine.errors import UserError
 from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlocks, Rows
+from tli_engine.models.packed_attention import Attends
 from tli_engine.models.projection import NotFusedError
 from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nf4_checkpoint import nf4_state_dict
@@ -141,8 +142,18 @@ class EarlyModel(nn.Module):
         kinds = dict.fromkeys(self.config.layer_types[: self.depth])
         return {kind: self.decoder.rotary_emb(like, positions, kind) for kind in kinds}
 
-    def run_block(self, block: int, hidden: Tensor, pack: Pack, rotary: Rotary | Rows) -> Tensor:
-        """Run one block on what the block below put out, ``[T, D]`` to ``[T, D]``."""
+    def run_block(
+        self,
+        block: int,
+        hidden: Tensor,
+        pack: Pack,
+        rotary: Rotary | Rows,
+        documents: Attends | None = None,
+    ) -> Tensor:
+        """Run one block on what the block below put out, ``[T, D]`` to ``[T, D]``.
+
+        ``documents`` attend in transformers' modules, if given; in fused blocks those of ``rotary`` do.
+        """
         if self.fused is not None and isinstance(rotary, Rows):
             return self.fused.run(hidden, rotary, block, block + 1)
         assert isinstance(rotary, dict)
@@ -153,6 +164,7 @@ class EarlyModel(nn.Module):
             position_ids=pack.position_ids[None],
             position_embeddings=rotary[kind],
             pack=pack,
+            documents=documents,
         )
         return out[0]
 

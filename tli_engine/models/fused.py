@@ -14,6 +14,7 @@ from torch import Tensor
 from tli_engine.data.words import Pack
 from tli_engine.models.document_attention import Attention, Documents
 from tli_engine.models.norm import Norm
+from tli_engine.models.packed_attention import Attends
 from tli_engine.models.projection import NotFusedError, Projection
 from tli_engine.ops import (
     joined_word_attention,
@@ -35,13 +36,13 @@ class Rows:
         cos: Cosines of each row's angles, by rotary embedding, ``[T, D / 2]``.
         sin: Sines, as ``cos``.
         bounds: Of each row's word; see :func:`tli_engine.ops.word_bounds`. None in documents.
-        documents: Where the rows are of documents; blocks then attend within windows.
+        documents: What attends where the rows are of documents; blocks then attend within windows.
     """
 
     cos: dict[str, Tensor]
     sin: dict[str, Tensor]
     bounds: Tensor | None
-    documents: Documents | None = None
+    documents: Attends | None = None
 
 
 class FusedBlock:
@@ -140,7 +141,7 @@ class FusedBlock:
             out = word_attention(q, k, v, *tokens, scale=self._scale)
         return out.flatten(1)
 
-    def _attend_in_documents(self, heads: Tensor, rows: Rows, documents: Documents) -> Tensor:
+    def _attend_in_documents(self, heads: Tensor, rows: Rows, documents: Attends) -> Tensor:
         angles = rows.cos[self.rotary], rows.sin[self.rotary]
         if self._q_norm is None or self._k_norm is None:
             rotated = rotary(heads, *angles, self._heads[0] + self._heads[1])

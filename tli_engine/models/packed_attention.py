@@ -1,6 +1,6 @@
 """Causal attention inside each word or document of a pack, as an attention function of transformers."""
 
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,13 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from tli_engine.data.words import Pack
 
 NAME = "tli_packed"
+
+
+class Attends(Protocol):
+    """What attends within the documents of a pack at one block."""
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
+        """As :meth:`tli_engine.models.document_attention.Documents.attend`."""
 
 
 def packed_attention(
@@ -23,14 +30,20 @@ def packed_attention(
     sliding_window: int | None = None,
     *,
     pack: Pack,
+    documents: Attends | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each word of ``pack``; q, k, v are ``[1, H, T, D]``, the result ``[1, T, H, D]``.
 
     The words are laid side by side, short ones filled up behind their end, where a causal mask
     hides the filling from every real token. One word alone takes transformers' own path. In a word
-    longer than ``sliding_window`` a token sees as many tokens, itself included.
+    longer than ``sliding_window`` a token sees as many tokens, itself included. ``documents``, if
+    given, attend instead.
     """
+    if documents is not None:
+        assert scaling is not None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        return documents.attend(q, k, v, scaling, sliding_window)[None], None
     options = {"dropout": dropout, "scaling": scaling}
     band = None
     if sliding_window is not None and pack.longest > sliding_window:

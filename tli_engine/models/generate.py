@@ -1,0 +1,183 @@
+"""Texts continued by a causal model, many at a time: the likeliest token, or a sampled one, a step."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.decoder import Decoder
+
+# steps after which the host looks whether all texts have ended, on a device that it would wait for
+_LOOK_EVERY = 8
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """How texts are continued.
+
+    Attributes:
+        max_new_tokens: Of each text, the end included.
+        end: Token that ends a text.
+        batch_size: Texts at a time; longest prompts come first.
+        temperature: 0 takes the likeliest token; else tokens are drawn, 1 from the model's own
+            distribution.
+        top_p: Draw among the likeliest tokens that together have this probability.
+        seed: Of what is drawn; a text's draws depend on no other text of its batch.
+        cuda_graph: On a GPU, replay a step as a CUDA graph.
+
+    Raises:
+        ValueError: A value is out of range.
+    """
+
+    max_new_tokens: int
+    end: int
+    batch_size: int = 8
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    cuda_graph: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.temperature < 0:
+            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0, 1 at most, got {self.top_p}")
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What continues a prompt.
+
+    Attributes:
+        tokens: Token ids, without the end.
+        score: Sum of the tokens' log-probabilities in the model's own distribution, the end's included.
+        ended: Whether the end came within the tokens that were allowed.
+    """
+
+    tokens: tuple[int, ...]
+    score: float
+    ended: bool
+
+
+def generate(
+    model: CausalModel,
+    prompts: Sequence[tuple[int, ...]],
+    options: GenerateOptions,
+    advance: Callable[[int, str], None] = lambda texts, note: None,
+) -> list[Generated]:
+    """Continue each prompt up to its end, seeing nothing of the others.
+
+    Args:
+        model: Whole, its blocks fused or not; adapters that are on take part. Dropout does not.
+        prompts: Token ids as the model is to see them, a first token such as ``<s>`` included.
+        options: How.
+        advance: Called after each batch with the number of its texts, and the speed so far, a note.
+
+    Returns:
+        One continuation a prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: A prompt has no tokens.
+    """
+    for number, prompt in enumerate(prompts):
+        if not prompt:
+            raise ValueError(f"prompt {number} has no tokens")
+    # the first batch takes the memory, which is enough for all others
+    order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+    decoder = Decoder(model, cuda_graph=options.cuda_graph)
+    found: dict[int, Generated] = {}
+    tokens, start = 0, time.perf_counter()
+    with _without_dropout(model):
+        for first in range(0, len(order), options.batch_size):
+            numbers = order[first : first + options.batch_size]
+            batch = _continue(decoder, [prompts[i] for i in numbers], numbers, options)
+            found |= dict(zip(numbers, batch, strict=True))
+            tokens += sum(len(text.tokens) + text.ended for text in batch)
+            advance(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
+    return [found[i] for i in range(len(prompts))]
+
+
+@contextmanager
+def _without_dropout(model: CausalModel) -> Iterator[None]:
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)
+
+
+def _continue(
+    decoder: Decoder,
+    prompts: Sequence[tuple[int, ...]],
+    numbers: Sequence[int],
+    options: GenerateOptions,
+) -> list[Generated]:
+    """Continue a batch of prompts, by their numbers among all, a token of each at a time."""
+    logits = decoder.begin(prompts, options.max_new_tokens)
+    ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
+    scores = torch.zeros(len(prompts), device=logits.device)
+    draws = _draws(numbers, options).to(logits.device)
+    look_every = 1 if logits.device.type == "cpu" else _LOOK_EVERY
+    steps: list[Tensor] = []
+    for step in range(options.max_new_tokens):
+        tokens = choose(logits, options.temperature, options.top_p, draws[step])
+        chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+        scores += chosen.masked_fill(ended, 0)
+        tokens = tokens.masked_fill(ended, options.end)
+        ended |= tokens == options.end
+        steps.append(tokens)
+        if step + 1 == options.max_new_tokens or ((step + 1) % look_every == 0 and ended.all()):
+            break
+        logits = decoder.step(tokens)
+    rows = torch.stack(steps, 1).tolist()
+    return [
+        Generated(_until(row, options.end), score, options.end in row)
+        for row, score in zip(rows, scores.tolist(), strict=True)
+    ]
+
+
+def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
+    """Choose the next token of each row.
+
+    Args:
+        logits: ``[rows, V]``, fp32.
+        temperature: 0 takes the likeliest.
+        top_p: Choose among the likeliest that together have this probability.
+        draws: Where in the distribution to choose, ``[rows]``, in [0, 1).
+
+    Returns:
+        Tokens, ``[rows]``, int64.
+    """
+    if temperature == 0:
+        return logits.argmax(-1)
+    likeliest, tokens = (
+        (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    )
+    total = likeliest.double().cumsum(-1)
+    # the first of all is kept always
+    kept = (total - likeliest < top_p).sum(-1, keepdim=True)
+    mass = total.gather(-1, kept - 1)
+    place = torch.searchsorted(total, draws[:, None] * mass, right=True).minimum(kept - 1)
+    chosen: Tensor = tokens.gather(-1, place)[:, 0]
+    return chosen
+
+
+def _draws(numbers: Sequence[int], options: GenerateOptions) -> Tensor:
+    """A number in [0, 1) a step and text, ``[steps, texts]``, fp64; each text has its own."""
+    columns = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(options.seed * 2**32 + number)
+        columns.append(torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64))
+    return torch.stack(columns, 1)
+
+
+def _until(tokens: list[int], end: int) -> tuple[int, ...]:
+    return tuple(tokens[: tokens.index(end)] if end in tokens else tokens)
