@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tli_engine.cli._summaries import Summariser, load_whole, stages
 from tli_engine.cli._train import resume_training, run_training
 from tli_engine.cli.console import progress, say
@@ -163,7 +165,7 @@ def _measure(
         if stage == "after":
             written = summariser.write(model, folder.name)
             trained = _trained_parameters(model, config)
-            device = str(model.early.device)
+            device = model.early.device
         # the next stage may be another model
         del model
     write_text(folder / PREDICTIONS, predictions_text(written.summaries))
@@ -172,7 +174,9 @@ def _measure(
         "objective": config.objective,
         "layers": config.lora.layers if config.method == "lora" else "all",
         "trainable_parameters": trained,
-        "device": device,
+        "device": device.type,
+        "device_name": _name(device),
+        "base_model": files.hub_id,
         "test": _identity(texts),
         "generation": written.to_json(),
         "alignment": alignment_figures(splits, vectors["before"], vectors["after"], config),
@@ -185,14 +189,16 @@ def _summariser(
 ) -> Summariser:
     settings = comparison.settings
     articles = [texts[i] for i in range(len(texts))]
-    return Summariser.prepare(
-        articles, files, config, settings.max_new_tokens, settings.batch_size
-    )
+    return Summariser.prepare(articles, files, config, settings.max_new_tokens, settings.batch_size)
 
 
 def _trained_parameters(model: CausalModel, config: RunConfig) -> int:
     trained = model.weights() if config.method == "full" else adapter_tensors(model.early)
     return sum(tensor.numel() for tensor in trained.values())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
 
 
 def _identity(texts: Texts) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from typing import Any
 from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
 from tli_engine.config import RunConfig, read_yaml, resolve_config
-from tli_engine.data.texts import has_articles
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.evaluate.alignment import (
     Row,

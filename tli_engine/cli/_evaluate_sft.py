@@ -28,6 +28,7 @@ from tli_engine.train.manifest import problems
 from tli_engine.train.run_folder import write_json, write_text
 from tli_engine.train.sft_step import mean_loss
 
+
 def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing: Writing) -> None:
     """Measure a run on ``data.validation``; write ``predictions.jsonl`` and ``evaluation.json``.
 

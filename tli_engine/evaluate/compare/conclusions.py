@@ -1,0 +1,203 @@
+"""What a comparison shows, in words, and what it cannot show."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tli_engine.evaluate.summaries import METRICS
+
+# fewer than these show no more than a tendency
+ENOUGH_SEEDS = 3
+ENOUGH_ARTICLES = 200
+_ALPHA = 0.05
+
+Report = Mapping[str, Any]
+
+
+def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
+    """Sentences, the most important first.
+
+    Args:
+        report: As :func:`tli_engine.evaluate.compare.gather.gather` makes it, with ``data``.
+        missing: Runs that have no figures.
+    """
+    lines = list(_size(report, bool(missing)))
+    if missing:
+        lines.append(
+            f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
+        )
+    lines += _against(report)
+    lines += _baselines(report)
+    lines += _costs(report)
+    lines += _alignment(report)
+    lines += _budget(report)
+    lines.append(
+        "The tests and intervals are over test articles with these seeds: they do not say how other "
+        "seeds, data, models or learning rates would come out. Each seed's score is shown beside them."
+    )
+    return lines
+
+
+def too_small(report: Report) -> str | None:
+    """Why there is nothing to conclude; ``None`` where there is enough."""
+    articles = report["data"]["counts"]["test"]
+    seeds = min((len(arm["seeds"]) for arm in report["arms"]), default=0)
+    reasons = []
+    if articles < ENOUGH_ARTICLES:
+        reasons.append(f"{articles} test articles, and it takes {ENOUGH_ARTICLES}")
+    if seeds < ENOUGH_SEEDS:
+        reasons.append(f"{_count(seeds, 'seed')} an arm, and it takes {ENOUGH_SEEDS}")
+    return "; ".join(reasons) or None
+
+
+def _size(report: Report, unfinished: bool) -> Iterator[str]:
+    reason = too_small(report)
+    if reason is not None:
+        yield f"Too small to conclude: there are {reason}. Read what follows as a demonstration."
+    elif unfinished:
+        yield "Not finished: what follows is of the runs that are done."
+
+
+def _against(report: Report) -> Iterator[str]:
+    """Each arm against the reference, by every metric."""
+    reference = report["reference"]
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    hedge = " (too small to conclude)" if too_small(report) else ""
+    for name, arm in arms.items():
+        tests = {t["metric"]: t for t in report["tests"] if t["arm"] == name}
+        if not tests:
+            continue
+        better, worse = (
+            [t for t in tests.values() if _is_shown(t) and t["difference"] * sign > 0]
+            for sign in (1, -1)
+        )
+        undecided = [METRICS[m] for m, t in tests.items() if not _is_shown(t)]
+        parts = [
+            f"{word} by {_listed([_figure(t, arm, arms[reference]) for t in shown])}"
+            for word, shown in (("better", better), ("worse", worse))
+            if shown
+        ]
+        if undecided:
+            tried = _listed(undecided) if parts else "any metric"
+            parts.append(f"not to be told apart by {tried}")
+        widest = max((t["ci95"][1] - t["ci95"][0]) / 2 for t in tests.values())
+        if not parts[:-1] and not math.isnan(widest):
+            parts.append(
+                f"which is not the same as equal: the widest 95 % interval of a difference is "
+                f"±{widest:.1f} points"
+            )
+        yield f"{name} against {reference}: {'; '.join(parts)}{hedge}."
+
+
+def _is_shown(test: Mapping[str, Any]) -> bool:
+    # NaN is not below it
+    return bool(test["p_holm"] < _ALPHA)
+
+
+def _figure(test: Mapping[str, Any], arm: Report, reference: Report) -> str:
+    """A difference, and whether every seed agrees."""
+    metric = test["metric"]
+    scores = [
+        [
+            s
+            for s, seed in zip(a["text"][metric]["by_seed"], a["seeds"], strict=True)
+            if seed in test["seeds"]
+        ]
+        for a in (arm, reference)
+    ]
+    apart = min(scores[0]) > max(scores[1]) or max(scores[0]) < min(scores[1])
+    agree = "" if apart else ", though seeds overlap"
+    return f"{METRICS[metric]} ({test['difference']:+.1f}, p = {test['p_holm']:.2g}{agree})"
+
+
+def _baselines(report: Report) -> Iterator[str]:
+    """Which arms are worth more than what costs nothing."""
+    metric = "rougeL"
+    for name, scores in report["baselines"].items():
+        floor = scores[metric]["score"]
+        above, below, level = [], [], []
+        for arm in report["arms"]:
+            low, high = arm["text"][metric]["ci95"]
+            (above if low > floor else below if high < floor else level).append(arm["name"])
+        said = [
+            f"{_listed(names)} {verb}"
+            for names, verb in (
+                (above, "above it"),
+                (below, "below it"),
+                (level, "within their own interval of it"),
+            )
+            if names
+        ]
+        if said:
+            yield f"{_BASELINES[name]} scores {floor:.1f} by ROUGE-L: {'; '.join(said)}."
+
+
+_BASELINES = {
+    "zero-shot": "The base model, untrained,",
+    "lead-1": "An article's first sentence",
+    "lead-3": "An article's first three sentences",
+    "random-summary": "Another article's summary, drawn at random,",
+}
+
+
+def _costs(report: Report) -> Iterator[str]:
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    reference = arms.pop(report["reference"], None)
+    for name, arm in arms.items() if reference else ():
+        share = arm["trainable_parameters"] / reference["trainable_parameters"]
+        parts = [
+            f"{100 * share:.2g} % of the trained parameters",
+            f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
+            f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the training time",
+        ]
+        if arm["energy_joules"] and reference["energy_joules"]:
+            ratio = arm["energy_joules"] / reference["energy_joules"]
+            parts.append(f"{ratio:.2f} times the energy")
+        yield f"{name} took, of {reference['name']}'s: {_listed(parts)}."
+    if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
+        yield (
+            "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "
+            "GPU's."
+        )
+
+
+def _alignment(report: Report) -> Iterator[str]:
+    """Whether unseen pairs find each other better, by the score that centring cannot inflate."""
+    for arm in report["arms"]:
+        found = arm["alignment"]
+        row = next(
+            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
+        )
+        intervals = row["mrr_change_ci95"]
+        if all(low > 0 for low, _ in intervals):
+            verdict = "up with every seed"
+        elif all(high < 0 for _, high in intervals):
+            verdict = "down with every seed"
+        else:
+            verdict = "no change that every seed shows"
+        unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
+        yield (
+            f"{arm['name']}: retrieval of {found['pairs']} {unseen} at layer {row['layer']} (centred), "
+            f"MRR {row['before']['mrr']:.3f} → {row['after']['mrr']:.3f}: {verdict}."
+        )
+
+
+def _budget(report: Report) -> Iterator[str]:
+    if report["data"].get("seconds"):
+        yield (
+            f"Every arm had {report['data']['seconds']:g} s of training, all its runs together; "
+            "slower ones did fewer steps."
+        )
+    elif any(arm["name"] == "tli-then-lora-early" for arm in report["arms"]):
+        yield (
+            "Arms had the same steps on the same articles. tli-then-lora-early had its steps on word "
+            "pairs besides, which its time and energy hold."
+        )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
