@@ -18,6 +18,8 @@ from tli_engine.models.packed_attention import Attends
 _PREFILL_TOKENS = 8192
 # slots are a multiple of so many where a graph is captured for each number of them
 _GRAPH_SLOTS = 256
+# steps after which the host looks whether all texts have ended, where it would wait for the device
+_LOOK_EVERY = 8
 # rotary embeddings that ask the host how long the texts have become
 _HOST_ROPE = ("dynamic", "longrope")
 
@@ -30,11 +32,16 @@ class Decoder:
     Args:
         model: Its blocks may be fused or not.
         cuda_graph: Whether steps are replayed from a CUDA graph, on a GPU.
+
+    Attributes:
+        look_every: Steps after which a caller had best look whether the texts have ended.
     """
 
     def __init__(self, model: CausalModel, *, cuda_graph: bool = True) -> None:
         self._model = model
-        self._graphs = cuda_graph and model.early.device.type == "cuda" and _capturable(model)
+        on_gpu = model.early.device.type == "cuda"
+        self.look_every = _LOOK_EVERY if on_gpu else 1
+        self._graphs = cuda_graph and on_gpu and _capturable(model)
         self._memory: Tensor | None = None
         self._cache: KVCache | None = None
         self._steps: dict[tuple[int, int], _CapturedStep] = {}

@@ -1,4 +1,4 @@
-"""Texts continued by a causal model, many at a time: the likeliest token, or a sampled one, a step."""
+"""Texts continued by a causal model, many at a time: greedily, by beams, or by sampling."""
 
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -8,11 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tli_engine.models.beams import beam_search
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import Decoder
-
-# steps after which the host looks whether all texts have ended, on a device that it would wait for
-_LOOK_EVERY = 8
 
 
 @dataclass(frozen=True)
@@ -23,6 +21,8 @@ class GenerateOptions:
         max_new_tokens: Of each text, the end included.
         end: Token that ends a text.
         batch_size: Texts at a time; longest prompts come first.
+        beams: Above 1, the continuation of the highest mean log-probability is searched among so many
+            open ones a text, each a row of the batch; as transformers' ``num_beams``.
         temperature: 0 takes the likeliest token; else tokens are drawn, 1 from the model's own
             distribution.
         top_p: Draw among the likeliest tokens that together have this probability.
@@ -36,19 +36,22 @@ class GenerateOptions:
     max_new_tokens: int
     end: int
     batch_size: int = 8
+    beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     cuda_graph: bool = True
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "batch_size"):
+        for name in ("max_new_tokens", "batch_size", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.temperature < 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0, 1 at most, got {self.top_p}")
+        if self.beams > 1 and self.temperature > 0:
+            raise ValueError("beams and temperature exclude each other: beams draw nothing")
 
 
 @dataclass(frozen=True)
@@ -93,11 +96,14 @@ def generate(
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
     decoder = Decoder(model, cuda_graph=options.cuda_graph)
     found: dict[int, Generated] = {}
+    generator = torch.Generator().manual_seed(options.seed)
+    size = (len(prompts), options.max_new_tokens)
+    draws = torch.rand(size, generator=generator, dtype=torch.float64)
     tokens, start = 0, time.perf_counter()
     with _without_dropout(model):
         for first in range(0, len(order), options.batch_size):
             numbers = order[first : first + options.batch_size]
-            batch = _continue(decoder, [prompts[i] for i in numbers], numbers, options)
+            batch = _continue(decoder, [prompts[i] for i in numbers], draws[numbers], options)
             found |= dict(zip(numbers, batch, strict=True))
             tokens += sum(len(text.tokens) + text.ended for text in batch)
             advance(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
@@ -117,31 +123,51 @@ def _without_dropout(model: CausalModel) -> Iterator[None]:
 def _continue(
     decoder: Decoder,
     prompts: Sequence[tuple[int, ...]],
-    numbers: Sequence[int],
+    draws: Tensor,
     options: GenerateOptions,
 ) -> list[Generated]:
-    """Continue a batch of prompts, by their numbers among all, a token of each at a time."""
+    """Continue a batch of prompts; each has its own ``draws``, ``[prompts, max_new_tokens]``."""
+    if options.beams > 1:
+        tokens, scores = beam_search(
+            decoder,
+            prompts,
+            beams=options.beams,
+            new_tokens=options.max_new_tokens,
+            end=options.end,
+            look_every=decoder.look_every,
+        )
+    else:
+        tokens, scores = _continue_one_each(decoder, prompts, draws, options)
+    return [
+        Generated(_until(row, options.end), score, options.end in row)
+        for row, score in zip(tokens.tolist(), scores.tolist(), strict=True)
+    ]
+
+
+def _continue_one_each(
+    decoder: Decoder,
+    prompts: Sequence[tuple[int, ...]],
+    draws: Tensor,
+    options: GenerateOptions,
+) -> tuple[Tensor, Tensor]:
+    """Choose a token of each text at a time; return them, the end repeated, and their scores."""
     logits = decoder.begin(prompts, options.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
     scores = torch.zeros(len(prompts), device=logits.device)
-    draws = _draws(numbers, options).to(logits.device)
-    look_every = 1 if logits.device.type == "cpu" else _LOOK_EVERY
+    draws = draws.to(logits.device)
     steps: list[Tensor] = []
     for step in range(options.max_new_tokens):
-        tokens = choose(logits, options.temperature, options.top_p, draws[step])
+        tokens = choose(logits, options.temperature, options.top_p, draws[:, step])
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         scores += chosen.masked_fill(ended, 0)
         tokens = tokens.masked_fill(ended, options.end)
         ended |= tokens == options.end
         steps.append(tokens)
-        if step + 1 == options.max_new_tokens or ((step + 1) % look_every == 0 and ended.all()):
+        last = step + 1 == options.max_new_tokens
+        if last or ((step + 1) % decoder.look_every == 0 and ended.all()):
             break
         logits = decoder.step(tokens)
-    rows = torch.stack(steps, 1).tolist()
-    return [
-        Generated(_until(row, options.end), score, options.end in row)
-        for row, score in zip(rows, scores.tolist(), strict=True)
-    ]
+    return torch.stack(steps, 1), scores
 
 
 def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> Tensor:
@@ -149,6 +175,8 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
 
     Args:
         logits: ``[rows, V]``, fp32.
+        beams: Above 1, the continuation of the highest mean log-probability is searched among so many
+            open ones a text, each a row of the batch; as transformers' ``num_beams``.
         temperature: 0 takes the likeliest.
         top_p: Choose among the likeliest that together have this probability.
         draws: Where in the distribution to choose, ``[rows]``, in [0, 1).
@@ -168,15 +196,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     place = torch.searchsorted(total, draws[:, None] * mass, right=True).minimum(kept - 1)
     chosen: Tensor = tokens.gather(-1, place)[:, 0]
     return chosen
-
-
-def _draws(numbers: Sequence[int], options: GenerateOptions) -> Tensor:
-    """A number in [0, 1) a step and text, ``[steps, texts]``, fp64; each text has its own."""
-    columns = []
-    for number in numbers:
-        generator = torch.Generator().manual_seed(options.seed * 2**32 + number)
-        columns.append(torch.rand(options.max_new_tokens, generator=generator, dtype=torch.float64))
-    return torch.stack(columns, 1)
 
 
 def _until(tokens: list[int], end: int) -> tuple[int, ...]:

@@ -1,12 +1,17 @@
 """Keys and values of texts that are being continued, in static memory, and attention over them."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from tli_engine.models.document_attention import Documents
+
+# what takes a mask that rows share, on a GPU
+_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class KVCache:
@@ -116,14 +121,16 @@ class Step:
     _masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None) -> Tensor:
-        """Slots that each row's new token sees, ``[rows, 1, 1, seen]``, bool."""
+        """0 at slots that each row's new token sees, else minus infinity, ``[rows, 1, 1, seen]``."""
         if window not in self._masks:
             cache = self.cache
             slots = torch.arange(self.seen, device=cache.slot.device)
             first = cache.begin[:, None]
             if window is not None:
                 first = first.maximum(cache.slot - (window - 1))
-            self._masks[window] = ((slots >= first) & (slots <= cache.slot))[:, None, None]
+            hidden = (slots < first) | (slots > cache.slot)
+            mask = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
+            self._masks[window] = mask[:, None, None]
         return self._masks[window]
 
 
@@ -146,5 +153,6 @@ class CachedAttention:
         if window is not None and window >= step.seen:
             window = None
         mask = step.mask(window).expand(-1, 1, grouped.shape[2], -1)
-        out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
+        with sdpa_kernel(_WITH_A_MASK) if q.is_cuda else nullcontext():
+            out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
         return out.flatten(1, 2)
