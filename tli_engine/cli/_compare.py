@@ -25,7 +25,7 @@ from tli_engine.train.run_folder import check_writable, plain_json, write_json, 
 
 _SETTINGS = "compare.yaml"
 # may differ between calls: they say how much is compared, not what
-_GROWING = ("arms", "seeds")
+_GROWING = ("compare.arms", "compare.seeds")
 # how long a run is waited for before signals are looked at
 _LOOK_EVERY = 0.2
 
@@ -39,6 +39,8 @@ def run_comparison(
         raise ConfigError(
             f"--only {unknown[0]}: no such run; there are {' '.join(comparison.parts)}"
         )
+    # before anything is written
+    comparison.test_texts()
     _keep_settings(comparison, gather_only)
     for part in only:
         if status := run_part(comparison, part):
@@ -68,23 +70,27 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     path = out / _SETTINGS
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
-    if path.is_file():
-        recorded = read_yaml(path)
-        for key in (
-            k for k in values if _without_growing(values[k]) != _without_growing(recorded.get(k))
-        ):
-            raise UserError(f"{out}: was begun with another {key}; choose another --out")
-    elif gather_only or (out.is_dir() and any(out.iterdir())):
+    others = [p for p in out.iterdir() if p != path] if out.is_dir() else []
+    if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
+    key = _difference(values, read_yaml(path)) if others else None
+    if key is not None:
+        raise UserError(f"{out}: was begun with another {key}; choose another --out")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
 
 
-def _without_growing(section: Any) -> Any:
-    if not isinstance(section, dict):
-        return section
-    return {k: v for k, v in section.items() if k not in _GROWING}
+def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
+    """The first key whose values differ, if one does that must not."""
+    if not isinstance(values, dict) or not isinstance(recorded, dict):
+        return None if values == recorded or key in _GROWING else key
+    for name in sorted(values.keys() | recorded.keys()):
+        inner = f"{key}.{name}" if key else name
+        found = _difference(values.get(name), recorded.get(name), inner)
+        if found is not None:
+            return found
+    return None
 
 
 def _in_process(comparison: Comparison, part: str) -> int:
@@ -151,6 +157,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         "counts": {"train": len(train) if train else 0, "test": len(texts)},
         "selected_on_test": not has_articles(shared.data, "test"),
         "max_new_tokens": settings.max_new_tokens,
+        "beams": settings.beams,
         "seconds": settings.seconds,
         "devices": sorted({part.result["device_name"] for part in parts.values()}),
     }

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,7 +161,7 @@ def _measure(
         words = sum(len(set(split.words)) for split in splits)
         with progress(f"word pairs {stage}", words) as advance:
             vectors[stage] = encode_splits(
-                model.early, splits, config, lambda n, advance=advance: advance(n, "")
+                model.early, splits, config, partial(advance, note="")
             )
         if stage == "after":
             written = summariser.write(model, folder.name)
@@ -189,7 +190,7 @@ def _summariser(
 ) -> Summariser:
     settings = comparison.settings
     articles = [texts[i] for i in range(len(texts))]
-    return Summariser.prepare(articles, files, config, settings.max_new_tokens, settings.batch_size)
+    return Summariser.prepare(articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams)
 
 
 def _trained_parameters(model: CausalModel, config: RunConfig) -> int:

@@ -41,7 +41,7 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
     base = open_model(config.model)
     articles = [texts[i] for i in range(len(texts))]
     summariser = Summariser.prepare(
-        articles, base, config, writing.max_new_tokens, writing.batch_size
+        articles, base, config, writing.max_new_tokens, writing.batch_size, writing.beams
     )
     losses, written = _both(folder, config, base, texts, summariser, device)
     predictions = written["after"].summaries

@@ -78,10 +78,11 @@ class Summariser:
         config: RunConfig,
         max_new_tokens: int,
         batch_size: int,
+        beams: int,
     ) -> "Summariser":
         """For the models of a run."""
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
-        options = GenerateOptions(max_new_tokens, examples.end, batch_size)
+        options = GenerateOptions(max_new_tokens, examples.end, batch_size, beams=beams)
         return cls(articles, base.tokenizer, examples, options)
 
     def write(self, model: CausalModel, title: str) -> Written:

@@ -15,6 +15,7 @@ class Writing:
 
     max_new_tokens: int
     batch_size: int
+    beams: int
     against: Path | None
 
 
@@ -51,6 +52,9 @@ class Writing:
     help="Summaries written at the same time.",
 )
 @click.option(
+    "--beams", type=click.IntRange(1), default=1, show_default=True, help="Beams; 1 is greedy."
+)
+@click.option(
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
@@ -64,6 +68,7 @@ def command(
     device: str | None,
     max_new_tokens: int,
     batch_size: int,
+    beams: int,
     against: Path | None,
 ) -> None:
     """Measure what the training of RUN, a run folder, did.
@@ -87,5 +92,5 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    writing = Writing(max_new_tokens, batch_size, against)
+    writing = Writing(max_new_tokens, batch_size, beams, against)
     evaluate_run(run, final_layer, texts, strengths, device, writing)

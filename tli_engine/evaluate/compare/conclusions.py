@@ -115,28 +115,22 @@ def _baselines(report: Report) -> Iterator[str]:
     metric = "rougeL"
     for name, scores in report["baselines"].items():
         floor = scores[metric]["score"]
-        above, below, level = [], [], []
+        places: dict[str, list[str]] = {"above it": [], "below it": [], _LEVEL: []}
         for arm in report["arms"]:
             low, high = arm["text"][metric]["ci95"]
-            (above if low > floor else below if high < floor else level).append(arm["name"])
-        said = [
-            f"{_listed(names)} {verb}"
-            for names, verb in (
-                (above, "above it"),
-                (below, "below it"),
-                (level, "within their own interval of it"),
-            )
-            if names
-        ]
+            place = "above it" if low > floor else "below it" if high < floor else _LEVEL
+            places[place].append(arm["name"])
+        said = [f"{_listed(names)} {place}" for place, names in places.items() if names]
         if said:
-            yield f"{_BASELINES[name]} scores {floor:.1f} by ROUGE-L: {'; '.join(said)}."
+            yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}."
 
 
+_LEVEL = "within their own interval of it"
 _BASELINES = {
-    "zero-shot": "The base model, untrained,",
+    "zero-shot": "The base model, untrained",
     "lead-1": "An article's first sentence",
     "lead-3": "An article's first three sentences",
-    "random-summary": "Another article's summary, drawn at random,",
+    "random-summary": "Another article's summary, drawn at random",
 }
 
 

@@ -39,6 +39,7 @@ class CompareConfig(BaseModel):
     max_new_tokens: PositiveInt = 64
     # articles summarised at the same time
     batch_size: PositiveInt = 16
+    beams: PositiveInt = 1
     # seconds of training that each arm may take, all its runs together
     seconds: Annotated[float, Field(gt=0)] | None = None
     # whether adapters and models stay after they have been measured
