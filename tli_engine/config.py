@@ -149,6 +149,8 @@ class TrainConfig(_Section):
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
+    # training time after which no other step begins; the schedule is that of all steps
+    seconds: Annotated[float, Field(gt=0)] | None = None
     # pairs; rows of tokens where summaries are written
     batch_size: PositiveInt = 8
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4

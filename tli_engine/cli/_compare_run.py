@@ -3,7 +3,6 @@
 import json
 import shutil
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +58,17 @@ class Comparison:
         """Of a part."""
         return self.out / part.replace(":", "-")
 
+    def config(self, name: str, seed: int, spent: float = 0.0) -> RunConfig:
+        """Of a run, for whose arm there were ``spent`` seconds of training before."""
+        config = arm_config(self.shared, self.settings, name, seed, self.out)
+        if self.settings.seconds is None:
+            return config
+        # a run has one step at least
+        left = max(self.settings.seconds - spent, 1e-3)
+        return config.model_copy(
+            update={"train": config.train.model_copy(update={"seconds": left})}
+        )
+
     def is_done(self, part: str) -> bool:
         """Whether a part has its figures."""
         return (self.folder(part) / RESULT).is_file()
@@ -108,10 +118,12 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     whole = not any((folder / "config.yaml").exists() for folder in folders)
     device = choose_device(comparison.shared.device)
     energy = energy_joules(device)
+    spent = 0.0
     for name, folder in zip(names, folders, strict=True):
-        config = arm_config(comparison.shared, comparison.settings, name, seed, comparison.out)
+        config = comparison.config(name, seed, spent)
         if status := _train(config, folder):
             return status
+        spent += sum(step["seconds"] for step in read_metrics(folder))
     after = energy_joules(device)
     # a run that went on was not watched from its beginning
     joules = after - energy if whole and after is not None and energy is not None else None
@@ -160,9 +172,11 @@ def _measure(
     for stage, model in stages(folder, config, files):
         words = sum(len(set(split.words)) for split in splits)
         with progress(f"word pairs {stage}", words) as advance:
-            vectors[stage] = encode_splits(
-                model.early, splits, config, partial(advance, note="")
-            )
+
+            def told(words: int, advance: Any = advance) -> None:
+                advance(words, "")
+
+            vectors[stage] = encode_splits(model.early, splits, config, told)
         if stage == "after":
             written = summariser.write(model, folder.name)
             trained = _trained_parameters(model, config)
@@ -190,7 +204,9 @@ def _summariser(
 ) -> Summariser:
     settings = comparison.settings
     articles = [texts[i] for i in range(len(texts))]
-    return Summariser.prepare(articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams)
+    return Summariser.prepare(
+        articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams
+    )
 
 
 def _trained_parameters(model: CausalModel, config: RunConfig) -> int:

@@ -59,34 +59,39 @@ def _size(report: Report, unfinished: bool) -> Iterator[str]:
 
 
 def _against(report: Report) -> Iterator[str]:
-    """Each arm against the reference, by every metric."""
+    """Each arm against the reference, by every metric; those that nothing tells apart in one line."""
     reference = report["reference"]
     arms = {arm["name"]: arm for arm in report["arms"]}
     hedge = " (too small to conclude)" if too_small(report) else ""
+    level: list[str] = []
+    widest = 0.0
     for name, arm in arms.items():
-        tests = {t["metric"]: t for t in report["tests"] if t["arm"] == name}
+        tests = [t for t in report["tests"] if t["arm"] == name]
         if not tests:
             continue
-        better, worse = (
-            [t for t in tests.values() if _is_shown(t) and t["difference"] * sign > 0]
-            for sign in (1, -1)
-        )
-        undecided = [METRICS[m] for m, t in tests.items() if not _is_shown(t)]
         parts = [
             f"{word} by {_listed([_figure(t, arm, arms[reference]) for t in shown])}"
-            for word, shown in (("better", better), ("worse", worse))
-            if shown
+            for word, sign in (("better", 1), ("worse", -1))
+            if (shown := [t for t in tests if _is_shown(t) and t["difference"] * sign > 0])
         ]
+        undecided = [METRICS[t["metric"]] for t in tests if not _is_shown(t)]
+        if not parts:
+            level.append(name)
+            widest = max(widest, *(_half_width(t) for t in tests))
+            continue
         if undecided:
-            tried = _listed(undecided) if parts else "any metric"
-            parts.append(f"not to be told apart by {tried}")
-        widest = max((t["ci95"][1] - t["ci95"][0]) / 2 for t in tests.values())
-        if not parts[:-1] and not math.isnan(widest):
-            parts.append(
-                f"which is not the same as equal: the widest 95 % interval of a difference is "
-                f"±{widest:.1f} points"
-            )
+            parts.append(f"not to be told apart by {_listed(undecided)}")
         yield f"{name} against {reference}: {'; '.join(parts)}{hedge}."
+    if level:
+        yield (
+            f"{_listed(level)} against {reference}: not to be told apart by any metric, which is not "
+            f"the same as equal: intervals of the differences reach ±{widest:.1f} points{hedge}."
+        )
+
+
+def _half_width(test: Mapping[str, Any]) -> float:
+    low, high = test["ci95"]
+    return 0.0 if math.isnan(low) else (high - low) / 2
 
 
 def _is_shown(test: Mapping[str, Any]) -> bool:
@@ -137,17 +142,20 @@ _BASELINES = {
 def _costs(report: Report) -> Iterator[str]:
     arms = {arm["name"]: arm for arm in report["arms"]}
     reference = arms.pop(report["reference"], None)
+    said = []
     for name, arm in arms.items() if reference else ():
         share = arm["trainable_parameters"] / reference["trainable_parameters"]
         parts = [
-            f"{100 * share:.2g} % of the trained parameters",
+            f"{100 * share:.2g} % of the parameters",
             f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
-            f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the training time",
+            f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time",
         ]
         if arm["energy_joules"] and reference["energy_joules"]:
             ratio = arm["energy_joules"] / reference["energy_joules"]
             parts.append(f"{ratio:.2f} times the energy")
-        yield f"{name} took, of {reference['name']}'s: {_listed(parts)}."
+        said.append(f"{name} {', '.join(parts)}")
+    if said:
+        yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
     if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
         yield (
             "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "
@@ -156,24 +164,24 @@ def _costs(report: Report) -> Iterator[str]:
 
 
 def _alignment(report: Report) -> Iterator[str]:
-    """Whether unseen pairs find each other better, by the score that centring cannot inflate."""
+    """Whether unseen pairs find each other better, by a score that a common shift cannot inflate."""
+    said = []
     for arm in report["arms"]:
         found = arm["alignment"]
         row = next(
             r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
         )
         intervals = row["mrr_change_ci95"]
-        if all(low > 0 for low, _ in intervals):
-            verdict = "up with every seed"
-        elif all(high < 0 for _, high in intervals):
-            verdict = "down with every seed"
-        else:
-            verdict = "no change that every seed shows"
-        unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
-        yield (
-            f"{arm['name']}: retrieval of {found['pairs']} {unseen} at layer {row['layer']} (centred), "
-            f"MRR {row['before']['mrr']:.3f} → {row['after']['mrr']:.3f}: {verdict}."
-        )
+        up, down = (all(sign * end > 0 for ends in intervals for end in ends) for sign in (1, -1))
+        verdict = "up" if up else "down" if down else "no clear change"
+        after = row["after"]["mrr"]
+        said.append(f"{arm['name']} {after:.3f} ({verdict})")
+    unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
+    yield (
+        f"Retrieval of {found['pairs']} {unseen} at layer {row['layer']} (MRR, centred), "
+        f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. Up or down is what "
+        "every seed's 95 % interval says."
+    )
 
 
 def _budget(report: Report) -> Iterator[str]:
