@@ -67,13 +67,14 @@ def split_config(values: dict[str, Any], where: str) -> tuple[RunConfig, Compare
     """
     values = dict(values)
     section = values.pop("compare", None)
-    shared = resolve_config(values, where)
+    # each arm has its own; this one asks least of what all share
+    shared = resolve_config({"objective": "sft"} | values, where)
     try:
         compare = CompareConfig.model_validate({} if section is None else section)
     except ValidationError as e:
         error: Any = e.errors()[0]
-        text = explain(error, CompareConfig)
-        raise ConfigError(f"{where}: compare{'.' if error['loc'] else ': '}{text}") from None
+        text = f"compare.{explain(error, CompareConfig)}".replace(".(top level)", "")
+        raise ConfigError(f"{where}: {text}") from None
     for arm in (*compare.arms, *([ALIGN] if "tli-then-lora-early" in compare.arms else [])):
         arm_config(shared, compare, arm, compare.seeds[0], Path())
     return shared, compare
