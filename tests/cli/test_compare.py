@@ -6,7 +6,7 @@ import shutil
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -78,16 +78,14 @@ def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_fil
 
 
 @pytest.fixture(scope="module")
-def compared(
-    tmp_path_factory: pytest.TempPathFactory, config: Path, _one_thread: None
-) -> Iterator[Path]:
+def compared(tmp_path_factory: pytest.TempPathFactory, config: Path, _one_thread: None) -> Path:
     """A comparison of all arms; not to be written to."""
     folder = tmp_path_factory.mktemp("comparisons") / "all"
     with pytest.MonkeyPatch.context() as patch:
         without_plots(patch)
         patch.setattr(_compare, "_in_process", in_this_process)
         assert main(["compare", str(config), "--out", str(folder)]) == 0
-    yield folder
+    return folder
 
 
 @pytest.fixture

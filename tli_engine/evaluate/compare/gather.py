@@ -15,7 +15,7 @@ from tli_engine.evaluate.significance import (
 )
 from tli_engine.evaluate.summaries import METRICS
 from tli_engine.evaluate.text_baselines import baseline_texts
-from tli_engine.evaluate.text_metrics import Score, pool, score_texts
+from tli_engine.evaluate.text_metrics import RESAMPLES, Score, pool, score_texts
 
 # points of a curve in the report at the most
 _POINTS = 120
@@ -50,6 +50,7 @@ def gather(
     base: Part | None,
     articles: Sequence[Article],
     language: str | None,
+    resamples: int = RESAMPLES,
 ) -> dict[str, Any]:
     """The arms' figures, the baselines' and the tests, as ``report.json`` has them.
 
@@ -59,11 +60,12 @@ def gather(
         base: The base model's summaries, if it has written them.
         articles: The test articles.
         language: Of the summaries, if that is known.
+        resamples: For each interval and test.
     """
     references = [article.summary for article in articles]
 
     def score(texts: Sequence[str]) -> dict[str, Score]:
-        return {s.metric: s for s in score_texts(texts, references, language)}
+        return {s.metric: s for s in score_texts(texts, references, language, resamples=resamples)}
 
     scores: dict[str, _Scores] = {}
     for part in parts:
@@ -72,7 +74,7 @@ def gather(
     if base is not None:
         others = {"zero-shot": base.predictions} | others
     arms = [
-        _arm(arm, [p for p in parts if p.arm == arm], scores[arm])
+        _arm(arm, [p for p in parts if p.arm == arm], scores[arm], resamples)
         for arm in settings.arms
         if arm in scores
     ]
@@ -82,11 +84,11 @@ def gather(
         "baselines": {
             name: {m: s.report() for m, s in score(texts).items()} for name, texts in others.items()
         },
-        "tests": _tests(settings.reference, scores),
+        "tests": _tests(settings.reference, scores, resamples),
     }
 
 
-def _arm(arm: str, parts: Sequence[Part], scores: _Scores) -> dict[str, Any]:
+def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> dict[str, Any]:
     results = [part.result for part in parts]
     energies = [r["energy_joules"] for r in results]
     return {
@@ -96,7 +98,7 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores) -> dict[str, Any]:
         "layers": results[0]["layers"],
         "seeds": [part.seed for part in parts],
         "trainable_parameters": results[0]["trainable_parameters"],
-        "text": {m: _pooled([s[m] for s in scores.values()]) for m in METRICS},
+        "text": {m: _pooled([s[m] for s in scores.values()], resamples) for m in METRICS},
         "loss": _losses(results),
         "alignment": _alignment([r["alignment"] for r in results]),
         "tokens_per_s": _mean([r["tokens_per_s"] for r in results]),
@@ -111,8 +113,8 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores) -> dict[str, Any]:
     }
 
 
-def _pooled(scores: Sequence[Score]) -> dict[str, Any]:
-    return pool(scores).report() | {"by_seed": [s.score for s in scores]}
+def _pooled(scores: Sequence[Score], resamples: int) -> dict[str, Any]:
+    return pool(scores, resamples=resamples).report() | {"by_seed": [s.score for s in scores]}
 
 
 def _losses(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
@@ -168,7 +170,7 @@ def _curve(part: Part) -> dict[str, Any]:
     }
 
 
-def _tests(reference: str, scores: Mapping[str, _Scores]) -> list[dict[str, Any]]:
+def _tests(reference: str, scores: Mapping[str, _Scores], resamples: int) -> list[dict[str, Any]]:
     """Every arm against the reference, on the seeds that both have; Holm over all of them."""
     tests: list[dict[str, Any]] = []
     for arm, by_seed in scores.items():
@@ -177,9 +179,10 @@ def _tests(reference: str, scores: Mapping[str, _Scores]) -> list[dict[str, Any]
             continue
         for metric in METRICS:
             ours, theirs = (
-                pool([scores[name][seed][metric] for seed in seeds]) for name in (arm, reference)
+                pool([scores[name][seed][metric] for seed in seeds], resamples=resamples)
+                for name in (arm, reference)
             )
-            bootstrap = paired_bootstrap(ours, theirs)
+            bootstrap = paired_bootstrap(ours, theirs, resamples=resamples)
             tests.append(
                 {
                     "arm": arm,
@@ -188,7 +191,7 @@ def _tests(reference: str, scores: Mapping[str, _Scores]) -> list[dict[str, Any]
                     "seeds": seeds,
                     "difference": bootstrap.difference,
                     "ci95": list(bootstrap.ci95),
-                    "p": approximate_randomization(ours, theirs),
+                    "p": approximate_randomization(ours, theirs, trials=resamples),
                 }
             )
     for test, p in zip(tests, holm([t["p"] for t in tests]), strict=True):
