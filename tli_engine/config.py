@@ -16,6 +16,8 @@ Quantize = Literal["auto", "none", "nf4"]
 Numerics = Literal["exact", "fast"]
 Residency = Literal["nf4", "bf16", "auto"]
 Loss = Literal["triplet-hardest", "triplet-semihard", "infonce"]
+# of configurations
+Kind = Literal["run", "compare"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -236,30 +238,30 @@ class RunConfig(_Section):
         return self
 
 
-def recipe_names() -> list[str]:
-    """Names that ``--recipe`` takes."""
-    folder = files("tli_engine") / "recipes"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
+def recipe_names(kind: Kind = "run") -> list[str]:
+    """Names that ``--recipe`` takes: of runs, or of comparisons, which are called ``compare-…``."""
+    names = (f.name for f in (files("tli_engine") / "recipes").iterdir())
+    found = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return [name for name in found if name.startswith("compare-") == (kind == "compare")]
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, kind: Kind = "run") -> dict[str, Any]:
     """The mapping of a shipped recipe."""
-    if name not in recipe_names():
-        raise ConfigError(f"--recipe: no recipe {name!r}; there are {', '.join(recipe_names())}")
+    known = recipe_names(kind)
+    if name not in known:
+        raise ConfigError(f"--recipe: no recipe {name!r}; there are {', '.join(known)}")
     text = (files("tli_engine") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return _mapping(text, f"recipe {name}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: Kind = "run") -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such configuration; give a YAML file or --recipe "
-            f"{'|'.join(recipe_names())}"
+            f"{'|'.join(recipe_names(kind))}"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as UTF-8 YAML: {e}") from e

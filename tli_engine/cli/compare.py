@@ -54,7 +54,9 @@ def command(
         raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe compare-demo")
     if only and gather:
         raise ConfigError("--only and --gather do not go together")
-    values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())
+    values: dict[str, Any] = (
+        read_recipe(recipe, "compare") if recipe else read_yaml(config or Path(), "compare")
+    )
     where = f"recipe {recipe}" if recipe else str(config)
     where += " with --set" if overrides else ""
     shared, settings = split_config(apply_overrides(values, list(overrides)), where)
