@@ -218,7 +218,13 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     assert cli("compare", config, "--out", "a", "--gather", *options).status == 0
     report = json.loads((tmp_path / "a/report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["lora-early"]
-    # another machine's articles are not these
+    # on another machine files lie elsewhere
+    moved = tmp_path / "moved"
+    shutil.copytree(config.parent, moved)
+    text = (moved / "compare.yaml").read_text().replace(str(config.parent), str(moved))
+    (moved / "compare.yaml").write_text(text)
+    assert cli("compare", moved / "compare.yaml", "--out", "a", "--gather", *options).status == 0
+    # other articles are not these
     result = json.loads((tmp_path / "a/lora-early-5/result.json").read_text())
     result["test"]["sha256"] = "0"
     (tmp_path / "a/lora-early-5/result.json").write_text(json.dumps(result))

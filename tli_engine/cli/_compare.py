@@ -84,13 +84,22 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
 def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
     """The first key whose values differ, if one does that must not."""
     if not isinstance(values, dict) or not isinstance(recorded, dict):
-        return None if values == recorded or key in _GROWING else key
+        return None if key in _GROWING or _is_same(values, recorded) else key
     for name in sorted(values.keys() | recorded.keys()):
         inner = f"{key}.{name}" if key else name
         found = _difference(values.get(name), recorded.get(name), inner)
         if found is not None:
             return found
     return None
+
+
+def _is_same(value: Any, recorded: Any) -> bool:
+    """Whether two values are equal, or name a file that lies elsewhere on another machine."""
+    if isinstance(value, str) and isinstance(recorded, str):
+        paths = Path(value), Path(recorded)
+        if all(path.is_absolute() for path in paths):
+            return paths[0].name == paths[1].name
+    return bool(value == recorded)
 
 
 def _in_process(comparison: Comparison, part: str) -> int:
