@@ -166,7 +166,7 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     shutil.rmtree(out / "lora-early-5")
     ran: list[str] = []
-    monkeypatch.setattr(_compare, "_in_process", lambda c, part: ran.append(part) or 1)
+    monkeypatch.setattr(_compare, "_in_process", lambda c, part: ran.append(part) or 137)
     result = cli("compare", config, "--out", out)
     assert result.status == 1
     assert ran == ["lora-early:5"]

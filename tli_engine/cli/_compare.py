@@ -1,6 +1,7 @@
 """The work of ``tli-engine compare``: one run after the other, then the report."""
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,6 +27,8 @@ from tli_engine.train.run_folder import check_writable, plain_json, write_json, 
 _SETTINGS = "compare.yaml"
 # may differ between calls: they say how much is compared, not what
 _GROWING = ("compare.arms", "compare.seeds")
+# what ends a run that was asked to stop; a run that is killed for its memory ends otherwise
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # how long a run is waited for before signals are looked at
 _LOOK_EVERY = 0.2
 
@@ -54,7 +57,7 @@ def run_comparison(
             continue
         say(f"{part}:")
         status = _in_process(comparison, part)
-        if status >= 128:
+        if status in _STOPPED:
             say("stopped; the same command goes on")
             return status
         if status:
