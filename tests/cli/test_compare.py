@@ -212,7 +212,7 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
     assert not (tmp_path / "a/report.json").exists()
     left = {p.name for p in (tmp_path / "a/lora-early-5").iterdir()}
-    assert {"adapter", "checkpoints"} & left == set()
+    assert {"adapter", "checkpoints", "best"} & left == set()
     assert left >= {"result.json", "predictions.jsonl", "metrics.jsonl", "config.yaml"}
     assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
     assert cli("compare", config, "--out", "a", "--gather", *options).status == 0

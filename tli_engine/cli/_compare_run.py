@@ -132,7 +132,7 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     write_json(folders[-1] / RESULT, figures)
     if not comparison.settings.keep_weights:
         for folder in folders:
-            for name in ("adapter", "model", "checkpoints"):
+            for name in ("adapter", "model", "checkpoints", "best"):
                 shutil.rmtree(folder / name, ignore_errors=True)
     return 0
 
