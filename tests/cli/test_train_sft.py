@@ -265,6 +265,22 @@ def test_summaries_are_those_that_transformers_writes(
         assert line["prediction"] == tokenizer.decode(new, skip_special_tokens=True).strip()
 
 
+def test_a_joint_run_is_measured_on_pairs_and_articles(
+    cli: Cli, config: Callable[..., Path], pairs_file: Path, tmp_path: Path
+) -> None:
+    data = {"pairs": str(pairs_file)}
+    path = config(objective="joint", data=data, align={"layer": 2}, sft={"align_pairs": 4})
+    assert cli("train", path, "--run", "run").status == 0
+    result = cli("evaluate", "run", "--max-new-tokens", "2", "--no-final-layer")
+    assert result.status == 0, result.err
+    found = json.loads(Path("run/evaluation.json").read_text())
+    assert found.keys() >= {"alignment", "text", "loss", "generation", "warnings"}
+    assert found["baselines"].keys() == {
+        *("linear_head", "zero-shot", "lead-1", "lead-3", "random-summary")
+    }
+    assert found["throughput"].keys() == {"tokens_per_s", "words_per_s"}
+
+
 def test_one_run_against_another(cli: Cli, config: Callable[..., Path]) -> None:
     for run, seed in (("run", 0), ("other", 1)):
         assert cli("train", config(seed=seed), "--run", run).status == 0
