@@ -16,6 +16,8 @@ Quantize = Literal["auto", "none", "nf4"]
 Numerics = Literal["exact", "fast"]
 Residency = Literal["nf4", "bf16", "auto"]
 Loss = Literal["triplet-hardest", "triplet-semihard", "infonce"]
+# of configurations
+Kind = Literal["run", "compare"]
 PositiveInt = Annotated[int, Field(ge=1)]
 
 
@@ -38,6 +40,8 @@ class DataConfig(_Section):
     texts: str | None = None
     # articles to measure the loss on while training; a preset has its own
     validation: str | None = None
+    # articles for a comparison to summarise; a preset has its own
+    test: str | None = None
     columns: tuple[str, str] = ("text", "summary")
     # articles to train on at most, and to measure on
     texts_limit: PositiveInt | None = None
@@ -147,6 +151,8 @@ class TrainConfig(_Section):
 
     epochs: PositiveInt | None = None
     steps: PositiveInt | None = None
+    # training time after which no other step begins; the schedule is that of all steps
+    seconds: Annotated[float, Field(gt=0)] | None = None
     # pairs; rows of tokens where summaries are written
     batch_size: PositiveInt = 8
     learning_rate: Annotated[float, Field(gt=0)] = 2e-4
@@ -232,30 +238,30 @@ class RunConfig(_Section):
         return self
 
 
-def recipe_names() -> list[str]:
-    """Names that ``--recipe`` takes."""
-    folder = files("tli_engine") / "recipes"
-    return sorted(
-        f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name.endswith(".yaml")
-    )
+def recipe_names(kind: Kind = "run") -> list[str]:
+    """Names that ``--recipe`` takes: of runs, or of comparisons, which are called ``compare-…``."""
+    names = (f.name for f in (files("tli_engine") / "recipes").iterdir())
+    found = sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+    return [name for name in found if name.startswith("compare-") == (kind == "compare")]
 
 
-def read_recipe(name: str) -> dict[str, Any]:
+def read_recipe(name: str, kind: Kind = "run") -> dict[str, Any]:
     """The mapping of a shipped recipe."""
-    if name not in recipe_names():
-        raise ConfigError(f"--recipe: no recipe {name!r}; there are {', '.join(recipe_names())}")
+    known = recipe_names(kind)
+    if name not in known:
+        raise ConfigError(f"--recipe: no recipe {name!r}; there are {', '.join(known)}")
     text = (files("tli_engine") / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
     return _mapping(text, f"recipe {name}")
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, kind: Kind = "run") -> dict[str, Any]:
     """The mapping in a YAML file."""
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         raise ConfigError(
             f"{path}: no such configuration; give a YAML file or --recipe "
-            f"{'|'.join(recipe_names())}"
+            f"{'|'.join(recipe_names(kind))}"
         ) from None
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot be read as UTF-8 YAML: {e}") from e
@@ -324,13 +330,14 @@ def resolve_config(values: dict[str, Any], where: str) -> RunConfig:
     try:
         return RunConfig.model_validate(values)
     except ValidationError as e:
-        raise ConfigError(f"{where}: {_explain(e.errors()[0])}") from None
+        raise ConfigError(f"{where}: {explain(e.errors()[0])}") from None
 
 
-def _explain(error: Any) -> str:
+def explain(error: Any, root: Any = None) -> str:
+    """One line on an error of pydantic's: the key, what is wrong, what is allowed."""
     key = ".".join(str(part) for part in error["loc"]) or "(top level)"
     if error["type"] == "extra_forbidden":
-        section: Any = RunConfig
+        section: Any = root or RunConfig
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
         return f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
@@ -358,7 +365,7 @@ def resolve_words(
     try:
         return WordsConfig(presentation=presentation, template=pairs, prefix=prefix)
     except ValidationError as e:
-        raise ConfigError(f"--presentation, --template: {_explain(e.errors()[0])}") from None
+        raise ConfigError(f"--presentation, --template: {explain(e.errors()[0])}") from None
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
@@ -367,7 +374,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
     def absolute(name: str | None) -> str | None:
         return str(Path(name).absolute()) if name and Path(name).exists() else name
 
-    names = ("pairs", "control", "texts", "validation")
+    names = ("pairs", "control", "texts", "validation", "test")
     data = {name: absolute(getattr(config.data, name)) for name in names}
     return config.model_copy(
         update={

@@ -229,6 +229,76 @@ def test_evaluating_a_run_gives_the_loss_that_training_measured(
         assert again["loss"]["validation"][stage] == pytest.approx(trained[stage], abs=1e-6)
     assert "throughput" in again
     assert "on 2 unseen articles" in result.out
+    assert again["text"].keys() == {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"}
+    assert again["text"]["bleu"].keys() == {"score", "ci95", "signature"}
+    assert again["baselines"].keys() == {"zero-shot", "lead-1", "lead-3", "random-summary"}
+    # the texts of the fixture are a sentence each
+    assert again["baselines"]["lead-1"] == again["baselines"]["lead-3"]
+    assert cli("verify", "run").status == 0
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_summaries_are_those_that_transformers_writes(
+    cli: Cli, config: Callable[..., Path], tiny_model: Path, method: str
+) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    changes = {"learning_rate": 1e-3} if method == "full" else {}
+    assert cli("train", config(method=method, train=changes), "--run", "run").status == 0
+    result = cli("evaluate", "run", "--max-new-tokens", "6", "--batch-size", "1")
+    assert result.status == 0, result.err
+    assert "this run: 2 articles" in result.err
+    lines = [json.loads(line) for line in Path("run/predictions.jsonl").read_text().splitlines()]
+    assert [line["number"] for line in lines] == [0, 1]
+    folder = "run/model" if method == "full" else tiny_model
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    if method == "lora":
+        model = peft.PeftModel.from_pretrained(model, "run/adapter")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    for (text, _), line in zip(ARTICLES[4:], lines, strict=True):
+        prompt = tokenizer(f"Fupisha: {text}", return_tensors="pt")
+        written = model.generate(
+            input_ids=prompt["input_ids"], max_new_tokens=6, do_sample=False, pad_token_id=1
+        )
+        new = written[0, prompt["input_ids"].shape[1] :]
+        assert line["prediction"] == tokenizer.decode(new, skip_special_tokens=True).strip()
+
+
+def test_a_joint_run_is_measured_on_pairs_and_articles(
+    cli: Cli, config: Callable[..., Path], pairs_file: Path, tmp_path: Path
+) -> None:
+    data = {"pairs": str(pairs_file)}
+    path = config(objective="joint", data=data, align={"layer": 2}, sft={"align_pairs": 4})
+    assert cli("train", path, "--run", "run").status == 0
+    result = cli("evaluate", "run", "--max-new-tokens", "2", "--no-final-layer")
+    assert result.status == 0, result.err
+    found = json.loads(Path("run/evaluation.json").read_text())
+    assert found.keys() >= {"alignment", "text", "loss", "generation", "warnings"}
+    assert found["baselines"].keys() == {
+        *("linear_head", "zero-shot", "lead-1", "lead-3", "random-summary")
+    }
+    assert found["throughput"].keys() == {"tokens_per_s", "words_per_s"}
+
+
+def test_one_run_against_another(cli: Cli, config: Callable[..., Path]) -> None:
+    for run, seed in (("run", 0), ("other", 1)):
+        assert cli("train", config(seed=seed), "--run", run).status == 0
+    result = cli("evaluate", "run", "--against", "other")
+    assert result.status == 2
+    assert "other/predictions.jsonl: no such file" in result.err
+    assert cli("evaluate", "other", "--max-new-tokens", "6").status == 0
+    result = cli("evaluate", "run", "--max-new-tokens", "6", "--against", "other")
+    assert result.status == 0, result.err
+    assert "chrF++ against other: " in result.out
+    found = json.loads(Path("run/evaluation.json").read_text())["against"]
+    assert found["run"] == "other"
+    assert found["tests"]["rougeL"].keys() == {"difference", "ci95", "p", "p_holm"}
+    path = Path("other/predictions.jsonl")
+    path.write_text(path.read_text().splitlines(keepends=True)[0])
+    result = cli("evaluate", "run", "--against", "other")
+    assert result.status == 2
+    assert "has 1 summaries, not of these 2 articles" in result.err
 
 
 def test_a_run_without_unseen_articles_cannot_be_evaluated(

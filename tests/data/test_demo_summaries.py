@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 
 from tli_engine.config import DataConfig
-from tli_engine.data.texts import read_texts
+from tli_engine.data.texts import SplitName, read_texts
+from tli_engine.errors import UserError
 
 FILE = files("tli_engine") / "data" / "summaries" / "sw-demo.jsonl"
-VALIDATION = 20
+TEST, VALIDATION = 30, 20
 
 
 @pytest.fixture(scope="module")
@@ -37,10 +38,22 @@ def test_columns(rows: list[dict[str, Any]]) -> None:
     assert [r["id"] for r in rows] == [f"sw-demo-{n:03}" for n in range(1, len(rows) + 1)]
 
 
-def test_the_last_rows_are_for_validation(rows: list[dict[str, Any]]) -> None:
-    training = len(rows) - VALIDATION
-    expected = ["train"] * training + ["validation"] * VALIDATION
+def test_the_last_rows_are_unseen(rows: list[dict[str, Any]]) -> None:
+    training = len(rows) - TEST - VALIDATION
+    expected = ["train"] * training + ["test"] * TEST + ["validation"] * VALIDATION
     assert [r["split"] for r in rows] == expected
+
+
+def test_each_split_is_read_by_name(rows: list[dict[str, Any]]) -> None:
+    data = DataConfig(texts="builtin:sw-demo")
+    splits: tuple[SplitName, ...] = ("train", "validation", "test")
+    for split in splits:
+        texts = read_texts(data, split)
+        assert texts is not None
+        read = [texts[i].text for i in range(len(texts))]
+        assert read == [row["text"] for row in rows if row["split"] == split]
+    with pytest.raises(UserError, match="there is builtin:sw-demo"):
+        read_texts(DataConfig(texts="builtin:sw"), "train")
 
 
 @pytest.mark.parametrize("column", ["text", "summary"])

@@ -15,6 +15,7 @@ _COMMANDS = {
     "train": "train adapters on a few early layers",
     "plan": "say what a run would take: downloads, disk, memory, time",
     "evaluate": "measure a run's alignment before and after training",
+    "compare": "several ways of training on the same data, side by side",
     "verify": "check a run or a checkpoint against its manifest",
     "export": "write a run's adapter, or a whole model, for use elsewhere",
     "data": "look at word pairs before training on them",

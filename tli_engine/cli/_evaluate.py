@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
+from tli_engine.cli.evaluate import Writing
 from tli_engine.config import RunConfig, read_yaml, resolve_config
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.evaluate.alignment import (
     Row,
@@ -51,14 +53,29 @@ def evaluate_run(
     texts: Sequence[Path],
     strengths: Sequence[float],
     device: str | None,
+    writing: Writing,
 ) -> None:
-    """Measure a finished run."""
+    """Measure a finished run: what it does to word pairs, to summaries, or to both."""
     config = open_run(folder)
-    if config.objective == "sft":
-        _evaluate_texts(folder, config, device)
-        return
-    if config.method == "full":
-        raise UserError(f"{folder}: alignment after full fine-tuning is not measured yet")
+    if config.objective == "align" and writing.against is not None:
+        raise UserError("--against: this run writes no summaries to hold against another's")
+    if config.objective == "align" or (config.objective == "joint" and config.method == "lora"):
+        _evaluate_pairs(folder, config, final_layer, texts, strengths, device)
+    if config.objective == "sft" or (config.objective == "joint" and has_articles(config.data)):
+        # takes what runs on word pairs do without
+        from tli_engine.cli._evaluate_sft import evaluate_texts
+
+        evaluate_texts(folder, config, device, writing)
+
+
+def _evaluate_pairs(
+    folder: Path,
+    config: RunConfig,
+    final_layer: bool,
+    texts: Sequence[Path],
+    strengths: Sequence[float],
+    device: str | None,
+) -> None:
     lines = {str(path): read_lines(path) for path in texts}
     pairs = read_run_pairs(config.data)
     _check_same_pairs(config, {name: p.digest() for name, p in pairs.items()})
@@ -88,30 +105,16 @@ def evaluate_run(
     costs = _text_costs(model, files, lines, strengths) if lines else None
     for line in problems(folder):
         warn(f"{line}: the run is not as its training left it")
-    _report(measured, config, folder, _recorded_warnings(folder), costs)
+    _report(measured, config, folder, _recorded(folder).get("warnings", []), costs)
 
 
-def _evaluate_texts(folder: Path, config: RunConfig, device: str | None) -> None:
-    """Measure a run on summaries: its loss on unseen articles."""
-    # takes what runs on word pairs do without
-    from tli_engine.cli._evaluate_sft import validation_loss
-
-    measured = validation_loss(folder, config, device)
-    for line in problems(folder):
-        warn(f"{line}: the run is not as its training left it")
+def _recorded(folder: Path) -> dict[str, Any]:
+    """What was measured before, and must not be lost."""
     path = folder / "evaluation.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    write_json(path, earlier | {"loss": {"validation": measured}})
-    say(f"run folder: {folder}")
-
-
-def _recorded_warnings(folder: Path) -> list[str]:
-    """What training warned of, which a later evaluation must not lose."""
-    path = folder / "evaluation.json"
-    if not path.is_file():
-        return []
-    warnings: list[str] = json.loads(path.read_text(encoding="utf-8")).get("warnings", [])
-    return warnings
+    recorded: dict[str, Any] = {}
+    if path.is_file():
+        recorded = json.loads(path.read_text(encoding="utf-8"))
+    return recorded
 
 
 def _check_same_pairs(config: RunConfig, digests: dict[str, str]) -> None:
@@ -238,13 +241,15 @@ def _report(
                 f"{file}: {cost['before']:.4f} → {after:.4f} bits per byte "
                 f"({change:+.1%}) at strength {strength}"
             )
+    earlier = _recorded(folder)
     write_json(
         folder / "evaluation.json",
-        {
+        earlier
+        | {
             "alignment": [row.to_json() for row in rows],
             "baselines": {"linear_head": [row.to_json() for row in heads]},
             **({"bits_per_byte": costs} if costs is not None else {}),
-            "throughput": {"words_per_s": measured.words_per_s},
+            "throughput": earlier.get("throughput", {}) | {"words_per_s": measured.words_per_s},
             "memory": {"peak_mib": peak_mib(vectors[0].before.device)},
             "warnings": warnings,
         },

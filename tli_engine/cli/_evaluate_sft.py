@@ -1,65 +1,147 @@
-"""What ``tli-engine evaluate`` measures of a run on summaries: the loss on unseen articles."""
+"""What ``tli-engine evaluate`` measures of a run on summaries: its loss, and what it writes."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tli_engine.cli.console import progress, warn
+from tli_engine.cli._summaries import Summariser, stages
+from tli_engine.cli.console import plain_table, progress, say, show, warn
+from tli_engine.cli.evaluate import Writing
 from tli_engine.config import RunConfig
-from tli_engine.data.examples import ExampleTokenizer, tokenise
+from tli_engine.data.examples import tokenise
 from tli_engine.data.packing import rows_of_epoch
-from tli_engine.data.texts import read_texts
+from tli_engine.data.texts import Texts, read_texts
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters_off
-from tli_engine.models.causal import CausalModel, load_causal
-from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.evaluate.summaries import (
+    METRICS,
+    PREDICTIONS,
+    Written,
+    language_of,
+    predictions_text,
+    read_predictions,
+)
+from tli_engine.evaluate.text_baselines import baseline_texts
+from tli_engine.evaluate.text_metrics import score_texts
+from tli_engine.evaluate.text_tests import text_tests
 from tli_engine.models.files import ModelFiles, open_model
-from tli_engine.models.peft_format import load_adapter
-from tli_engine.train.sft_prepare import fuse_for_texts
+from tli_engine.train.manifest import problems
+from tli_engine.train.run_folder import write_json, write_text
 from tli_engine.train.sft_step import mean_loss
 
 
-def validation_loss(folder: Path, config: RunConfig, device: str | None) -> dict[str, Any]:
-    """Cross-entropy before and after training, nats a token, on ``data.validation``.
+def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing: Writing) -> None:
+    """Measure a run on ``data.validation``; write ``predictions.jsonl`` and ``evaluation.json``.
 
     Raises:
-        UserError: The run has no articles to measure on.
+        UserError: The run has no articles to measure on, or those of ``writing.against`` are others.
     """
+    texts = _validation(folder, config)
+    references = [texts[i].summary for i in range(len(texts))]
+    rival = _rival(writing.against, len(texts))
+    base = open_model(config.model)
+    articles = [texts[i] for i in range(len(texts))]
+    summariser = Summariser.prepare(
+        articles, base, config, writing.max_new_tokens, writing.batch_size, writing.beams
+    )
+    losses, written = _both(folder, config, base, texts, summariser, device)
+    predictions = written["after"].summaries
+    write_text(folder / PREDICTIONS, predictions_text(predictions))
+    language = language_of(config.data)
+    text = score_texts(predictions, references, language)
+    others = baseline_texts([article.text for article in articles], references)
+    others["zero-shot"] = written["before"].summaries
+    scores = {n: score_texts(t, references, language).report() for n, t in others.items()}
+    print(
+        f"loss on {len(texts)} unseen articles: {losses['before']:.4f} → {losses['after']:.4f} "
+        f"nats a token"
+    )
+    _show({"this run": text.report()} | scores)
+    found: dict[str, Any] = {
+        "loss": {"validation": losses | {"articles": len(texts)}},
+        "text": text.report(),
+        "baselines": scores,
+        "generation": written["after"].to_json(),
+    }
+    if rival is not None:
+        tests = text_tests(text, score_texts(rival, references, language))
+        found["against"] = {"run": str(writing.against), "tests": tests}
+        _show_tests(found["against"])
+    _record(folder, found)
+
+
+def _validation(folder: Path, config: RunConfig) -> Texts:
     texts = read_texts(config.data, "validation")
     if texts is None:
-        raise UserError(f"{folder}: has no data.validation to measure the loss on")
+        raise UserError(f"{folder}: has no data.validation to measure on")
     recorded = (config.provenance or {}).get("texts", {}).get("validation", {})
     if recorded and recorded["sha256"] != texts.digest():
         warn(f"{texts.name}: the validation articles are not those of the run any more")
-    base = open_model(config.model)
-    tokenizer = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
+    return texts
+
+
+def _rival(folder: Path | None, articles: int) -> list[str] | None:
+    if folder is None:
+        return None
+    predictions = read_predictions(folder / PREDICTIONS)
+    if len(predictions) != articles:
+        raise UserError(
+            f"--against {folder}: has {len(predictions)} summaries, not of these {articles} articles"
+        )
+    return predictions
+
+
+def _both(
+    folder: Path,
+    config: RunConfig,
+    base: ModelFiles,
+    texts: Texts,
+    summariser: Summariser,
+    device: str | None,
+) -> tuple[dict[str, float], dict[str, Written]]:
+    """Loss and summaries before and after training."""
     with progress(f"tokenise {texts.name}", len(texts)) as advance:
-        store = tokenise(texts, tokenizer, lambda n: advance(n, ""))
+        store = tokenise(texts, summariser.examples, lambda n: advance(n, ""))
     rows = rows_of_epoch(store.lengths, config.sft.context, 0, 0, config.sft.packing)
     size = config.train.batch_size
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
-    model = _load(base, config, device)
-    if config.method == "full":
-        before = mean_loss(model, store, batches)
+    losses, written = {}, {}
+    for stage, model in stages(folder, config, base, device):
+        losses[stage] = mean_loss(model, store, batches)
+        written[stage] = summariser.write(model, "base model" if stage == "before" else "this run")
+        # the next stage may be another model
         del model
-        after = mean_loss(_load(open_model(str(folder / "model")), config, device), store, batches)
-    else:
-        load_adapter(model.early, folder / "adapter")
-        fuse_for_texts(model, config)
-        after = mean_loss(model, store, batches)
-        with adapters_off(model.early):
-            before = mean_loss(model, store, batches)
-    print(f"loss on {len(store)} unseen articles: {before:.4f} → {after:.4f} nats a token")
-    return {"before": before, "after": after, "articles": len(store)}
+    return losses, written
 
 
-def _load(files: ModelFiles, config: RunConfig, device: str | None) -> CausalModel:
-    where = choose_device(device or config.device)
-    return load_causal(
-        files,
-        dtype=choose_dtype(config.dtype, where),
-        device=where,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-        numerics=config.numerics,
-        weight_residency=config.weight_residency,
-    )
+def _show(scores: dict[str, Any]) -> None:
+    table = plain_table("summaries of unseen articles, with 95 % intervals")
+    table.add_column("")
+    for metric in METRICS.values():
+        table.add_column(metric, justify="right")
+    for name, figures in scores.items():
+        cells = (
+            f"{f['score']:.2f} [{f['ci95'][0]:.2f}, {f['ci95'][1]:.2f}]"
+            for f in (figures[m] for m in METRICS)
+        )
+        table.add_row(name, *cells)
+    show(table)
+
+
+def _show_tests(against: dict[str, Any]) -> None:
+    for metric, test in against["tests"].items():
+        low, high = test["ci95"]
+        print(
+            f"  {METRICS[metric]} against {against['run']}: {test['difference']:+.2f}, 95 % interval "
+            f"[{low:+.2f}, {high:+.2f}], p = {test['p_holm']:.3g} (Holm)"
+        )
+
+
+def _record(folder: Path, found: dict[str, Any]) -> None:
+    for line in problems(folder):
+        warn(f"{line}: the run is not as its training left it")
+    path = folder / "evaluation.json"
+    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # those of word pairs, where a run has them too
+    found["baselines"] = earlier.get("baselines", {}) | found["baselines"]
+    write_json(path, earlier | found)
+    say(f"run folder: {folder}")

@@ -1,11 +1,22 @@
 """``tli-engine evaluate``: what did a run do?"""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import click
 
 from tli_engine.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How summaries are written, and the run that they are held against."""
+
+    max_new_tokens: int
+    batch_size: int
+    beams: int
+    against: Path | None
 
 
 @click.command("evaluate")
@@ -26,14 +37,51 @@ from tli_engine.errors import ConfigError
     "--strength", default="1.0", show_default=True, help="Scale the adapter: 0.5, or 0.5,1.0."
 )
 @click.option("--device", help="Device to run on; by default the run's own choice.")
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(1),
+    default=64,
+    show_default=True,
+    help="Tokens of a summary at the most.",
+)
+@click.option(
+    "--batch-size",
+    type=click.IntRange(1),
+    default=16,
+    show_default=True,
+    help="Summaries written at the same time.",
+)
+@click.option(
+    "--beams", type=click.IntRange(1), default=1, show_default=True, help="Beams; 1 is greedy."
+)
+@click.option(
+    "--against",
+    metavar="RUN",
+    type=click.Path(path_type=Path),
+    help="Another evaluated run: test its summaries against this one's.",
+)
 def command(
-    run: Path, final_layer: bool, texts: tuple[Path, ...], strength: str, device: str | None
+    run: Path,
+    final_layer: bool,
+    texts: tuple[Path, ...],
+    strength: str,
+    device: str | None,
+    max_new_tokens: int,
+    batch_size: int,
+    beams: int,
+    against: Path | None,
 ) -> None:
-    """Measure the alignment of RUN, a run folder, before and after its training.
+    """Measure what the training of RUN, a run folder, did.
 
-    Prints cosines of translations beside those of random pairs, and retrieval, for the pairs
-    trained on and for control pairs, at the training layer and at the final one; and the baseline
-    to beat, the frozen model with a linear head. Writes evaluation.json and plots into the folder.
+    Of word pairs: prints cosines of translations beside those of random pairs, and retrieval, for
+    the pairs trained on and for control pairs, at the training layer and at the final one; and the
+    baseline to beat, the frozen model with a linear head.
+
+    Of summaries: the loss on data.validation, and BLEU, chrF++ and ROUGE of what the model writes
+    there, beside the base model's summaries, first sentences and another article's summary; they
+    go to predictions.jsonl.
+
+    Writes evaluation.json and plots into the folder.
     """
     try:
         strengths = [float(s) for s in strength.split(",")]
@@ -44,4 +92,5 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    evaluate_run(run, final_layer, texts, strengths, device)
+    writing = Writing(max_new_tokens, batch_size, beams, against)
+    evaluate_run(run, final_layer, texts, strengths, device, writing)

@@ -1,9 +1,10 @@
-"""Articles and their summaries: XL-Sum by name, or any JSON Lines, CSV or Parquet file."""
+"""Articles and their summaries: XL-Sum or built-in ones by name, or a JSON Lines, CSV or Parquet file."""
 
 import json
 import reprlib
 from collections.abc import Sequence
 from hashlib import sha256
+from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
@@ -27,6 +28,11 @@ _XLSUM_LANGUAGES = (
     *("telugu", "thai", "tigrinya", "turkish", "ukrainian", "urdu", "uzbek", "vietnamese"),
     *("welsh", "yoruba"),
 )
+
+
+# what has articles of its own for each split
+_PRESETS = ("xlsum:", "builtin:")
+SplitName = Literal["train", "validation", "test"]
 
 
 class Article(NamedTuple):
@@ -129,26 +135,46 @@ class Texts:
             )
 
 
-def read_texts(data: DataConfig, split: Literal["train", "validation"]) -> Texts | None:
+def read_texts(data: DataConfig, split: SplitName) -> Texts | None:
     """Open the articles of a split; ``None`` if the configuration names none.
 
-    Training is on ``data.texts``; validation on ``data.validation`` or, where that is not set, a
-    preset's own.
+    Training is on ``data.texts``; validation and test on ``data.validation`` and ``data.test`` or,
+    where that is not set, a preset's own.
 
     Raises:
         UserError: No such file, language or column, a file without articles, a failed download.
     """
-    source = data.texts
-    if split == "validation" and not (source or "").startswith("xlsum:"):
-        source = data.validation
-    elif split == "validation":
-        source = data.validation or source
+    source = _source(data, split)
     if source is None:
         return None
-    limit = data.texts_limit if split == "train" else data.validation_limit
+    limits = {"train": data.texts_limit, "validation": data.validation_limit, "test": None}
     if source.startswith("xlsum:"):
-        return _xlsum(source, split, data.columns).first(limit)
-    return Texts(source, open_rows(Path(source), data.columns), data.columns).first(limit)
+        return _xlsum(source, split, data.columns).first(limits[split])
+    if source.startswith("builtin:"):
+        return _builtin(source, split).first(limits[split])
+    return Texts(source, open_rows(Path(source), data.columns), data.columns).first(limits[split])
+
+
+def has_articles(data: DataConfig, split: SplitName = "validation") -> bool:
+    """Whether a configuration names articles of a split."""
+    return _source(data, split) is not None
+
+
+def _source(data: DataConfig, split: SplitName) -> str | None:
+    named = {"train": data.texts, "validation": data.validation, "test": data.test}
+    if named[split] is None and (data.texts or "").startswith(_PRESETS):
+        return data.texts
+    return named[split]
+
+
+def _builtin(source: str, split: SplitName) -> Texts:
+    """Articles that the package ships, which name their split."""
+    resource = files("tli_engine") / "data" / "summaries" / f"{source[len('builtin:') :]}.jsonl"
+    if not resource.is_file():
+        raise UserError(f"{source}: no such built-in articles; there is builtin:sw-demo")
+    rows = open_rows(Path(str(resource)), ("text", "summary"))
+    kept = [i for i in range(len(rows)) if rows[i][1].get("split") == split]
+    return Texts(f"{source}, {split}", rows, ("text", "summary"), kept=kept)
 
 
 def _xlsum(source: str, split: str, columns: tuple[str, str]) -> Texts:

@@ -57,6 +57,7 @@ class Trainer:
         on_warning: Called with a line that the user should read.
         step: Steps begun. Where ``on_step`` is called for a step at which a checkpoint is due, all
             are done, and the state is that step's.
+        seconds: That the steps took.
     """
 
     model: EarlyModel
@@ -67,6 +68,7 @@ class Trainer:
     on_warning: Callable[[str], None] = lambda line: None
     step: int = field(default=0, init=False)
     total_steps: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -89,7 +91,7 @@ class Trainer:
         try:
             # dropout draws from torch's global generator, which is the caller's
             with torch.random.fork_rng():
-                while self.step < self.total_steps and not until():
+                while self.step < self.total_steps and not self.is_spent and not until():
                     self.engine.launch(self.step)
                     self.step += 1
                     due = self.step % self.config.train.checkpoint_steps == 0
@@ -98,6 +100,12 @@ class Trainer:
                 self._report(wait=True)
         finally:
             self.model.eval()
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the steps took ``train.seconds``, if that is set."""
+        limit = self.config.train.seconds
+        return limit is not None and self.seconds >= limit
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapter tensors, and the optimizer's as ``<tensor>/<statistic>``."""
@@ -131,6 +139,7 @@ class Trainer:
         """Show the collapse detector steps of an interrupted run; return what it said of them."""
         lines = []
         for step in steps:
+            self.seconds += step["seconds"]
             line = self._collapse.update(step["loss"], step["cosine_true"], step["cosine_random"])
             lines += [f"step {step['step']}: {line}"] if line else []
         return lines
@@ -154,6 +163,7 @@ class Trainer:
         return len(done)
 
     def _report_one(self, observed: Observed, seconds: float) -> None:
+        self.seconds += seconds
         metrics = StepMetrics(
             step=observed.step + 1,
             epoch=1 + observed.step // self.steps_per_epoch,

@@ -94,6 +94,7 @@ class SftTrainer:
         on_warning: Called with a line that the user should read.
         step: Steps done.
         best: Of the measurements so far.
+        seconds: That the steps took.
     """
 
     config: RunConfig
@@ -107,6 +108,7 @@ class SftTrainer:
     step: int = field(default=0, init=False)
     best: Best = field(default_factory=Best, init=False)
     total_steps: int = field(default=0, init=False)
+    seconds: float = field(default=0.0, init=False)
 
     def __post_init__(self) -> None:
         self.total_steps = self.order.total_steps
@@ -118,6 +120,16 @@ class SftTrainer:
         """Whether the loss on unseen articles has not fallen for ``sft.patience`` measurements."""
         patience = self.config.sft.patience
         return patience is not None and self.best.since >= patience
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the steps took ``train.seconds``, if that is set."""
+        limit = self.config.train.seconds
+        return limit is not None and self.seconds >= limit
+
+    @property
+    def _has_ended(self) -> bool:
+        return self.step >= self.total_steps or self.stopped_early or self.is_spent
 
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Train to the end, or to the first step after which ``until`` holds.
@@ -131,7 +143,7 @@ class SftTrainer:
             with torch.random.fork_rng():
                 if self.step == 0 and self.validation is not None:
                     self.best.before = self.validate()
-                while self.step < self.total_steps and not self.stopped_early and not until():
+                while not self._has_ended and not until():
                     self._one_step()
         except torch.OutOfMemoryError as e:
             raise TrainingError(out_of_memory(self.model, self.engine.updates, e)) from None
@@ -183,6 +195,8 @@ class SftTrainer:
 
     def replay(self, steps: Iterable[Mapping[str, float]]) -> list[str]:
         """Show the collapse detector steps of an interrupted run; return what it said of them."""
+        steps = list(steps)
+        self.seconds += sum(step["seconds"] for step in steps)
         lines = (self._watch(s["step"], s) for s in steps if "cosine_true" in s)
         return [line for line in lines if line]
 
@@ -191,8 +205,9 @@ class SftTrainer:
         observed = self.engine.run(step)
         seconds = time.perf_counter() - start
         self.step += 1
+        self.seconds += seconds
         figures, is_best = self._figures(observed), False
-        due = self.step % self.config.sft.evaluate_steps == 0 or self.step == self.total_steps
+        due = self.step % self.config.sft.evaluate_steps == 0 or self._has_ended
         if due and self.validation is not None:
             figures["validation_loss"] = self.validate()
             is_best = self.best.update(figures["validation_loss"], self.step)

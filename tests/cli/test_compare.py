@@ -1,0 +1,294 @@
+"""``tli-engine compare``: arms and seeds to one report, resumed run by run."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tli_engine.cli import _compare, main
+from tli_engine.evaluate.compare.config import ARMS
+from tli_engine.train.metrics import MetricsLog
+
+Cli = Callable[..., Any]
+
+ARTICLES = [
+    ("Mvua kubwa imenyesha mjini leo asubuhi. Barabara zimejaa maji.", "Mvua mjini"),
+    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
+    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
+    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
+    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
+    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
+]
+
+
+def in_this_process(comparison: Any, part: str) -> int:
+    """What runs a part, without the seconds that a process of its own takes to begin."""
+    settings = comparison.out / "compare.yaml"
+    return main(["compare", str(settings), "--out", str(comparison.out), "--only", part])
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_plots(monkeypatch)
+    monkeypatch.setattr(_compare, "_in_process", in_this_process)
+
+
+def without_plots(patch: pytest.MonkeyPatch) -> None:
+    """Drawing is most of the time that a tiny model takes."""
+    nothing = "tli_engine.cli._train_sft.plot_losses", "tli_engine.cli._train_align.plot_training"
+    for name in (*nothing, "tli_engine.cli._evaluate.plot_histograms"):
+        patch.setattr(name, lambda values, path: path.write_bytes(b""))
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
+    folder = tmp_path_factory.mktemp("compare")
+    for name, rows in (("train", ARTICLES[:3]), ("unseen", ARTICLES[3:4]), ("test", ARTICLES[4:])):
+        lines = [json.dumps({"text": text, "summary": summary}) for text, summary in rows]
+        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    names = {"texts": "train", "validation": "unseen", "test": "test"}
+    values = {
+        "model": str(tiny_model),
+        "device": "cpu",
+        "data": {k: str(folder / f"{v}.jsonl") for k, v in names.items()}
+        | {"pairs": str(pairs_file)},
+        "prompt": {"instruction": "Fupisha: {text}"},
+        "lora": {"layers": "0-1", "r": 4, "alpha": 8},
+        "sft": {"context": 96, "evaluate_steps": 2},
+        "train": {"steps": 3, "batch_size": 1, "learning_rate": 1e-2, "checkpoint_steps": 2},
+        "compare": {
+            "seeds": [5],
+            "max_new_tokens": 4,
+            "set": {
+                "full": {"train": {"learning_rate": 1e-3}},
+                "tli": {"train": {"epochs": 1, "batch_size": 4}},
+            },
+        },
+    }
+    (folder / "compare.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
+    return folder / "compare.yaml"
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory, config: Path, _one_thread: None) -> Path:
+    """A comparison of all arms; not to be written to."""
+    folder = tmp_path_factory.mktemp("comparisons") / "all"
+    with pytest.MonkeyPatch.context() as patch:
+        without_plots(patch)
+        patch.setattr(_compare, "_in_process", in_this_process)
+        assert main(["compare", str(config), "--out", str(folder)]) == 0
+    return folder
+
+
+@pytest.fixture
+def out(compared: Path, tmp_path: Path) -> Path:
+    """A copy of the comparison."""
+    return Path(shutil.copytree(compared, tmp_path / "out"))
+
+
+def test_a_report_of_all_arms(compared: Path) -> None:
+    report = json.loads((compared / "report.json").read_text())
+    assert [arm["name"] for arm in report["arms"]] == list(ARMS)
+    keys = "method layers seeds trainable_parameters text alignment tokens_per_s peak_mib"
+    for arm in report["arms"]:
+        assert arm.keys() >= {*keys.split(), "wall_seconds", "energy_joules", "loss"}
+        assert arm["seeds"] == [5]
+        assert arm["text"].keys() >= {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"}
+        assert arm["text"]["chrf"].keys() >= {"score", "ci95", "signature", "by_seed"}
+        assert [row["layer"] for row in arm["alignment"]["layers"]] == [0, 1, 2, 3]
+        assert arm["alignment"]["split"] == "control"
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    assert [arms[n]["layers"] for n in ("full", "lora-all", "lora-early")] == ["all", "all", "0-1"]
+    sizes = [arms[name]["trainable_parameters"] for name in ARMS[:3]]
+    assert sizes == sorted(sizes, reverse=True)
+    assert len({*sizes}) == 3
+    # the arm that goes on from TLI has its steps' time too
+    before, after = arms["tli-then-lora-early"], arms["lora-early"]
+    assert before["trainable_parameters"] == after["trainable_parameters"]
+    assert before["steps"] == after["steps"] == [3]
+    tests = report["tests"]
+    assert {t["arm"] for t in tests} == {*ARMS[1:]}
+    assert {t["against"] for t in tests} == {"full"}
+    assert all(t["p_holm"] >= t["p"] for t in tests)
+    assert report["baselines"].keys() == {"zero-shot", "lead-1", "lead-3", "random-summary"}
+    assert report["data"]["counts"] == {"train": 3, "test": 2}
+    assert report["conclusions"][0].startswith("Too small to conclude")
+    assert report["versions"].keys() >= {"torch", "tli-engine"}
+
+
+def test_the_arms_are_what_they_are_called(compared: Path) -> None:
+    recorded = {
+        p.parent.name: yaml.safe_load(p.read_text()) for p in compared.glob("*/config.yaml")
+    }
+    kinds = {name.removesuffix("-5"): (c["objective"], c["method"]) for name, c in recorded.items()}
+    assert kinds == {
+        "full": ("sft", "full"),
+        "lora-all": ("sft", "lora"),
+        "lora-early": ("sft", "lora"),
+        "tli-then-lora-early": ("sft", "lora"),
+        "joint": ("joint", "lora"),
+        "tli": ("align", "lora"),
+    }
+    assert recorded["full-5"]["train"]["learning_rate"] == 1e-3
+    assert recorded["tli-5"]["train"]["steps"] is None
+    assert recorded["tli-then-lora-early-5"]["lora"]["init"].endswith("tli-5/adapter")
+    assert {c["seed"] for c in recorded.values()} == {5}
+
+
+def test_a_page_that_fetches_nothing(compared: Path) -> None:
+    page = (compared / "report.html").read_text(encoding="utf-8")
+    assert "<script" not in page
+    fetched = re.findall(r"(?:src|href)\s*=\s*[\"']?([^\"'\s>]+)|url\(([^)]+)\)|@import", page)
+    assert fetched == [("data:,", "")]
+    assert "prefers-color-scheme: dark" in page
+    assert 'name="viewport"' in page
+    assert page.count("<svg") == 6
+    # figures alone: no article and no summary
+    for text, summary in ARTICLES:
+        assert text not in page
+        assert summary not in page
+    card = (compared / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nbase_model:")
+    assert "| lora-early | 1 |" in card
+    assert "nrefs:1" in card
+
+
+def test_what_is_done_is_not_done_again(
+    cli: Cli, config: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.rmtree(out / "lora-early-5")
+    ran: list[str] = []
+    monkeypatch.setattr(_compare, "_in_process", lambda c, part: ran.append(part) or 137)
+    result = cli("compare", config, "--out", out)
+    assert result.status == 1
+    assert ran == ["lora-early:5"]
+    assert "lora-early:5: failed; the others go on" in result.err
+    report = json.loads((out / "report.json").read_text())
+    assert [a["name"] for a in report["arms"]] == [n for n in ARMS if n != "lora-early"]
+    assert "1 of the runs are missing" in report["conclusions"][1]
+    # one more seed of one arm; the arms are reported as far as they are asked for
+    result = cli(
+        "compare", config, "--out", out, "--set", "compare.seeds=[5, 6]",
+        "--set", "compare.arms=[joint]",
+    )  # fmt: skip
+    assert ran == ["lora-early:5", "joint:6"]
+    report = json.loads((out / "report.json").read_text())
+    assert (report["reference"], report["tests"]) == ("joint", [])
+
+
+def test_an_interrupted_run_goes_on(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = MetricsLog.append
+
+    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
+        append(self, step)
+        if step["step"] == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    arguments = ("compare", config, "--out", "cut", "--set", "compare.arms=[lora-early]")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", stopping)
+        result = cli(*arguments)
+    assert result.status == 130
+    assert "the same command goes on" in result.err
+    assert not (tmp_path / "cut/report.json").exists()
+    assert cli(*arguments, "--set", "compare.keep_weights=true").status == 0
+    for name in ("predictions.jsonl", "adapter/adapter_model.safetensors"):
+        found = [(f / "lora-early-5" / name).read_bytes() for f in (tmp_path / "cut", compared)]
+        assert found[0] == found[1], name
+
+
+def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) -> None:
+    options = ("--set", "compare.keep_weights=false")
+    assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
+    assert not (tmp_path / "a/report.json").exists()
+    left = {p.name for p in (tmp_path / "a/lora-early-5").iterdir()}
+    assert {"adapter", "checkpoints", "best"} & left == set()
+    assert left >= {"result.json", "predictions.jsonl", "metrics.jsonl", "config.yaml"}
+    assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
+    assert cli("compare", config, "--out", "a", "--gather", *options).status == 0
+    report = json.loads((tmp_path / "a/report.json").read_text())
+    assert [arm["name"] for arm in report["arms"]] == ["lora-early"]
+    # on another machine files lie elsewhere
+    moved = tmp_path / "moved"
+    shutil.copytree(config.parent, moved)
+    text = (moved / "compare.yaml").read_text().replace(str(config.parent), str(moved))
+    (moved / "compare.yaml").write_text(text)
+    assert cli("compare", moved / "compare.yaml", "--out", "a", "--gather", *options).status == 0
+    # other articles are not these
+    result = json.loads((tmp_path / "a/lora-early-5/result.json").read_text())
+    result["test"]["sha256"] = "0"
+    (tmp_path / "a/lora-early-5/result.json").write_text(json.dumps(result))
+    result = cli("compare", config, "--out", "a", "--gather", *options)
+    assert result.status == 2
+    assert "tested on other articles" in result.err
+
+
+def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
+    changes = ("compare.arms=[tli-then-lora-early]", "compare.seconds=0.0001")
+    options = [word for change in changes for word in ("--set", change)]
+    result = cli("compare", config, "--out", "b", *options)
+    assert result.status == 0, result.err
+    steps = (tmp_path / "b/tli-then-lora-early-5/metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 1
+    assert "validation_loss" in json.loads(steps[0])
+    report = json.loads((tmp_path / "b/report.json").read_text())
+    assert any("0.0001 s of training" in line for line in report["conclusions"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reason"),
+    [
+        (("--only", "full:7"), "--only full:7: no such run; there are base full:5"),
+        (("--only", "base", "--gather"), "do not go together"),
+        (("--set", "train.steps=4"), "was begun with another train.steps"),
+        (("--set", "compare.beams=2"), "was begun with another compare.beams"),
+        (("--set", "compare.arms=[half]"), "compare.arms.0: input should be 'full'"),
+        (("--set", "compare.seed=1"), "compare.seed: unknown key; known here: arms, seeds"),
+        (("--set", "compare.seeds=[1, 1]"), "compare: seeds must be different ones"),
+        (("--set", "compare.set.joint.align.layer=x"), "arm joint: align.layer"),
+        (("--set", "data.test=none.jsonl"), "none.jsonl"),
+    ],
+)
+def test_what_cannot_be(
+    cli: Cli, config: Path, out: Path, arguments: tuple[str, ...], reason: str
+) -> None:
+    result = cli("compare", config, "--out", out, *arguments)
+    assert result.status == 2
+    assert reason in result.err
+
+
+def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_path: Path) -> None:
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/thesis.txt").write_text("")
+    result = cli("compare", config, "--out", "other")
+    assert result.status == 2
+    assert "is no comparison's folder" in result.err
+
+
+def test_a_signal_reaches_the_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    program = tmp_path / "python"
+    program.write_text(
+        '#!/bin/sh\necho "$@" > arguments\ntrap "echo told >> signals; exit 130" INT\n'
+        "while :; do sleep 0.05; done\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "executable", str(program))
+    comparison = type("C", (), {"out": tmp_path / "out"})()
+    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
+    assert _compare._in_process(comparison, "full:0") == 130
+    assert (tmp_path / "signals").read_text() == "told\n"
+    arguments = (tmp_path / "arguments").read_text().split()
+    assert arguments[:3] == ["-m", "tli_engine", "compare"]
+    assert arguments[-2:] == ["--only", "full:0"]

@@ -1,0 +1,181 @@
+"""The report of a comparison: figures over seeds, what it concludes, the page in a browser."""
+
+import html
+import json
+import math
+import re
+import shutil
+import subprocess
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tli_engine.evaluate.compare.charts import Series, chart
+from tli_engine.evaluate.compare.conclusions import conclusions, too_small
+from tli_engine.evaluate.compare.config import CompareConfig
+from tli_engine.evaluate.compare.gather import Part, gather
+from tli_engine.evaluate.compare.report import report_html
+from tli_engine.evaluate.text_metrics import score_texts
+from tli_engine.train.run_folder import plain_json
+
+from .conftest import articles_of
+
+Report = dict[str, Any]
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+def test_seeds_are_pooled_and_paired(part: Callable[..., Part]) -> None:
+    articles = articles_of(30)
+    parts = [part("full", s, articles) for s in (0, 1)] + [
+        part("joint", s, articles) for s in (1, 2)
+    ]
+    found = gather(CompareConfig(), parts, None, articles, None, resamples=200)
+    assert [arm["name"] for arm in found["arms"]] == ["full", "joint"]
+    full = found["arms"][0]
+    assert full["seeds"] == [0, 1]
+    assert full["wall_seconds"] == 60.5
+    assert full["loss"]["by_seed"] == [2.0, 2.1]
+    scores = [score_texts(p.predictions, [a.summary for a in articles]).rougeL.score for p in parts]
+    assert full["text"]["rougeL"]["by_seed"] == scores[:2]
+    assert full["text"]["rougeL"]["score"] == pytest.approx(sum(scores[:2]) / 2)
+    # only seed 1 is of both
+    (test,) = (t for t in found["tests"] if t["metric"] == "rougeL")
+    assert test["seeds"] == [1]
+    assert test["difference"] == pytest.approx(scores[2] - scores[1])
+    assert len(full["curves"][0]["training"]) == 100
+    assert full["curves"][0]["training"][0] == [3, pytest.approx(3 - 1 / 300)]
+    assert full["curves"][0]["validation"] == [[300, 2.0]]
+
+
+def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
+    found = report()
+    assert too_small(found) is None
+    lines = conclusions(found)
+    assert re.match(r"lora-early against full: better by BLEU \(\+[\d.]+, p = 0\.\d+\)", lines[0])
+    assert "ROUGE-L (+" in lines[0]
+    assert lines[1].startswith("joint against full: worse by BLEU (-")
+    assert "though seeds overlap" not in lines[0] + lines[1]
+    level = next(line for line in lines if "which is not the same as equal" in line)
+    assert level.startswith("lora-all and tli-then-lora-early against full: not to be told apart")
+    cost = next(line for line in lines if line.startswith("Training took, of what full took"))
+    assert "lora-early 2 % of the parameters, 0.50 times the peak memory" in cost
+    assert "1.00 times the energy" in cost
+    retrieval = next(line for line in lines if line.startswith("Retrieval of 40 unseen pairs"))
+    assert "0.400 before training; after it: full 0.500 (up)" in retrieval
+    assert any("Another article's summary" in line and "above it" in line for line in lines)
+    assert "they do not say how other seeds" in lines[-1]
+    assert not any("CPU" in line for line in lines)
+    assert conclusions(found, ["full:3"])[0].startswith("Not finished")
+
+
+def test_what_cannot_be_shown_is_said_first(report: Callable[..., Report]) -> None:
+    found = report(articles=20, seeds=2, device="cpu", energy_joules=None)
+    lines = conclusions(found, missing=["full:2"])
+    assert lines[0].startswith(
+        "Too small to conclude: there are 20 test articles, and it takes 200; 2 seeds an arm"
+    )
+    assert lines[1] == "1 of the runs are missing, failed or yet to be run: full:2."
+    assert all("(too small to conclude)" in line for line in lines if "against full" in line)
+    assert any("On a CPU, memory" in line for line in lines)
+    assert not any("energy." in line for line in lines[:-2] if "took" in line)
+
+
+def test_one_article_and_nothing_to_test(part: Callable[..., Part]) -> None:
+    articles = articles_of(1)
+    found = gather(CompareConfig(), [part("joint", 0, articles)], None, articles, None)
+    assert found["tests"] == []
+    assert math.isnan(found["arms"][0]["text"]["bleu"]["ci95"][0])
+    json.dumps(plain_json(found), allow_nan=False)
+
+
+def test_a_chart_is_xml_and_holds_its_points() -> None:
+    nan = float("nan")
+    svg = chart(
+        [
+            Series("a <b>", 0, [(0, 1.0), (10, 3.5), (nan, 2)]),
+            Series("dots", 1, [(5, 2.0)], "big", [(1.5, 2.5)]),
+            Series("none", 2, [(5, 2.0)], "dots", [(nan, nan)]),
+        ],
+        "step",
+        "loss",
+    )
+    root = ET.fromstring(svg)
+    line = root.find("polyline")
+    assert line is not None
+    points = [tuple(map(float, p.split(","))) for p in line.attrib["points"].split()]
+    assert len(points) == 2
+    assert points[0][0] < points[1][0]
+    # upwards is less
+    assert points[0][1] > points[1][1]
+    assert len(root.findall("circle")) == 2
+    assert len([e for e in root.findall("line") if "bar" in e.attrib["class"]]) == 1
+    marks = [
+        float(e.text or "") for e in root.findall("text") if "axis" not in e.attrib.get("class", "")
+    ]
+    assert {1.0, 2.0, 3.0, 0.0, 10.0} <= {*marks}
+    _, _, width, height = map(float, root.attrib["viewBox"].split())
+    assert all(0 <= x <= width and 0 <= y <= height for x, y in points)
+    assert chart([Series("a", 0, [])], "x", "y") == "<p>Nothing was measured.</p>"
+
+
+@pytest.mark.parametrize("values", [[3, 3], [0, 0], [-1e-7, 2e-7], [1e6, 3e6], [0.9999, 1.0]])
+def test_axes_reach_their_values(values: list[float]) -> None:
+    root = ET.fromstring(chart([Series("a", 0, [(v, v) for v in values])], "x", "y"))
+    marks = [e.text or "" for e in root.findall("text") if e.attrib.get("text-anchor") == "end"]
+    numbers = [float(m.replace(",", "")) for m in marks]
+    assert 2 <= len(numbers) <= 8
+    assert len({*numbers}) == len(numbers)
+    assert numbers[0] <= min(values) + 1e-12
+    assert numbers[-1] >= max(values) - 1e-12
+
+
+def test_the_page_escapes_and_warns(report: Callable[..., Report]) -> None:
+    found = report(articles=20)
+    found["conclusions"] = conclusions(found)
+    page = report_html(plain_json(found))
+    assert "&lt;tiny&gt; &amp; small" in page
+    assert "<tiny>" not in page
+    assert "the best step was chosen on" in " ".join(page.split())
+    assert 'class="conclusions small"' in page
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page(
+    report: Callable[..., Report], tmp_path: Path, width: int
+) -> None:
+    found = report(articles=20)
+    found["conclusions"] = conclusions(found)
+    page = report_html(plain_json(found))
+    # in a frame of a phone's width: a headless window has a least width of its own
+    frame = tmp_path / "frame.html"
+    frame.write_text(
+        f'<meta charset="utf-8"><iframe width="{width}" height="800" style="border:0" '
+        f'srcdoc="{html.escape(page)}"></iframe><pre id="found"></pre><script>'
+        "onload = () => { const d = document.querySelector('iframe').contentDocument;"
+        "document.querySelector('#found').textContent = JSON.stringify({"
+        "wide: d.documentElement.scrollWidth, tables: d.querySelectorAll('table').length,"
+        "drawn: [...d.querySelectorAll('svg')].map(s => s.getBoundingClientRect().width > 200),"
+        "first: d.querySelector('#conclusions p').textContent}) }</script>",
+        encoding="utf-8",
+    )
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1300,900"]
+    result = subprocess.run(
+        [str(CHROMIUM), *options, "--dump-dom", frame.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    assert "CONSOLE" not in result.stderr
+    match = re.search(r'<pre id="found">(.*?)</pre>', result.stdout)
+    assert match is not None
+    shown = json.loads(html.unescape(match[1]))
+    assert shown["wide"] <= width
+    assert shown["tables"] == 4
+    assert shown["drawn"] == [True] * 6
+    assert shown["first"].startswith("Too small to conclude")

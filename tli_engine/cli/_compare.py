@@ -1,0 +1,214 @@
+"""The work of ``tli-engine compare``: one run after the other, then the report."""
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tli_engine.cli._compare_run import BASE, RESULT, Comparison, run_part
+from tli_engine.cli.console import plain_table, say, show, warn
+from tli_engine.cli.signals import stop_on_signals
+from tli_engine.config import RunConfig, read_yaml, with_absolute_paths
+from tli_engine.data.texts import has_articles, read_texts
+from tli_engine.errors import ConfigError, UserError
+from tli_engine.evaluate.compare.conclusions import conclusions
+from tli_engine.evaluate.compare.config import CompareConfig
+from tli_engine.evaluate.compare.gather import Part, gather
+from tli_engine.evaluate.compare.report import report_card, report_html
+from tli_engine.evaluate.summaries import METRICS, PREDICTIONS, language_of, read_predictions
+from tli_engine.train.metrics import read_metrics
+from tli_engine.train.run_folder import check_writable, plain_json, write_json, write_text
+
+_SETTINGS = "compare.yaml"
+# may differ between calls: they say how much is compared, not what
+_GROWING = ("compare.arms", "compare.seeds")
+# what ends a run that was asked to stop; a run that is killed for its memory ends otherwise
+_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
+# how long a run is waited for before signals are looked at
+_LOOK_EVERY = 0.2
+
+
+def run_comparison(
+    shared: RunConfig, settings: CompareConfig, out: Path, only: Sequence[str], gather_only: bool
+) -> int:
+    """Run what has no figures yet, each part in a process of its own, and report."""
+    comparison = Comparison(with_absolute_paths(shared), settings, out)
+    if unknown := [part for part in only if part not in comparison.parts]:
+        raise ConfigError(
+            f"--only {unknown[0]}: no such run; there are {' '.join(comparison.parts)}"
+        )
+    # before anything is written
+    comparison.test_texts()
+    _keep_settings(comparison, gather_only)
+    for part in only:
+        if status := run_part(comparison, part):
+            return status
+    if only:
+        return 0
+    failed = []
+    for part in () if gather_only else comparison.parts:
+        if comparison.is_done(part):
+            say(f"{part}: is done")
+            continue
+        say(f"{part}:")
+        status = _in_process(comparison, part)
+        if status in _STOPPED:
+            say("stopped; the same command goes on")
+            return status
+        if status:
+            failed.append(part)
+            warn(f"{part}: failed; the others go on")
+    _report(comparison)
+    return 1 if failed else 0
+
+
+def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
+    """Write what is compared into the folder, or see that it is what the folder was begun with."""
+    out = comparison.out
+    path = out / _SETTINGS
+    values = {"compare": comparison.settings.model_dump(mode="json")}
+    values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
+    others = [p for p in out.iterdir() if p != path] if out.is_dir() else []
+    if not path.is_file() and (gather_only or others):
+        raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
+    key = _difference(values, read_yaml(path)) if others else None
+    if key is not None:
+        raise UserError(f"{out}: was begun with another {key}; choose another --out")
+    check_writable(out)
+    out.mkdir(parents=True, exist_ok=True)
+    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+
+
+def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
+    """The first key whose values differ, if one does that must not."""
+    if not isinstance(values, dict) or not isinstance(recorded, dict):
+        return None if key in _GROWING or _is_same(values, recorded) else key
+    for name in sorted(values.keys() | recorded.keys()):
+        inner = f"{key}.{name}" if key else name
+        found = _difference(values.get(name), recorded.get(name), inner)
+        if found is not None:
+            return found
+    return None
+
+
+def _is_same(value: Any, recorded: Any) -> bool:
+    """Whether two values are equal, or name a file that lies elsewhere on another machine."""
+    if isinstance(value, str) and isinstance(recorded, str):
+        paths = Path(value), Path(recorded)
+        if all(path.is_absolute() for path in paths):
+            return paths[0].name == paths[1].name
+    return bool(value == recorded)
+
+
+def _in_process(comparison: Comparison, part: str) -> int:
+    """Run a part apart from the others, whose memory would count as its own; return its status."""
+    out = comparison.out
+    command = [sys.executable, "-m", "tli_engine", "compare", str(out / _SETTINGS)]
+    command += ["--out", str(out), "--only", part]
+    with stop_on_signals() as stop:
+        # in a session of its own: Ctrl-C reaches it through us, once
+        process = subprocess.Popen(command, start_new_session=True)
+        told = False
+        try:
+            while True:
+                try:
+                    status = process.wait(_LOOK_EVERY)
+                    break
+                except subprocess.TimeoutExpired:
+                    if stop.signal is not None and not told:
+                        process.send_signal(stop.signal)
+                        told = True
+        except BaseException:
+            process.kill()
+            process.wait()
+            raise
+    return 128 - status if status < 0 else status
+
+
+def _report(comparison: Comparison) -> None:
+    """Gather what is there; write ``report.json``, ``report.html`` and the card."""
+    report = plain_json(_gathered(comparison))
+    out = comparison.out
+    write_json(out / "report.json", report)
+    write_text(out / "report.html", report_html(report))
+    write_text(out / "README.md", report_card(report))
+    _show(report)
+    for line in report["conclusions"]:
+        print(f"- {line}")
+    say(f"report: {out / 'report.html'}")
+
+
+def _gathered(comparison: Comparison) -> dict[str, Any]:
+    shared, settings = comparison.shared, comparison.settings
+    texts = comparison.test_texts()
+    digest = texts.digest()
+    parts = {
+        part: _read_part(comparison, part, digest)
+        for part in comparison.parts
+        if comparison.is_done(part)
+    }
+    base = parts.pop(BASE, None)
+    if not parts:
+        raise UserError(f"{comparison.out}: no run has its figures yet")
+    articles = [texts[i] for i in range(len(texts))]
+    report = gather(settings, list(parts.values()), base, articles, language_of(shared.data))
+    train = read_texts(shared.data, "train")
+    some = next(iter(parts.values())).result
+    report["data"] = {
+        "model": shared.model,
+        "base_model": some["base_model"],
+        "texts": shared.data.texts,
+        "pairs": shared.data.pairs,
+        "test": texts.name,
+        "hash": digest,
+        "counts": {"train": len(train) if train else 0, "test": len(texts)},
+        "selected_on_test": not has_articles(shared.data, "test"),
+        "max_new_tokens": settings.max_new_tokens,
+        "beams": settings.beams,
+        "seconds": settings.seconds,
+        "devices": sorted({part.result["device_name"] for part in parts.values()}),
+    }
+    report["versions"] = some["versions"]
+    missing = [p for p in comparison.parts if not comparison.is_done(p)]
+    report["conclusions"] = conclusions(report, missing)
+    return report
+
+
+def _read_part(comparison: Comparison, part: str, digest: str) -> Part:
+    folder = comparison.folder(part)
+    try:
+        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise UserError(f"{folder / RESULT}: cannot be read: {e}") from None
+    if result["test"]["sha256"] != digest:
+        raise UserError(
+            f"{folder}: was tested on other articles than {comparison.test_texts().name} holds now"
+        )
+    arm, _, seed = part.rpartition(":")
+    return Part(
+        arm or BASE,
+        int(seed) if arm else 0,
+        result,
+        read_predictions(folder / PREDICTIONS),
+        read_metrics(folder),
+    )
+
+
+def _show(report: dict[str, Any]) -> None:
+    table = plain_table("summaries of the test articles")
+    for column in ("arm", "seeds"):
+        table.add_column(column)
+    for name in (*METRICS.values(), "peak MiB", "training"):
+        table.add_column(name, justify="right")
+    for arm in report["arms"]:
+        scores = (f"{arm['text'][m]['score']:.2f}" for m in METRICS)
+        costs = (f"{arm['peak_mib']:,.0f}", f"{arm['wall_seconds']:,.0f} s")
+        table.add_row(arm["name"], str(len(arm["seeds"])), *scores, *costs)
+    for name, baseline in report["baselines"].items():
+        table.add_row(name, "", *(f"{baseline[m]['score']:.2f}" for m in METRICS))
+    show(table)

@@ -1,0 +1,222 @@
+"""One part of a comparison: the base model, or one arm with one seed. Train, measure, keep figures."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tli_engine.cli._summaries import Summariser, load_whole, stages
+from tli_engine.cli._train import resume_training, run_training
+from tli_engine.cli.console import progress, say
+from tli_engine.config import RunConfig, read_yaml, resolve_config
+from tli_engine.data.splits import read_run_pairs, tokenize_splits
+from tli_engine.data.texts import Texts, has_articles, read_texts
+from tli_engine.errors import UserError
+from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
+from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
+from tli_engine.evaluate.summaries import PREDICTIONS, predictions_text
+from tli_engine.models.adapters import adapter_tensors
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.device import choose_device
+from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.train.energy import energy_joules
+from tli_engine.train.manifest import problems
+from tli_engine.train.metrics import read_metrics
+from tli_engine.train.provenance import versions
+from tli_engine.train.run_folder import write_json, write_text
+
+# the part that trains nothing
+BASE = "base"
+# written last: a part that has it is done
+RESULT = "result.json"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What is compared, and where.
+
+    Attributes:
+        shared: What all runs share.
+        settings: The ``compare`` section.
+        out: Folder of the comparison; each part has one in it.
+    """
+
+    shared: RunConfig
+    settings: CompareConfig
+    out: Path
+
+    @property
+    def parts(self) -> list[str]:
+        """``base``, then ``ARM:SEED``, all arms of a seed together."""
+        settings = self.settings
+        return [BASE, *(f"{arm}:{seed}" for seed in settings.seeds for arm in settings.arms)]
+
+    def folder(self, part: str) -> Path:
+        """Of a part."""
+        return self.out / part.replace(":", "-")
+
+    def config(self, name: str, seed: int, spent: float = 0.0) -> RunConfig:
+        """Of a run, for whose arm there were ``spent`` seconds of training before."""
+        config = arm_config(self.shared, self.settings, name, seed, self.out)
+        if self.settings.seconds is None:
+            return config
+        # a run has one step at least
+        left = max(self.settings.seconds - spent, 1e-3)
+        return config.model_copy(
+            update={"train": config.train.model_copy(update={"seconds": left})}
+        )
+
+    def is_done(self, part: str) -> bool:
+        """Whether a part has its figures."""
+        return (self.folder(part) / RESULT).is_file()
+
+    def test_texts(self) -> Texts:
+        """The articles that are summarised.
+
+        Raises:
+            UserError: The configuration names none.
+        """
+        split = "test" if has_articles(self.shared.data, "test") else "validation"
+        texts = read_texts(self.shared.data, split)  # type: ignore[arg-type]
+        if texts is None:
+            raise UserError("data.test: a comparison needs articles that no run is trained on")
+        return texts.first(self.settings.articles)
+
+
+def run_part(comparison: Comparison, part: str) -> int:
+    """Make a part's figures, unless they are there; return an exit status."""
+    folder = comparison.folder(part)
+    if comparison.is_done(part):
+        say(f"{folder}: is done")
+        return 0
+    # a missing file is found before hours of training
+    texts = comparison.test_texts()
+    if part == BASE:
+        _measure_base(comparison, texts)
+        return 0
+    arm, _, seed = part.rpartition(":")
+    return _run_arm(comparison, arm, int(seed), texts)
+
+
+def _measure_base(comparison: Comparison, texts: Texts) -> None:
+    config, folder = comparison.shared, comparison.folder(BASE)
+    files = open_model(config.model)
+    summariser = _summariser(comparison, config, files, texts)
+    written = summariser.write(load_whole(files, config), "base model")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / PREDICTIONS, predictions_text(written.summaries))
+    figures = {"test": _identity(texts), "generation": written.to_json(), "versions": versions()}
+    write_json(folder / RESULT, figures)
+
+
+def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
+    names = [ALIGN, arm] if arm == "tli-then-lora-early" else [arm]
+    folders = [comparison.out / f"{name}-{seed}" for name in names]
+    whole = not any((folder / "config.yaml").exists() for folder in folders)
+    device = choose_device(comparison.shared.device)
+    energy = energy_joules(device)
+    spent = 0.0
+    for name, folder in zip(names, folders, strict=True):
+        config = comparison.config(name, seed, spent)
+        if status := _train(config, folder):
+            return status
+        spent += sum(step["seconds"] for step in read_metrics(folder))
+    after = energy_joules(device)
+    # a run that went on was not watched from its beginning
+    joules = after - energy if whole and after is not None and energy is not None else None
+    figures = {"arm": arm, "seed": seed, "energy_joules": joules}
+    figures |= _training_figures(folders) | _measure(comparison, config, folders[-1], texts)
+    write_json(folders[-1] / RESULT, figures)
+    if not comparison.settings.keep_weights:
+        for folder in folders:
+            for name in ("adapter", "model", "checkpoints", "best"):
+                shutil.rmtree(folder / name, ignore_errors=True)
+    return 0
+
+
+def _train(config: RunConfig, folder: Path) -> int:
+    path = folder / "config.yaml"
+    if not path.is_file():
+        return run_training(config, folder.name, folder, overwrite=False)
+    if problems(folder):
+        return resume_training(resolve_config(read_yaml(path), str(path)), folder)
+    return 0
+
+
+def _training_figures(folders: list[Path]) -> dict[str, Any]:
+    """What the runs of an arm recorded of their training; the last one's where they cannot be added."""
+    steps = [read_metrics(folder) for folder in folders]
+    evaluation = json.loads((folders[-1] / "evaluation.json").read_text(encoding="utf-8"))
+    peaks = [step["peak_mib"] for run in steps for step in run]
+    return {
+        "steps": len(steps[-1]),
+        "tokens": sum(step["tokens"] for step in steps[-1]),
+        "tokens_per_s": evaluation["throughput"]["tokens_per_s"],
+        "peak_mib": max(peaks),
+        "wall_seconds": sum(step["seconds"] for run in steps for step in run),
+        "loss": evaluation["loss"]["validation"],
+        "warnings": evaluation["warnings"],
+    }
+
+
+def _measure(
+    comparison: Comparison, config: RunConfig, folder: Path, texts: Texts
+) -> dict[str, Any]:
+    files = open_model(config.model)
+    summariser = _summariser(comparison, config, files, texts)
+    splits = tokenize_splits(read_run_pairs(config.data), files.tokenizer, config.words)
+    vectors = {}
+    for stage, model in stages(folder, config, files):
+        words = sum(len(set(split.words)) for split in splits)
+        with progress(f"word pairs {stage}", words) as advance:
+
+            def told(words: int, advance: Any = advance) -> None:
+                advance(words, "")
+
+            vectors[stage] = encode_splits(model.early, splits, config, told)
+        if stage == "after":
+            written = summariser.write(model, folder.name)
+            trained = _trained_parameters(model, config)
+            device = model.early.device
+        # the next stage may be another model
+        del model
+    write_text(folder / PREDICTIONS, predictions_text(written.summaries))
+    return {
+        "method": config.method,
+        "objective": config.objective,
+        "layers": config.lora.layers if config.method == "lora" else "all",
+        "trainable_parameters": trained,
+        "device": device.type,
+        "device_name": _name(device),
+        "base_model": files.hub_id,
+        "test": _identity(texts),
+        "generation": written.to_json(),
+        "alignment": alignment_figures(splits, vectors["before"], vectors["after"], config),
+        "versions": versions(),
+    }
+
+
+def _summariser(
+    comparison: Comparison, config: RunConfig, files: ModelFiles, texts: Texts
+) -> Summariser:
+    settings = comparison.settings
+    articles = [texts[i] for i in range(len(texts))]
+    return Summariser.prepare(
+        articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams
+    )
+
+
+def _trained_parameters(model: CausalModel, config: RunConfig) -> int:
+    trained = model.weights() if config.method == "full" else adapter_tensors(model.early)
+    return sum(tensor.numel() for tensor in trained.values())
+
+
+def _name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+
+
+def _identity(texts: Texts) -> dict[str, Any]:
+    return {"name": texts.name, "count": len(texts), "sha256": texts.digest()}

@@ -1,0 +1,99 @@
+"""What ``evaluate`` and ``compare`` do with a model of summaries: load, write, score."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tli_engine.cli.console import progress, say
+from tli_engine.config import RunConfig
+from tli_engine.data.examples import ExampleTokenizer
+from tli_engine.data.texts import Article
+from tli_engine.evaluate.summaries import Written, write_summaries
+from tli_engine.models.adapters import adapters_off
+from tli_engine.models.causal import CausalModel, load_causal
+from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.models.generate import GenerateOptions
+from tli_engine.models.peft_format import load_adapter
+from tli_engine.train.sft_prepare import fuse_for_texts
+
+
+def load_whole(files: ModelFiles, config: RunConfig, device: str | None = None) -> CausalModel:
+    """A whole model, held as a run holds it."""
+    where = choose_device(device or config.device)
+    return load_causal(
+        files,
+        dtype=choose_dtype(config.dtype, where),
+        device=where,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        numerics=config.numerics,
+        weight_residency=config.weight_residency,
+    )
+
+
+def stages(
+    folder: Path, config: RunConfig, base: ModelFiles, device: str | None = None
+) -> Iterator[tuple[str, CausalModel]]:
+    """The base model as ``before``, then the trained one as ``after``.
+
+    Whoever asks for the second must have let go of the first: of full fine-tuning there are two, and
+    only one is held.
+    """
+    model = load_whole(base, config, device)
+    if config.method == "full":
+        yield "before", model
+        del model
+        yield "after", load_whole(open_model(str(folder / "model")), config, device)
+        return
+    load_adapter(model.early, folder / "adapter")
+    fuse_for_texts(model, config)
+    with adapters_off(model.early):
+        yield "before", model
+    yield "after", model
+
+
+@dataclass(frozen=True)
+class Summariser:
+    """Lets models summarise the same articles.
+
+    Attributes:
+        articles: To be summarised.
+        tokenizer: Of the models.
+        examples: Makes the prompts.
+        options: Of generation.
+    """
+
+    articles: Sequence[Article]
+    tokenizer: Any
+    examples: ExampleTokenizer
+    options: GenerateOptions
+
+    @classmethod
+    def prepare(
+        cls,
+        articles: Sequence[Article],
+        base: ModelFiles,
+        config: RunConfig,
+        max_new_tokens: int,
+        batch_size: int,
+        beams: int,
+    ) -> "Summariser":
+        """For the models of a run."""
+        examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
+        options = GenerateOptions(max_new_tokens, examples.end, batch_size, beams=beams)
+        return cls(articles, base.tokenizer, examples, options)
+
+    def write(self, model: CausalModel, title: str) -> Written:
+        """Summaries of all articles, with progress."""
+        with progress(title, len(self.articles)) as advance:
+            written = write_summaries(
+                model, self.tokenizer, self.examples, self.articles, self.options, advance
+            )
+        figures = written.to_json()
+        say(
+            f"{title}: {len(written.summaries)} articles, {written.tokens} tokens in "
+            f"{written.seconds:.1f} s ({figures['tokens_per_s']:.0f} tokens/s)"
+        )
+        return written

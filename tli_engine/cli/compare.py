@@ -1,0 +1,66 @@
+"""``tli-engine compare``: early-layer LoRA, TLI and full fine-tuning on the same data."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from tli_engine.config import apply_overrides, read_recipe, read_yaml
+from tli_engine.errors import ConfigError
+from tli_engine.evaluate.compare.config import split_config
+
+
+@click.command("compare")
+@click.argument("config", required=False, type=click.Path(path_type=Path))
+@click.option("--recipe", help="A shipped configuration, in place of CONFIG: compare-demo.")
+@click.option(
+    "--set",
+    "overrides",
+    metavar="KEY=VALUE",
+    multiple=True,
+    help="Override a key, e.g. compare.seeds=[0,1,2]; may be repeated.",
+)
+@click.option(
+    "--out",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="Folder of the comparison; one that is there is gone on with.",
+)
+@click.option(
+    "--only",
+    metavar="ARM:SEED",
+    multiple=True,
+    help="Make the figures of this run alone, or of 'base', the base model; may be repeated.",
+)
+@click.option(
+    "--gather", is_flag=True, help="Run nothing: report on the runs that have their figures."
+)
+def command(
+    config: Path | None,
+    recipe: str | None,
+    overrides: tuple[str, ...],
+    out: Path,
+    only: tuple[str, ...],
+    gather: bool,
+) -> int:
+    """Train each arm with each seed as CONFIG or a recipe says, test them alike, and report.
+
+    The section compare of CONFIG has arms and seeds. Each is a run folder in --out; those that have
+    their figures are not run again, and one that was interrupted goes on. With --only, runs can be
+    made one at a time and on several machines; copy their folders together, and --gather. Writes
+    report.html, report.json and a card.
+    """
+    if (config is None) == (recipe is None):
+        raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe compare-demo")
+    if only and gather:
+        raise ConfigError("--only and --gather do not go together")
+    values: dict[str, Any] = (
+        read_recipe(recipe, "compare") if recipe else read_yaml(config or Path(), "compare")
+    )
+    where = f"recipe {recipe}" if recipe else str(config)
+    where += " with --set" if overrides else ""
+    shared, settings = split_config(apply_overrides(values, list(overrides)), where)
+    # torch and transformers are imported here so that --help and bad keys answer at once
+    from tli_engine.cli._compare import run_comparison
+
+    return run_comparison(shared, settings, out, only, gather)

@@ -1,0 +1,1 @@
+"""Several ways of training on the same data, side by side: arms, their figures, the report."""

@@ -1,0 +1,205 @@
+"""What a comparison shows, in words, and what it cannot show."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from tli_engine.evaluate.summaries import METRICS
+
+# fewer than these show no more than a tendency
+ENOUGH_SEEDS = 3
+ENOUGH_ARTICLES = 200
+_ALPHA = 0.05
+
+Report = Mapping[str, Any]
+
+
+def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
+    """Sentences, the most important first.
+
+    Args:
+        report: As :func:`tli_engine.evaluate.compare.gather.gather` makes it, with ``data``.
+        missing: Runs that have no figures.
+    """
+    lines = list(_size(report, bool(missing)))
+    if missing:
+        lines.append(
+            f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
+        )
+    lines += _against(report)
+    lines += _baselines(report)
+    lines += _costs(report)
+    lines += _alignment(report)
+    lines += _budget(report)
+    lines.append(
+        "The tests and intervals are over test articles with these seeds: they do not say how other "
+        "seeds, data, models or learning rates would come out. Each seed's score is shown beside them."
+    )
+    return lines
+
+
+def too_small(report: Report) -> str | None:
+    """Why there is nothing to conclude; ``None`` where there is enough."""
+    articles = report["data"]["counts"]["test"]
+    seeds = min((len(arm["seeds"]) for arm in report["arms"]), default=0)
+    reasons = []
+    if articles < ENOUGH_ARTICLES:
+        reasons.append(f"{articles} test articles, and it takes {ENOUGH_ARTICLES}")
+    if seeds < ENOUGH_SEEDS:
+        reasons.append(f"{_count(seeds, 'seed')} an arm, and it takes {ENOUGH_SEEDS}")
+    return "; ".join(reasons) or None
+
+
+def _size(report: Report, unfinished: bool) -> Iterator[str]:
+    reason = too_small(report)
+    if reason is not None:
+        yield f"Too small to conclude: there are {reason}. Read what follows as a demonstration."
+    elif unfinished:
+        yield "Not finished: what follows is of the runs that are done."
+
+
+def _against(report: Report) -> Iterator[str]:
+    """Each arm against the reference, by every metric; those that nothing tells apart in one line."""
+    reference = report["reference"]
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    hedge = " (too small to conclude)" if too_small(report) else ""
+    level: list[str] = []
+    widest = 0.0
+    for name, arm in arms.items():
+        tests = [t for t in report["tests"] if t["arm"] == name]
+        if not tests:
+            continue
+        parts = [
+            f"{word} by {_listed([_figure(t, arm, arms[reference]) for t in shown])}"
+            for word, sign in (("better", 1), ("worse", -1))
+            if (shown := [t for t in tests if _is_shown(t) and t["difference"] * sign > 0])
+        ]
+        undecided = [METRICS[t["metric"]] for t in tests if not _is_shown(t)]
+        if not parts:
+            level.append(name)
+            widest = max(widest, *(_half_width(t) for t in tests))
+            continue
+        if undecided:
+            parts.append(f"not to be told apart by {_listed(undecided)}")
+        yield f"{name} against {reference}: {'; '.join(parts)}{hedge}."
+    if level:
+        yield (
+            f"{_listed(level)} against {reference}: not to be told apart by any metric, which is not "
+            f"the same as equal: intervals of the differences reach ±{widest:.1f} points{hedge}."
+        )
+
+
+def _half_width(test: Mapping[str, Any]) -> float:
+    low, high = test["ci95"]
+    return 0.0 if math.isnan(low) else (high - low) / 2
+
+
+def _is_shown(test: Mapping[str, Any]) -> bool:
+    # NaN is not below it
+    return bool(test["p_holm"] < _ALPHA)
+
+
+def _figure(test: Mapping[str, Any], arm: Report, reference: Report) -> str:
+    """A difference, and whether every seed agrees."""
+    metric = test["metric"]
+    scores = [
+        [
+            s
+            for s, seed in zip(a["text"][metric]["by_seed"], a["seeds"], strict=True)
+            if seed in test["seeds"]
+        ]
+        for a in (arm, reference)
+    ]
+    apart = min(scores[0]) > max(scores[1]) or max(scores[0]) < min(scores[1])
+    agree = "" if apart else ", though seeds overlap"
+    return f"{METRICS[metric]} ({test['difference']:+.1f}, p = {test['p_holm']:.2g}{agree})"
+
+
+def _baselines(report: Report) -> Iterator[str]:
+    """Which arms are worth more than what costs nothing."""
+    metric = "rougeL"
+    for name, scores in report["baselines"].items():
+        floor = scores[metric]["score"]
+        places: dict[str, list[str]] = {"above it": [], "below it": [], _LEVEL: []}
+        for arm in report["arms"]:
+            low, high = arm["text"][metric]["ci95"]
+            place = "above it" if low > floor else "below it" if high < floor else _LEVEL
+            places[place].append(arm["name"])
+        said = [f"{_listed(names)} {place}" for place, names in places.items() if names]
+        if said:
+            yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}."
+
+
+_LEVEL = "within their own interval of it"
+_BASELINES = {
+    "zero-shot": "The base model, untrained",
+    "lead-1": "An article's first sentence",
+    "lead-3": "An article's first three sentences",
+    "random-summary": "Another article's summary, drawn at random",
+}
+
+
+def _costs(report: Report) -> Iterator[str]:
+    arms = {arm["name"]: arm for arm in report["arms"]}
+    reference = arms.pop(report["reference"], None)
+    said = []
+    for name, arm in arms.items() if reference else ():
+        share = arm["trainable_parameters"] / reference["trainable_parameters"]
+        parts = [
+            f"{100 * share:.2g} % of the parameters",
+            f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
+            f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time",
+        ]
+        if arm["energy_joules"] and reference["energy_joules"]:
+            ratio = arm["energy_joules"] / reference["energy_joules"]
+            parts.append(f"{ratio:.2f} times the energy")
+        said.append(f"{name} {', '.join(parts)}")
+    if said:
+        yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
+    if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
+        yield (
+            "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "
+            "GPU's."
+        )
+
+
+def _alignment(report: Report) -> Iterator[str]:
+    """Whether unseen pairs find each other better, by a score that a common shift cannot inflate."""
+    said = []
+    for arm in report["arms"]:
+        found = arm["alignment"]
+        row = next(
+            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
+        )
+        intervals = row["mrr_change_ci95"]
+        up, down = (all(sign * end > 0 for ends in intervals for end in ends) for sign in (1, -1))
+        verdict = "up" if up else "down" if down else "no clear change"
+        after = row["after"]["mrr"]
+        said.append(f"{arm['name']} {after:.3f} ({verdict})")
+    unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
+    yield (
+        f"Retrieval of {found['pairs']} {unseen} at layer {row['layer']} (MRR, centred), "
+        f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. Up or down is what "
+        "every seed's 95 % interval says."
+    )
+
+
+def _budget(report: Report) -> Iterator[str]:
+    if report["data"].get("seconds"):
+        yield (
+            f"Every arm had {report['data']['seconds']:g} s of training, all its runs together; "
+            "slower ones did fewer steps."
+        )
+    elif any(arm["name"] == "tli-then-lora-early" for arm in report["arms"]):
+        yield (
+            "Arms had the same steps on the same articles. tli-then-lora-early had its steps on word "
+            "pairs besides, which its time and energy hold."
+        )
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), *parts[-1:])))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"

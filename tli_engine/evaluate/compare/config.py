@@ -1,0 +1,116 @@
+"""The ``compare`` section of a configuration, and the run that each arm and seed is."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tli_engine.config import PositiveInt, RunConfig, explain, resolve_config
+from tli_engine.errors import ConfigError
+
+Arm = Literal["full", "lora-all", "lora-early", "tli-then-lora-early", "joint"]
+ARMS: tuple[Arm, ...] = ("full", "lora-all", "lora-early", "tli-then-lora-early", "joint")
+# the run of the align objective that an arm goes on from; ``arms`` does not name it, ``set`` may
+ALIGN = "tli"
+# what each arm makes of a run that is otherwise the same
+_DIFFERENCES: dict[str, dict[str, Any]] = {
+    "full": {"objective": "sft", "method": "full"},
+    "lora-all": {"objective": "sft", "method": "lora", "lora": {"layers": "all"}},
+    "lora-early": {"objective": "sft", "method": "lora"},
+    "tli-then-lora-early": {"objective": "sft", "method": "lora"},
+    "joint": {"objective": "joint", "method": "lora"},
+    ALIGN: {"objective": "align", "method": "lora"},
+}
+
+
+class CompareConfig(BaseModel):
+    """What is compared, and on how many articles.
+
+    ``set`` has what differs besides between arms, by arm: ``full: {train: {learning_rate: 1.0e-5}}``.
+    ``tli`` there is the run of the align objective before ``tli-then-lora-early``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    arms: Annotated[tuple[Arm, ...], Field(min_length=1)] = ARMS
+    seeds: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    # articles that are summarised, at the most: of data.test, or else of data.validation
+    articles: PositiveInt = 256
+    max_new_tokens: PositiveInt = 64
+    # articles summarised at the same time
+    batch_size: PositiveInt = 16
+    beams: PositiveInt = 1
+    # seconds of training that each arm may take, all its runs together
+    seconds: Annotated[float, Field(gt=0)] | None = None
+    # whether adapters and models stay after they have been measured
+    keep_weights: bool = True
+    set: dict[Literal[Arm, "tli"], dict[str, Any]] = {}
+
+    @model_validator(mode="after")
+    def _each_once(self) -> "CompareConfig":
+        for name, values in (("arms", self.arms), ("seeds", self.seeds)):
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name} must be different ones")
+        return self
+
+    @property
+    def reference(self) -> Arm:
+        """The arm that the others are held against: full fine-tuning, or else the first."""
+        return "full" if "full" in self.arms else self.arms[0]
+
+
+def split_config(values: dict[str, Any], where: str) -> tuple[RunConfig, CompareConfig]:
+    """What all runs share, and the ``compare`` section.
+
+    Raises:
+        ConfigError: Names the file or recipe, the key, what is wrong and what is allowed.
+    """
+    values = dict(values)
+    section = values.pop("compare", None)
+    # each arm has its own; this one asks least of what all share
+    shared = resolve_config({"objective": "sft"} | values, where)
+    try:
+        compare = CompareConfig.model_validate({} if section is None else section)
+    except ValidationError as e:
+        error: Any = e.errors()[0]
+        text = f"compare.{explain(error, CompareConfig)}".replace(".(top level)", "")
+        raise ConfigError(f"{where}: {text}") from None
+    for arm in (*compare.arms, *([ALIGN] if "tli-then-lora-early" in compare.arms else [])):
+        arm_config(shared, compare, arm, compare.seeds[0], Path())
+    return shared, compare
+
+
+def arm_config(
+    shared: RunConfig, compare: CompareConfig, arm: str, seed: int, out: Path
+) -> RunConfig:
+    """The run of one arm and seed.
+
+    Args:
+        shared: What all runs share.
+        compare: The section.
+        arm: Its name, or ``tli``.
+        seed: Its seed.
+        out: Folder of the comparison, where ``tli-then-lora-early`` finds the adapter it goes on from.
+
+    Raises:
+        ConfigError: The arm cannot be had of this configuration.
+    """
+    values = shared.model_dump(mode="json") | {"seed": seed}
+    changes = _merged(_DIFFERENCES[arm], compare.set.get(arm, {}))  # type: ignore[call-overload]
+    if arm == "full" and shared.quantize == "nf4":
+        changes.setdefault("quantize", "none")
+    if arm == "tli-then-lora-early":
+        changes = _merged({"lora": {"init": str(out / f"{ALIGN}-{seed}" / "adapter")}}, changes)
+    length = {"epochs", "steps"} & changes.get("train", {}).keys()
+    if len(length) == 1:
+        values["train"] = values["train"] | {"epochs": None, "steps": None}
+    return resolve_config(_merged(values, changes), f"arm {arm}")
+
+
+def _merged(values: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for key, change in changes.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(change, dict)
+        merged[key] = _merged(old, change) if both else change  # type: ignore[arg-type]
+    return merged

@@ -1,0 +1,109 @@
+"""Summaries that a model writes, and what they are worth beside summaries that cost nothing."""
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tli_engine.config import DataConfig
+from tli_engine.data.examples import ExampleTokenizer
+from tli_engine.data.texts import Article
+from tli_engine.errors import UserError
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.generate import GenerateOptions, generate
+
+# file of a run's summaries
+PREDICTIONS = "predictions.jsonl"
+METRICS = {
+    "bleu": "BLEU",
+    "chrf": "chrF++",
+    "rouge1": "ROUGE-1",
+    "rouge2": "ROUGE-2",
+    "rougeL": "ROUGE-L",
+    "rougeLsum": "ROUGE-Lsum",
+}
+
+
+def language_of(data: DataConfig) -> str | None:
+    """The language that summaries are in, where the configuration says it."""
+    preset, _, language = (data.texts or "").partition(":")
+    return language if preset == "xlsum" else None
+
+
+@dataclass(frozen=True)
+class Written:
+    """Summaries in the articles' order, and what they took.
+
+    Attributes:
+        summaries: One an article.
+        tokens: Written in all, ends included.
+        seconds: Of generation.
+    """
+
+    summaries: list[str]
+    tokens: int
+    seconds: float
+
+    def to_json(self) -> dict[str, float]:
+        """What they took."""
+        return {
+            "articles": len(self.summaries),
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "tokens_per_s": self.tokens / max(self.seconds, 1e-9),
+        }
+
+
+def write_summaries(
+    model: CausalModel,
+    tokenizer: Any,
+    examples: ExampleTokenizer,
+    articles: Sequence[Article],
+    options: GenerateOptions,
+    advance: Callable[[int, str], None] = lambda articles, note: None,
+) -> Written:
+    """Let a model summarise articles.
+
+    Args:
+        model: All blocks and the head.
+        tokenizer: The model's.
+        examples: Makes the prompts; articles are cut so that the answer fits the context too.
+        articles: To be summarised.
+        options: Of generation.
+        advance: Told of articles that are done, and of the speed so far.
+    """
+    prompts = [examples.prompt_ids(article, options.max_new_tokens) for article in articles]
+    start = time.perf_counter()
+    generated = generate(model, prompts, options, advance)
+    seconds = time.perf_counter() - start
+    summaries = [
+        tokenizer.decode(list(g.tokens), skip_special_tokens=True).strip() for g in generated
+    ]
+    return Written(summaries, sum(len(g.tokens) + g.ended for g in generated), seconds)
+
+
+def predictions_text(summaries: Sequence[str]) -> str:
+    """JSON Lines: the number of an article from 0 on, and its summary."""
+    lines = ({"number": i, "prediction": text} for i, text in enumerate(summaries))
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+
+
+def read_predictions(path: Path) -> list[str]:
+    """Summaries as :func:`predictions_text` wrote them.
+
+    Raises:
+        UserError: Missing or malformed.
+    """
+    try:
+        # a summary may hold other separators of lines, which splitlines() minds
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        rows = [json.loads(line) for line in lines]
+        if [row["number"] for row in rows] == list(range(len(rows))):
+            return [str(row["prediction"]) for row in rows]
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; it is written by tli-engine evaluate") from None
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{path}: cannot be read: {e!r}") from None
+    raise UserError(f"{path}: its numbers are not 0, 1, 2, …: it is not whole")
