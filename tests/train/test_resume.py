@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tli_engine.cli import _train, main
+from tli_engine.cli import _train_align, main
 from tli_engine.testing import save_tiny_model
 from tli_engine.train.metrics import MetricsLog
 
@@ -44,8 +44,8 @@ train: {{steps: {STEPS}, batch_size: 6, learning_rate: 0.01, warmup_steps: 3, ch
 @pytest.fixture(autouse=True)
 def _no_evaluation(monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's end is not what is tested here, and takes most of the time."""
-    monkeypatch.setattr(_train, "report_alignment", lambda *args: None)
-    monkeypatch.setattr(_train, "plot_training", lambda *args: None)
+    monkeypatch.setattr(_train_align, "report_alignment", lambda *args: None)
+    monkeypatch.setattr(_train_align, "plot_training", lambda *args: None)
 
 
 def losses(run: Path) -> list[tuple[int, float, float]]:
@@ -62,7 +62,7 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     """Losses and adapter of the run that nothing interrupted."""
     run = tmp_path_factory.mktemp("whole") / "run"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_train, "report_alignment", lambda *args: None)
+        patch.setattr(_train_align, "report_alignment", lambda *args: None)
         assert main(["train", str(config), "--run", str(run)]) == 0
     assert len(losses(run)) == STEPS
     return losses(run), adapter_digest(run)

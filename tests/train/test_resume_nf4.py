@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tli_engine.cli import _train, main
+from tli_engine.cli import _train_align, main
 from tli_engine.nn import NF4Linear
 from tli_engine.testing import save_tiny_model
 from tli_engine.train.metrics import MetricsLog
@@ -21,8 +21,8 @@ WORDS = [(f"neno{i}", f"word{chr(97 + i % 26)}{i}") for i in range(20)]
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A configuration of 12 steps with dropout and a checkpoint every 5, unevaluated."""
-    monkeypatch.setattr(_train, "report_alignment", lambda *args: None)
-    monkeypatch.setattr(_train, "plot_training", lambda *args: None)
+    monkeypatch.setattr(_train_align, "report_alignment", lambda *args: None)
+    monkeypatch.setattr(_train_align, "plot_training", lambda *args: None)
     save_tiny_model(tmp_path / "model", "llama")
     pairs = [{"swahili": s, "english": e} for s, e in WORDS]
     (tmp_path / "pairs.json").write_text(json.dumps(pairs))

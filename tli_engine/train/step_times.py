@@ -40,14 +40,14 @@ _H100 = "NVIDIA-H100-80GB-HBM3"
 MEASURED = [
     Measured(_H100, "llama-3-8b", "step", 64, "exact", 0.66),
     Measured(_H100, "llama-3-8b", "step", 64, "fast", 0.61),
-    Measured(_H100, "llama-3-8b", "step", 256, "exact", 1.6),
-    Measured(_H100, "llama-3-8b", "step", 256, "fast", 1.48),
-    Measured(_H100, "llama-3-8b", "step", 4125, "exact", 14.01),
-    Measured(_H100, "llama-3-8b", "step", 4125, "fast", 13.74),
-    Measured(_H100, "qwen2-72b", "step", 64, "exact", 1.65),
-    Measured(_H100, "qwen2-72b", "step", 64, "fast", 1.49),
-    Measured(_H100, "qwen2-72b", "step", 256, "exact", 4.67),
-    Measured(_H100, "qwen2-72b", "step", 256, "fast", 4.2),
+    Measured(_H100, "llama-3-8b", "step", 256, "exact", 1.63),
+    Measured(_H100, "llama-3-8b", "step", 256, "fast", 1.49),
+    Measured(_H100, "llama-3-8b", "step", 4125, "exact", 14.06),
+    Measured(_H100, "llama-3-8b", "step", 4125, "fast", 13.91),
+    Measured(_H100, "qwen2-72b", "step", 64, "exact", 1.67),
+    Measured(_H100, "qwen2-72b", "step", 64, "fast", 1.51),
+    Measured(_H100, "qwen2-72b", "step", 256, "exact", 4.68),
+    Measured(_H100, "qwen2-72b", "step", 256, "fast", 4.23),
     Measured(_H100, "llama-3-8b", "lora_early", 8192, "exact", 470.47),
 ]
 # share by which a batch may differ from the one measured
