@@ -51,11 +51,11 @@ def test_390_steps_give_the_modules_losses_and_scores(smollm2: Any) -> None:
 
 def test_dropout_of_either_kind_trains_alike(smollm2: Any) -> None:
     """Other masks, one distribution: the mean over five seeds is within the seeds' spread."""
-    settings = ["lora.dropout=0.3", "train.steps=40", "align.loss=infonce"]
+    settings = ["lora.dropout=0.3", "train.steps=24", "align.loss=infonce"]
     ends = {}
     for engine in ("modules", "fused"):
         runs = [train(engine, *settings, f"seed={seed}")[1] for seed in range(5)]
-        ends[engine] = torch.tensor([sum(s.loss for s in steps[-20:]) / 20 for steps in runs])
+        ends[engine] = torch.tensor([sum(s.loss for s in steps[-12:]) / 12 for steps in runs])
     gap = (ends["fused"].mean() - ends["modules"].mean()).abs()
     spread = (ends["fused"].var() + ends["modules"].var()).sqrt()
     assert gap < 2 * spread
