@@ -77,6 +77,12 @@ def test_to_yaml_round_trips(name: str, tmp_path: Path) -> None:
     assert resolve_config(read_yaml(path), str(path)) == config
 
 
+@pytest.mark.parametrize("text", ["0\x85", "a\u2028b", "\u2029", "plain é"])
+def test_unicodes_line_breaks_survive_yaml(text: str) -> None:
+    config = resolve(words={"template": {"sw": "{word}" + text}})
+    assert resolve_config(yaml.safe_load(to_yaml(config)), "yaml") == config
+
+
 @given(
     word=st.text(max_size=8),
     margin=st.floats(0, 1e300, exclude_min=True),

@@ -351,7 +351,20 @@ def explain(error: Any, root: Any = None) -> str:
 
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+    values = config.model_dump(mode="json")
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes text with a line break of Unicode's, which plain YAML would read as a space."""
+
+
+def _represent_text(dumper: _Dumper, text: str) -> yaml.Node:
+    quoted = any(character in text for character in "\x85\u2028\u2029")
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if quoted else None)
+
+
+_Dumper.add_representer(str, _represent_text)
 
 
 def resolve_words(
