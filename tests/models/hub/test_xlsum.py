@@ -60,7 +60,9 @@ def test_all_files_of_a_split_are_read(xlsum: FakeHub) -> None:
     assert train.first(2).skipped == 3
     files = [f"{i:04}.parquet" for i in range(3)]
     assert xlsum.asked("GET") == files
-    assert {p.split("/resolve/")[0] for p in (r.path for r in xlsum.log)} == {f"/datasets/{REPO}"}
+    # what the library asks for itself, once a process, is no file
+    paths = [r.path for r in xlsum.log if "/resolve/" in r.path]
+    assert {path.split("/resolve/")[0] for path in paths} == {f"/datasets/{REPO}"}
     # once the first file has come, its commit is what the others are asked of
     assert xlsum.commit(REPO, "refs/convert/parquet") in xlsum.log[-1].path
 
