@@ -1,5 +1,6 @@
 """What a run is made of: recipes and YAML files, checked and resolved to one ``RunConfig``."""
 
+from copy import deepcopy
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -292,7 +293,7 @@ def _mapping(text: str, where: str) -> dict[str, Any]:
 
 def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
     """Return ``values`` with each ``key=value`` (dotted key, YAML value) of ``--set`` applied."""
-    result = _deep_copy(values)
+    result = deepcopy(values)
     for override in overrides:
         key, separator, text = override.partition("=")
         *parents, leaf = key.split(".")
@@ -315,10 +316,6 @@ def apply_overrides(values: dict[str, Any], overrides: list[str]) -> dict[str, A
         other = {"train.steps": "epochs", "train.epochs": "steps"}[lengths.pop()]
         result["train"].pop(other, None)
     return result
-
-
-def _deep_copy(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: _deep_copy(v) if isinstance(v, dict) else v for k, v in values.items()}
 
 
 def resolve_config(values: dict[str, Any], where: str) -> RunConfig:
@@ -351,7 +348,11 @@ def explain(error: Any, root: Any = None) -> str:
 
 def to_yaml(config: RunConfig) -> str:
     """The configuration as YAML, every default written out."""
-    values = config.model_dump(mode="json")
+    return dump_yaml(config.model_dump(mode="json"))
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Plain values as YAML that reads back as they are, keys in their order."""
     return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 

@@ -8,12 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tli_engine.cli._compare_run import BASE, RESULT, Comparison, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.cli.signals import stop_on_signals
-from tli_engine.config import RunConfig, read_yaml, with_absolute_paths
+from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
 from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.conclusions import conclusions
@@ -81,7 +79,7 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
         raise UserError(f"{out}: was begun with another {key}; choose another --out")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(path, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
+    write_text(path, dump_yaml(values))
 
 
 def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
