@@ -9,7 +9,6 @@ copy on this GPU: above 1 while they lie in the L2 cache.
 python -m bench rotary [--shapes NAME ...] [--tokens T ...] [--sweep]
 """
 
-import argparse
 import itertools
 import statistics
 from functools import partial
@@ -18,8 +17,8 @@ import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
-from bench.harness import Row, copy_bandwidth, time_graphs, write_results
-from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, time_case
+from bench.harness import Row, time_graphs
+from bench.pointwise import Case, Function, Outputs, check, compiled, load_liger, run, time_case
 from tli_engine.kernels.rotary import Tile, launch, tile_for
 from tli_engine.ops import rotary
 
@@ -128,23 +127,7 @@ def sweep(model: str, T: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
-    parser.add_argument("--sweep", action="store_true", help="time every tile instead")
-    args = parser.parse_args()
-    torch.manual_seed(0)
-    bandwidth = copy_bandwidth()
-    rows: list[Row] = []
-    for model, T in itertools.product(args.shapes, args.tokens):
-        if args.sweep:
-            sweep(model, T)
-        else:
-            rows += bench_case(model, T, bandwidth)
-    if rows:
-        named = ["transformers", "liger-kernel"]
-        path = write_results("rotary", rows, named, copy_bytes_per_s=bandwidth)
-        print(f"written: {path}")
+    run("rotary", __doc__, SHAPES, bench_case, sweep, TOKENS)
 
 
 if __name__ == "__main__":

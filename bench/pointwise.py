@@ -131,6 +131,7 @@ def run(
     shapes: Collection[str],
     bench_case: Callable[[str, int, float], list[Row]],
     sweep: Callable[[str, int], None],
+    tokens: Sequence[int] = TOKENS,
 ) -> None:
     """The command line of an op's bench.
 
@@ -140,10 +141,11 @@ def run(
         shapes: Names of what ``--shapes`` chooses among.
         bench_case: Rows of a shape and a number of tokens, given a copy's bytes a second.
         sweep: Prints the times of tiles, for ``--sweep``.
+        tokens: What ``--tokens`` is where it is not given.
     """
     parser = argparse.ArgumentParser(description=description.partition("\n")[0])
     parser.add_argument("--shapes", nargs="+", choices=shapes, default=list(shapes))
-    parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
+    parser.add_argument("--tokens", nargs="+", type=int, default=list(tokens))
     parser.add_argument("--sweep", action="store_true", help="time every tile, and write nothing")
     args = parser.parse_args()
     torch.manual_seed(0)

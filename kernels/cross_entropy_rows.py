@@ -15,9 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
-INTERPRET = bool(triton.knobs.runtime.interpret)
 # fp32's lowest: less minus infinity it is no NaN, as minus infinity would be
 LOWEST = tl.constexpr(-3.4028234663852886e38)
 

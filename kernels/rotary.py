@@ -13,9 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.nf4_tile import round_to
-from tli_engine.kernels.overlap import follow, overlap
-
-INTERPRET = bool(triton.knobs.runtime.interpret)
+from tli_engine.kernels.overlap import INTERPRET, follow, overlap
 
 
 class Tile(NamedTuple):

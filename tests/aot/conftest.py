@@ -22,14 +22,14 @@ def capability(request: pytest.FixtureRequest) -> int:
 
 
 @pytest.fixture
-def compile_kernels(capability: int) -> Callable[[str], dict[str, Any]]:
+def compile_kernels(capability: int) -> Callable[..., dict[str, Any]]:
     """Compile ``compile_<name>.py``'s kernels without the interpreter; all assemble and fit."""
 
-    def report_of(name: str) -> dict[str, Any]:
+    def report_of(name: str, *options: str) -> dict[str, Any]:
         environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
         script = Path(__file__).with_name(f"compile_{name}.py")
         result = subprocess.run(
-            [sys.executable, str(script), str(capability)],
+            [sys.executable, str(script), str(capability), *options],
             env=environment,
             capture_output=True,
             text=True,

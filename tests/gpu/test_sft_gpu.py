@@ -3,16 +3,15 @@
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from tli_engine.config import RunConfig
-from tli_engine.data.examples import Example
+from tli_engine.data.examples import Example, ExampleStore
 from tli_engine.models.adapters import add_lora
 from tli_engine.models.causal import load_causal
 from tli_engine.models.files import ModelFiles, open_model
-from tli_engine.testing import save_tiny_model
+from tli_engine.testing import example_store, save_tiny_model
 from tli_engine.train.sft_loop import SftMetrics, SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_prepare import fuse_for_texts
@@ -28,17 +27,11 @@ SIZES = {
 }  # fmt: skip
 
 
-class Store(list[Example]):
-    @property
-    def lengths(self) -> Any:
-        return np.array([len(e) for e in self], np.int32)
-
-
-def examples() -> Store:
+def examples() -> ExampleStore:
     generator = torch.Generator().manual_seed(0)
     lengths = torch.randint(20, 120, (24,), generator=generator).tolist()
     ids = [torch.randint(0, 256, (n,), generator=generator).tolist() for n in lengths]
-    return Store([Example(tuple(i), len(i) // 2) for i in ids])
+    return example_store([Example(tuple(i), len(i) // 2) for i in ids])
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from tli_engine.config import RunConfig
-from tli_engine.data.examples import Example, ExampleTokenizer
+from tli_engine.data.examples import ExampleTokenizer
 from tli_engine.data.texts import Article
 from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.files import ModelFiles
+from tli_engine.testing import example_store
 from tli_engine.train.sft_loop import SftMetrics, SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_step import SftStep
@@ -27,12 +28,6 @@ TEXTS = [
     ("Wanafunzi wamepanda miti elfu moja karibu na shule yao.", "Wanafunzi wapanda miti"),
     ("Hospitali imepata mashine mpya ya kupima damu.", "Mashine mpya hospitalini"),
 ]
-
-
-class Store(list[Example]):
-    @property
-    def lengths(self) -> Any:
-        return np.array([len(e) for e in self], np.int32)
 
 
 def config_of(method: str) -> RunConfig:
@@ -78,7 +73,7 @@ def test_20_steps_give_transformers_losses(smollm2: ModelFiles, method: str) -> 
 
     config = config_of(method)
     tokenize = ExampleTokenizer(smollm2.tokenizer, config.prompt, config.sft.context)
-    store = Store(tokenize([Article(*text, "test") for text in TEXTS]))
+    store = example_store(tokenize([Article(*text, "test") for text in TEXTS]))
     model = load_causal(smollm2, dtype=torch.float32, device=torch.device("cpu"))
     if method == "full":
         model.train_all()

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -28,16 +28,8 @@ from tli_engine.train.loop import StepMetrics, Trainer
 from tli_engine.train.order import batch_rows
 from tli_engine.train.schedule import learning_rate
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 PAIRS = 13
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matmuls: more threads wait for one another, 20 times as long on a busy machine."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

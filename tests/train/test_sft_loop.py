@@ -1,12 +1,11 @@
 """Fine-tuning on a tiny model: losses are transformers', and every promise of the loop holds."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,35 +19,19 @@ from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.files import ModelFiles, open_model
-from tli_engine.testing import save_tiny_model
+from tli_engine.testing import example_store, save_tiny_model
 from tli_engine.train.sft_loop import SftMetrics, SftTrainer, Validation
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_prepare import fuse_for_texts
 from tli_engine.train.sft_step import Pairs, SftStep
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 EXAMPLES = [
     Example(
         tuple(torch.randint(0, 256, (n,), generator=torch.Generator().manual_seed(n)).tolist()), p
     )
     for n, p in [(9, 5), (14, 8), (7, 6), (20, 3), (11, 10), (16, 9), (13, 4), (8, 1)]
 ]
-
-
-class Store(list[Example]):
-    """Examples in a list, with their lengths."""
-
-    @property
-    def lengths(self) -> Any:
-        return np.array([len(e) for e in self], np.int32)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny matmuls: more threads wait for one another."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +64,10 @@ def trainer_of(
     files: ModelFiles, config: RunConfig, pairs: Pairs | None = None, validate: bool = False
 ) -> tuple[SftTrainer, list[SftMetrics]]:
     model, tensors = model_of(files, config)
-    store = Store(EXAMPLES)
+    store = example_store(EXAMPLES)
     order = SftOrder(store.lengths, config)
     engine = SftStep(model, tensors, store, order, config, pairs)
-    unseen = Validation(Store(EXAMPLES[:3]), [[[0, 1]], [[2]]]) if validate else None
+    unseen = Validation(example_store(EXAMPLES[:3]), [[[0, 1]], [[2]]]) if validate else None
     steps: list[SftMetrics] = []
     return SftTrainer(config, model, engine, order, unseen, steps.append), steps
 
@@ -100,7 +83,7 @@ def by_transformers(files: ModelFiles, config: RunConfig) -> list[float]:
     else:
         theirs.requires_grad_(True)
         trained = list(theirs.parameters())
-    train, store = config.train, Store(EXAMPLES)
+    train, store = config.train, example_store(EXAMPLES)
     groups = [
         {"params": [p], "weight_decay": train.weight_decay if p.ndim > 1 else 0.0} for p in trained
     ]
@@ -317,7 +300,7 @@ def test_a_loss_that_becomes_nan_ends_the_run(files: ModelFiles) -> None:
 def test_an_example_without_a_label_is_refused(files: ModelFiles, tmp_path: Path) -> None:
     trainer, _ = trainer_of(files, config_of())
     bare = replace(EXAMPLES[0], prompt=len(EXAMPLES[0]))
-    trainer.engine._examples = Store([bare] * len(EXAMPLES))
+    trainer.engine._examples = example_store([bare] * len(EXAMPLES))
     with pytest.raises(ValueError, match=r"none of the .* tokens of a row is a label"):
         trainer.run()
 
@@ -331,7 +314,7 @@ def test_fused_blocks_give_the_modules_losses(files: ModelFiles, method: str) ->
     model, _ = model_of(files, config)
     fuse_for_texts(model, config)
     assert model.early.fused is not None
-    store, steps = Store(EXAMPLES), []
+    store, steps = example_store(EXAMPLES), []
     order = SftOrder(store.lengths, config)
     engine = SftStep(model, model.trainable(), store, order, config, None)
     SftTrainer(config, model, engine, order, None, steps.append).run()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tli_engine.cli._summaries import Summariser, load_whole, stages
+from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli._train import resume_training, run_training
 from tli_engine.cli.console import progress, say
 from tli_engine.config import RunConfig, read_yaml, resolve_config
@@ -27,6 +27,7 @@ from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import read_metrics
 from tli_engine.train.provenance import versions
 from tli_engine.train.run_folder import write_json, write_text
+from tli_engine.train.sft_prepare import load_whole
 
 # the part that trains nothing
 BASE = "base"

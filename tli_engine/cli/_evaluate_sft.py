@@ -9,7 +9,6 @@ from tli_engine.cli.console import plain_table, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
 from tli_engine.config import RunConfig
 from tli_engine.data.examples import tokenise
-from tli_engine.data.packing import rows_of_epoch
 from tli_engine.data.texts import Texts, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.summaries import (
@@ -26,6 +25,7 @@ from tli_engine.evaluate.text_tests import text_tests
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.train.manifest import problems
 from tli_engine.train.run_folder import write_json, write_text
+from tli_engine.train.sft_prepare import validation_of
 from tli_engine.train.sft_step import mean_loss
 
 
@@ -101,12 +101,10 @@ def _both(
     """Loss and summaries before and after training."""
     with progress(f"tokenise {texts.name}", len(texts)) as advance:
         store = tokenise(texts, summariser.examples, lambda n: advance(n, ""))
-    rows = rows_of_epoch(store.lengths, config.sft.context, 0, 0, config.sft.packing)
-    size = config.train.batch_size
-    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    unseen = validation_of(store, config)
     losses, written = {}, {}
     for stage, model in stages(folder, config, base, device):
-        losses[stage] = mean_loss(model, store, batches)
+        losses[stage] = mean_loss(model, unseen.examples, unseen.batches)
         written[stage] = summariser.write(model, "base model" if stage == "before" else "this run")
         # the next stage may be another model
         del model

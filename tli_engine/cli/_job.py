@@ -4,9 +4,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
-from tli_engine.config import RunConfig
 from tli_engine.train.loop import Trainer
+from tli_engine.train.prepare import Prepared
 from tli_engine.train.sft_loop import SftTrainer
+from tli_engine.train.sft_prepare import SftPrepared
 
 
 class StepFigures(Protocol):
@@ -25,16 +26,10 @@ RunTrainer = Trainer | SftTrainer
 
 
 class Job(Protocol):
-    """A prepared run."""
+    """A prepared run, and what is made of it."""
 
     @property
-    def config(self) -> RunConfig: ...
-
-    @property
-    def provenance(self) -> dict[str, Any]: ...
-
-    @property
-    def warnings(self) -> list[str]: ...
+    def run(self) -> Prepared | SftPrepared: ...
 
     def introduction(self) -> str:
         """A line on what is about to be trained."""

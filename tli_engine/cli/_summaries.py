@@ -11,26 +11,11 @@ from tli_engine.data.examples import ExampleTokenizer
 from tli_engine.data.texts import Article
 from tli_engine.evaluate.summaries import Written, write_summaries
 from tli_engine.models.adapters import adapters_off
-from tli_engine.models.causal import CausalModel, load_causal
-from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.causal import CausalModel
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.generate import GenerateOptions
 from tli_engine.models.peft_format import load_adapter
-from tli_engine.train.sft_prepare import fuse_for_texts
-
-
-def load_whole(files: ModelFiles, config: RunConfig, device: str | None = None) -> CausalModel:
-    """A whole model, held as a run holds it."""
-    where = choose_device(device or config.device)
-    return load_causal(
-        files,
-        dtype=choose_dtype(config.dtype, where),
-        device=where,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-        numerics=config.numerics,
-        weight_residency=config.weight_residency,
-    )
+from tli_engine.train.sft_prepare import fuse_for_texts, load_whole
 
 
 def stages(

@@ -26,7 +26,9 @@ def run_training(config: RunConfig, name: str, folder: Path | None, overwrite: b
     job = _prepare(config)
     _introduce(job)
     create(folder, overwrite)
-    record = with_absolute_paths(job.config).model_copy(update={"provenance": job.provenance})
+    record = with_absolute_paths(job.run.config).model_copy(
+        update={"provenance": job.run.provenance}
+    )
     write_text(folder / "config.yaml", to_yaml(record))
     return _train(job, folder, Found(None, []))
 
@@ -41,9 +43,9 @@ def resume_training(config: RunConfig, folder: Path) -> int:
     job = _prepare(config)
     recorded = config.provenance or {}
     for key in _RECORDED:
-        if recorded.get(key) != job.provenance.get(key):
+        if recorded.get(key) != job.run.provenance.get(key):
             raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
-    if recorded.get("versions") != job.provenance["versions"]:
+    if recorded.get("versions") != job.run.provenance["versions"]:
         warn("versions are not those the run began with; results may differ in the last bits")
     _introduce(job)
     if found.path is None:
@@ -64,12 +66,12 @@ def _prepare(config: RunConfig) -> Job:
 
 def _introduce(job: Job) -> None:
     say(job.introduction())
-    for line in job.warnings:
+    for line in job.run.warnings:
         warn(line)
 
 
 def _train(job: Job, folder: Path, checkpoint: Found) -> int:
-    warnings = list(job.warnings)
+    warnings = list(job.run.warnings)
 
     def on_warning(line: str) -> None:
         warnings.append(line)
@@ -83,7 +85,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
     start, first = time.perf_counter(), trainer.step
-    train = job.config.train
+    train = job.run.config.train
     with MetricsLog(folder, kept, train.tensorboard) as metrics, stop_on_signals() as stop:
         _run_steps(trainer, metrics, folder, stop)
         metrics.sync()

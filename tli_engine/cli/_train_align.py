@@ -31,21 +31,6 @@ class AlignJob:
         """Read and check everything."""
         return cls(prepare(config, say))
 
-    @property
-    def config(self) -> RunConfig:
-        """As resolved."""
-        return self.run.config
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the run is made from."""
-        return self.run.provenance
-
-    @property
-    def warnings(self) -> list[str]:
-        """Of preparing."""
-        return self.run.warnings
-
     def introduction(self) -> str:
         """A line on what is about to be trained."""
         run = self.run

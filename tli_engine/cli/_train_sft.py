@@ -35,21 +35,6 @@ class SftJob:
         """Read and check everything."""
         return cls(prepare_sft(config, say, progress))
 
-    @property
-    def config(self) -> RunConfig:
-        """As resolved."""
-        return self.run.config
-
-    @property
-    def provenance(self) -> dict[str, Any]:
-        """What the run is made from."""
-        return self.run.provenance
-
-    @property
-    def warnings(self) -> list[str]:
-        """Of preparing."""
-        return self.run.warnings
-
     def introduction(self) -> str:
         """A line on what is about to be trained."""
         run, config = self.run, self.run.config

@@ -1,11 +1,10 @@
 """``tli-engine compare``: early-layer LoRA, TLI and full fine-tuning on the same data."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
-from tli_engine.config import apply_overrides, read_recipe, read_yaml
+from tli_engine.cli.train import read_values
 from tli_engine.errors import ConfigError
 from tli_engine.evaluate.compare.config import split_config
 
@@ -50,16 +49,9 @@ def command(
     made one at a time and on several machines; copy their folders together, and --gather. Writes
     report.html, report.json and a card.
     """
-    if (config is None) == (recipe is None):
-        raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe compare-demo")
     if only and gather:
         raise ConfigError("--only and --gather do not go together")
-    values: dict[str, Any] = (
-        read_recipe(recipe, "compare") if recipe else read_yaml(config or Path(), "compare")
-    )
-    where = f"recipe {recipe}" if recipe else str(config)
-    where += " with --set" if overrides else ""
-    shared, settings = split_config(apply_overrides(values, list(overrides)), where)
+    shared, settings = split_config(*read_values(config, recipe, overrides, "compare"))
     # torch and transformers are imported here so that --help and bad keys answer at once
     from tli_engine.cli._compare import run_comparison
 

@@ -6,6 +6,7 @@ from typing import Any
 import click
 
 from tli_engine.config import (
+    Kind,
     RunConfig,
     apply_overrides,
     read_recipe,
@@ -78,13 +79,25 @@ def resolve_run(
     Raises:
         ConfigError: Neither or both of a file and a recipe, or what is wrong in it.
     """
+    resolved = resolve_config(*read_values(config, recipe, overrides))
+    return resolved, recipe or (config or Path("run")).stem
+
+
+def read_values(
+    config: Path | None, recipe: str | None, overrides: tuple[str, ...], kind: Kind = "run"
+) -> tuple[dict[str, Any], str]:
+    """What a file or a recipe says, ``--set`` applied, and what messages call it.
+
+    Raises:
+        ConfigError: Neither or both of a file and a recipe, or one that cannot be read.
+    """
     if (config is None) == (recipe is None):
-        raise ConfigError("give either a YAML file or --recipe NAME, e.g. --recipe demo")
-    values: dict[str, Any] = read_recipe(recipe) if recipe else read_yaml(config or Path())
+        example = {"run": "demo", "compare": "compare-demo"}[kind]
+        raise ConfigError(f"give either a YAML file or --recipe NAME, e.g. --recipe {example}")
+    values = read_recipe(recipe, kind) if recipe else read_yaml(config or Path(), kind)
     where = f"recipe {recipe}" if recipe else str(config)
     where += " with --set" if overrides else ""
-    resolved = resolve_config(apply_overrides(values, list(overrides)), where)
-    return resolved, recipe or (config or Path("run")).stem
+    return apply_overrides(values, list(overrides)), where
 
 
 def _resume(run: Path) -> int:

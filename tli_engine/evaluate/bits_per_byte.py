@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
+from tli_engine.models.causal import soft_capped
 from tli_engine.models.early import EarlyModel
 
 # tokens a piece of a line is cut to, and rows of logits held at a time
@@ -74,9 +75,6 @@ def _bits(model: EarlyModel, head: Tensor, ids: list[int]) -> float:
     labels = words.input_ids[1:]
     nats = 0.0
     for rows, targets in zip(hidden.split(_ROWS), labels.split(_ROWS), strict=True):  # type: ignore[no-untyped-call]
-        logits = (rows @ head.T).float()
-        cap = getattr(model.config, "final_logit_softcapping", None)
-        if cap:
-            logits = cap * torch.tanh(logits / cap)
+        logits = soft_capped((rows @ head.T).float(), model.config)
         nats += float(torch.nn.functional.cross_entropy(logits, targets, reduction="sum"))
     return nats / math.log(2)

@@ -133,11 +133,18 @@ def add_transposed_copies(model: EarlyModel) -> tuple[int, int]:
     blocks = {name: int(name.split(".")[1]) for name in layers if name.startswith("layers.")}
     first = min((int(name.split(".")[1]) for name in adapters(model)), default=len(model.blocks))
     for name, block in blocks.items():
-        # nothing below the first adapted block is trained: its input needs no gradient
-        if block > first or (block == first and not _READS_INPUT.search(name)):
+        if gradient_passes(name, block, first):
             layers[name].add_transposed_copy()
     nbytes = sum(layer.nbytes for layer in layers.values())
     return nbytes, sum(layer.transposed_nbytes for layer in layers.values())
+
+
+def gradient_passes(name: str, block: int, first: int) -> bool:
+    """Whether a gradient passes a layer of a block to its input; ``first`` is the first adapted one.
+
+    Nothing below that block is trained: its own input needs no gradient.
+    """
+    return block > first or (block == first and not _READS_INPUT.search(name))
 
 
 def _nf4_layers(model: EarlyModel) -> dict[str, NF4Linear]:

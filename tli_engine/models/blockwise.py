@@ -12,6 +12,7 @@ from torch import Tensor
 from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import wrap
+from tli_engine.models.causal import soft_capped
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.peft_format import StoredAdapter
@@ -113,5 +114,4 @@ def _logits(files: ModelFiles, hidden: Tensor) -> Tensor:
         raise UserError(f"{files.name}: has no tensor {name}; is the download complete?")
     head = files.source.read(name)
     logits = torch.cat([hidden @ rows.float().T for rows in head.split(_HEAD_ROWS)], 1)  # type: ignore[no-untyped-call]
-    cap = getattr(files.config, "final_logit_softcapping", None)
-    return cap * torch.tanh(logits / cap) if cap else logits
+    return soft_capped(logits, files.config)

@@ -1,5 +1,7 @@
 """A whole causal language model: all blocks and the output layer, its loss on packed documents."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Protocol
 
@@ -90,11 +92,22 @@ class CausalModel(nn.Module):
             if number == first and self.activations.undecided and torch.is_grad_enabled():
                 self.activations.plan(blocks[first:], first, x, residual, self.reserve())
             x, residual = self.activations.run(number, block, x, residual, self._draws)
+        return self.read_out(x, residual, rows)
+
+    def read_out(self, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
+        """What the output layer reads of what the blocks put out, ``x + residual``, ``[T, D]``.
+
+        Args:
+            x: ``[T, D]``.
+            residual: ``[T, D]``, or None.
+            rows: Those that are wanted, ``[L]``; all by default.
+        """
         if rows is not None:
             x = x.index_select(0, rows)
             residual = None if residual is None else residual.index_select(0, rows)
-        if self.early.fused is not None:
-            return self.early.fused.final_norm(x, residual)
+        early = self.early
+        if early.fused is not None:
+            return early.fused.final_norm(x, residual)
         return early.read_out(early.depth, x)
 
     def fuse(self, attention: Attention = "auto") -> None:
@@ -212,6 +225,23 @@ def _fused(block: FusedBlock, rows: Rows, device: torch.device) -> Block:
     if block.ends_freely:
         return Block(lambda x, residual: block.trunk(x, residual, rows, iter(seeds)), block.down)
     return Block(lambda x, residual: block(x, residual, rows, iter(seeds)))
+
+
+def soft_capped(logits: Tensor, config: Any) -> Tensor:
+    """Logits as a model gives them: squeezed into ``±final_logit_softcapping`` where it has that."""
+    cap = getattr(config, "final_logit_softcapping", None)
+    return cap * torch.tanh(logits / cap) if cap else logits
+
+
+@contextmanager
+def without_dropout(model: CausalModel) -> Iterator[None]:
+    """Run a model as it is evaluated; afterwards it is in the mode that it was in."""
+    training = model.training
+    model.train(False)
+    try:
+        yield
+    finally:
+        model.train(training)
 
 
 def load_causal(

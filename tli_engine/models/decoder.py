@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.data.words import Pack, Word, pack
-from tli_engine.models.causal import CausalModel
+from tli_engine.models.causal import CausalModel, soft_capped
 from tli_engine.models.document_attention import Documents
 from tli_engine.models.fused import Rows
 from tli_engine.models.kv_cache import CachedAttention, KVCache, Prefill, Step
@@ -154,16 +154,9 @@ class Decoder:
             cos, sin = early.fused.angles(packed.position_ids, x[:1])
             for fused, layer in zip(early.fused.blocks, layers, strict=True):
                 x, residual = fused(x, residual, Rows(cos, sin, None, layer))
-        if rows is not None:
-            x = x.index_select(0, rows)
-            residual = None if residual is None else residual.index_select(0, rows)
-        if early.fused is None:
-            x = early.read_out(early.depth, x)
-        else:
-            x = early.fused.final_norm(x, residual)
+        x = model.read_out(x, residual, rows)
         logits = torch.nn.functional.linear(x, model.head).float()
-        softcap = getattr(early.config, "final_logit_softcapping", None)
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+        return soft_capped(logits, early.config)
 
 
 class _CapturedStep:

@@ -1,15 +1,14 @@
 """Texts continued by a causal model, many at a time: greedily, by beams, or by sampling."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from tli_engine.models.beams import beam_search
-from tli_engine.models.causal import CausalModel
+from tli_engine.models.causal import CausalModel, without_dropout
 from tli_engine.models.decoder import Decoder
 
 
@@ -100,7 +99,7 @@ def generate(
     size = (len(prompts), options.max_new_tokens)
     draws = torch.rand(size, generator=generator, dtype=torch.float64)
     tokens, start = 0, time.perf_counter()
-    with _without_dropout(model):
+    with without_dropout(model):
         for first in range(0, len(order), options.batch_size):
             numbers = order[first : first + options.batch_size]
             batch = _continue(decoder, [prompts[i] for i in numbers], draws[numbers], options)
@@ -108,16 +107,6 @@ def generate(
             tokens += sum(len(text.tokens) + text.ended for text in batch)
             advance(len(batch), f"{tokens / (time.perf_counter() - start):,.0f} tokens/s")
     return [found[i] for i in range(len(prompts))]
-
-
-@contextmanager
-def _without_dropout(model: CausalModel) -> Iterator[None]:
-    training = model.training
-    model.train(False)
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 def _continue(

@@ -1,11 +1,9 @@
 """Models made of a base model and an adapter, or of trained weights, written one tensor at a time."""
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
 from tli_engine import nf4
@@ -20,6 +18,7 @@ from tli_engine.models.model_folder import (
     write_folder,
 )
 from tli_engine.models.peft_format import StoredAdapter
+from tli_engine.models.whole_folder import whole_folder
 from tli_engine.nf4 import NF4Weight
 from tli_engine.nf4_checkpoint import nf4_state_dict
 
@@ -115,20 +114,8 @@ def write_model(
         UserError: A weight of a wrong shape or with NaN or infinity, or the folder cannot be written.
         KeyError: A weight is not among ``tensors``.
     """
-    part = out.with_name(f".{out.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
-        written = write_dense(files, tensors, part, dtype, shard_bytes=shard_bytes)
-        if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{out}: cannot be written: {reason}; nothing was kept") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-    return written
+    with whole_folder(out) as part:
+        return write_dense(files, tensors, part, dtype, shard_bytes=shard_bytes)
 
 
 def write_dense(

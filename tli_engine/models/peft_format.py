@@ -3,7 +3,6 @@
 import json
 import math
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from tli_engine.config import LoraConfig
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import adapter_tensors, adapters, wrap
 from tli_engine.models.early import EarlyModel
+from tli_engine.models.whole_folder import whole_folder
 from tli_engine.nn import NF4Linear
 
 _KEY = re.compile(r"(?:base_model\.model\.)?(?:model\.)?(layers\.(\d+)\..+)\.lora_([AB])\.weight")
@@ -97,23 +97,12 @@ def save_adapter(
         f"base_model.model.model.{name}": p.detach().cpu().contiguous()
         for name, p in adapter_tensors(model).items()
     }
-    part = folder.with_name(f".{folder.name}.part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_folder(folder) as part:
         save_file(tensors, part / "adapter_model.safetensors", metadata={"format": "pt"})
         (part / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         (part / "README.md").write_text(card, encoding="utf-8")
         # safetensors makes its files private
         (part / "adapter_model.safetensors").chmod(0o644)
-        if folder.exists():
-            shutil.rmtree(folder)
-        part.rename(folder)
-    except (OSError, SafetensorError) as e:
-        reason = getattr(e, "strerror", None) or e
-        raise UserError(f"{folder}: cannot be written: {reason}; nothing was kept") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _adapter_config(model: EarlyModel, dropout: float, base_model: str) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """A training step through transformers' own modules and PyTorch's autograd: any model, any device."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,7 @@ class ModuleStep:
         result = batch_loss(self._model, batch, self._space, config.align)
         torch.autograd.backward(result.loss)
         if step == 0:
-            self._check_gradients()
+            check_gradients(self.tensors)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.tensors.values(), train.max_grad_norm or math.inf
         )
@@ -92,12 +92,14 @@ class ModuleStep:
             self._config.align.mask_duplicates,
         )
 
-    def _check_gradients(self) -> None:
-        for name, tensor in self.tensors.items():
-            if tensor.grad is None:
-                raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
-            if not torch.isfinite(tensor.grad).all():
-                raise TrainingError(f"the gradient of {name} is not finite")
+
+def check_gradients(tensors: Mapping[str, nn.Parameter]) -> None:
+    """Raise ``TrainingError`` for a tensor without a finite gradient, by name."""
+    for name, tensor in tensors.items():
+        if tensor.grad is None:
+            raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
+        if not torch.isfinite(tensor.grad).all():
+            raise TrainingError(f"the gradient of {name} is not finite")
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:

@@ -6,12 +6,14 @@ from typing import Any
 from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import read_run_pairs, tokenize_splits, tokens_of
+from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
 from tli_engine.train.order import steps_per_epoch
 from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline, outline
 from tli_engine.train.plan_peak import CONTEXT, Step, fits, optimizer_bytes, step_of_words
+from tli_engine.train.sft_prepare import check_context
 from tli_engine.train.step_times import measured_seconds
 
 # resident bytes of Python with torch and transformers imported, and with CUDA; measured roughly
@@ -65,10 +67,8 @@ def make_plan(run: RunConfig, model: Survey, target: Target) -> Plan:
         UserError: What the run asks for does not fit the model, or the pairs cannot be read.
     """
     notes: list[str] = []
-    if run.objective != "align" and run.sft.context > (
-        most := model.config.max_position_embeddings
-    ):
-        raise UserError(f"sft.context: {run.sft.context} is more than the model's {most} tokens")
+    if run.objective != "align":
+        check_context(run, model.config)
     made = outline(run, model, target)
     words = _words(run, model, notes) if run.objective == "align" else None
     held = _held(made, words)
@@ -165,7 +165,7 @@ def _run_folder(made: Outline) -> int:
     trained = sum(t.nbytes for t in made.trained.values())
     states, paged = optimizer_bytes(made)
     checkpoints = (made.run.train.keep_checkpoints + 1) * (trained + states + paged)
-    best = trained * (made.causal is not None and made.run.data.validation is not None)
+    best = trained * (made.causal is not None and has_articles(made.run.data))
     return checkpoints + 2 * best + trained
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from tli_engine.config import RunConfig
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters, add_lora
+from tli_engine.models.adapters import adapters, add_lora, gradient_passes
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_dtype
 from tli_engine.models.early import EarlyModel
@@ -107,9 +107,7 @@ class Outline:
             return 0
         first, total = self.first_trained, 0
         for name, (rows, columns) in self.linear.items():
-            block, leaf = _block_of(name), name.rpartition(".")[2]
-            reads_input = leaf in ("q_proj", "k_proj", "v_proj")
-            if block > first or (block == first and not reads_input):
+            if gradient_passes(name, _block_of(name), first):
                 total += nf4_bytes(columns, rows, False, True)
         return total
 

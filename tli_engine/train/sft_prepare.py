@@ -74,26 +74,38 @@ def prepare_sft(config: RunConfig, say: Callable[[str], None], progress: Progres
     chosen = {"device": str(device), "dtype": str(choose_dtype(config.dtype, device))[6:]}
     config = config.model_copy(update=chosen)
     files = open_model(config.model)
-    if config.sft.context > (most := files.config.max_position_embeddings):
-        raise UserError(f"sft.context: {config.sft.context} is more than the model's {most} tokens")
+    check_context(config, files.config)
     stores = {split: _tokenise(t, files, config, progress) for split, t in texts.items() if t}
-    model = load_causal(
-        files,
-        dtype=choose_dtype(config.dtype, device),
-        device=device,
-        quantize=config.quantize,
-        double_quant=config.double_quant,
-        numerics=config.numerics,
-        weight_residency=config.weight_residency,
-    )
+    model = load_whole(files, config)
     pairs, record, warnings = _pairs(config, files, model)
     record["texts"] = {
         split: {"count": len(t), "sha256": t.digest()} for split, t in texts.items() if t
     }
     tensors = _trained(model, config, record, say)
-    validation = _validation(stores.get("validation"), config)
+    unseen = stores.get("validation")
+    validation = None if unseen is None else validation_of(unseen, config)
     return SftPrepared(
         config, files, model, tensors, stores["train"], validation, pairs, record, warnings
+    )
+
+
+def check_context(config: RunConfig, model: Any) -> None:
+    """Raise ``UserError`` if ``sft.context`` is more than the model of that configuration takes."""
+    if config.sft.context > (most := model.max_position_embeddings):
+        raise UserError(f"sft.context: {config.sft.context} is more than the model's {most} tokens")
+
+
+def load_whole(files: ModelFiles, config: RunConfig, device: str | None = None) -> CausalModel:
+    """A whole model, held as a run holds it; ``device`` in place of the run's."""
+    where = choose_device(device or config.device)
+    return load_causal(
+        files,
+        dtype=choose_dtype(config.dtype, where),
+        device=where,
+        quantize=config.quantize,
+        double_quant=config.double_quant,
+        numerics=config.numerics,
+        weight_residency=config.weight_residency,
     )
 
 
@@ -155,9 +167,8 @@ def fuse_for_texts(
         say(f"training through transformers' modules: {reason}")
 
 
-def _validation(store: ExampleStore | None, config: RunConfig) -> Validation | None:
-    if store is None:
-        return None
+def validation_of(store: ExampleStore, config: RunConfig) -> Validation:
+    """Articles that are not trained on, in the batches in which their loss is measured."""
     rows = rows_of_epoch(store.lengths, config.sft.context, 0, 0, config.sft.packing)
     size = config.train.batch_size
     return Validation(store, [rows[i : i + size] for i in range(0, len(rows), size)])

@@ -13,9 +13,8 @@ from tli_engine.config import RunConfig
 from tli_engine.data.examples import Example
 from tli_engine.data.packing import TextPack, text_pack
 from tli_engine.data.splits import Split
-from tli_engine.errors import TrainingError
-from tli_engine.models.causal import CausalModel
-from tli_engine.train.module_step import check_finite
+from tli_engine.models.causal import CausalModel, without_dropout
+from tli_engine.train.module_step import check_finite, check_gradients
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
@@ -101,7 +100,7 @@ class SftStep:
             loss += part.detach()
         aligned = None if self._pairs is None else self._align(step, self._pairs)
         if step == 0 and not config.train.in_backward:
-            self._check_gradients()
+            check_gradients(self.tensors)
         # while a GPU is busy with this step
         self._prepare(step + 1)
         grad_norm = float(self.updates.clip())
@@ -139,25 +138,14 @@ class SftStep:
         torch.autograd.backward(config.sft.align_weight * result.loss)
         return result.loss.detach(), result.cosine_true, result.cosine_random
 
-    def _check_gradients(self) -> None:
-        for name, tensor in self.tensors.items():
-            if tensor.grad is None:
-                raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
-            if not torch.isfinite(tensor.grad).all():
-                raise TrainingError(f"the gradient of {name} is not finite")
-
 
 @torch.no_grad()
 def mean_loss(model: CausalModel, examples: Examples, batches: Sequence[Batch]) -> float:
     """Cross-entropy of examples, nats a label, dropout off."""
-    training = model.training
-    model.eval()
     total, labels = torch.zeros((), dtype=torch.float64), 0
-    try:
+    with without_dropout(model):
         for batch in batches:
             pack = text_pack([examples[i] for row in batch for i in row])
             total += model.loss(pack.to(model.early.device)).double().cpu()
             labels += pack.labels
-    finally:
-        model.train(training)
     return float(total) / labels

@@ -104,9 +104,9 @@ class Updates:
             if held is not self._tensors[name]:
                 # a copy that a state lacks is of a tensor that was never updated
                 held.copy_(by_name.get(name, {}).pop("master", self._tensors[name]))
-        for part, optimizer in self._optimizers:
+        for _, optimizer in self._optimizers:
             groups = optimizer.state_dict()["param_groups"]
-            order = [name for group in self._groups(part) for name in group["names"]]
+            order = [name for group in optimizer.param_groups for name in group["names"]]
             numbered = {i: _plain(by_name[n]) for i, n in enumerate(order) if by_name.get(n)}
             optimizer.load_state_dict({"state": numbered, "param_groups": groups})
 
