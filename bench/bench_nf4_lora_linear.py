@@ -1,5 +1,8 @@
 """NF4 linear layer with LoRA, forward and backward (dX, dA, dB): what the update costs on top.
 
+On a GPU of the Hopper extension also the forward by itself: whole (``tli-engine``), and its product alone
+with the update in it (``tli-engine:epilogue``), x A^T being at hand.
+
 ``frozen`` is the same layer without an adapter, forward and dX. PEFT is measured as its users run
 it on bitsandbytes' layer, with the adapter in bf16 and, its default, in fp32; so is Unsloth's
 autograd function of one adapted layer. All hold the same bytes, the absmax in fp32.
@@ -17,6 +20,7 @@ from torch import Tensor, nn
 from bench.harness import Row, print_gpu_rows, quantiles_ms, time_graphs, write_results
 from bench.nf4_shapes import SHAPES, Weights, bnb_linear, check, make_weights
 from bench.peers import load_unsloth
+from tli_engine.layouts import RecordedWeight
 from tli_engine.nn import NF4Linear
 
 PEERS = ["bitsandbytes", "peft", "unsloth"]
@@ -119,6 +123,48 @@ def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Layer]
     }
 
 
+def forwards(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Callable[[], object]]]:
+    """The forward's parts, without gradients; nothing without the Hopper extension."""
+    stored = [layer._stored for layer in weights.nf4]
+    recorded = [s.records for s in stored if isinstance(s, RecordedWeight)]
+    if not recorded:
+        return {}
+    from tli_engine.kernels.nf4_linear_records_sm90 import down, product
+
+    x = torch.randn(M, K, device="cuda", dtype=torch.bfloat16)
+    A, B = torch.randn(RANK, K, device="cuda") * 0.02, torch.randn(N, RANK, device="cuda") * 0.02
+    s = down(x, A, 1, SCALING, None, 0.0)
+    lora = (s, B, [N])
+    return {
+        "tli-engine:frozen": [partial(layer, x) for layer in weights.nf4],
+        "tli-engine:epilogue": [partial(product, x, r, N, False, None, lora) for r in recorded],
+        "tli-engine": [partial(layer.lora_forward, x, A, B, SCALING) for layer in weights.nf4],
+    }
+
+
+def forward_rows(name: str, weights: Weights, M: int, N: int, K: int) -> list[Row]:
+    """Time :func:`forwards`; the ratio is to the frozen layer."""
+    calls = forwards(weights, M, N, K)
+    if not calls:
+        return []
+    times = time_graphs(calls, 12, rounds=7)
+    frozen = statistics.median(times["tli-engine:frozen"])
+    rows = [
+        Row(
+            "fwd",
+            {"M": M, "N": N, "K": K, "r": RANK},
+            name,
+            provider,
+            *quantiles_ms(seconds),
+            ratio_to_baseline=frozen / statistics.median(seconds),
+            notes={"over_frozen": statistics.median(seconds) / frozen - 1},
+        )
+        for provider, seconds in times.items()
+    ]
+    print_gpu_rows(rows)
+    return rows
+
+
 def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
     weights = make_weights(N, K)
     rows = []
@@ -151,6 +197,7 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
         print_gpu_rows(new)
         print(f"  the update adds {100 * new[-1].notes['over_frozen']:.1f} % to the frozen layer")
         rows += new
+        rows += forward_rows(name, weights, M, N, K)
         del calls, rotation
         torch.cuda.empty_cache()
     return rows

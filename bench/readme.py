@@ -143,7 +143,11 @@ def lora_table() -> str:
         "|---|---:|---:|---:|---:|---:|---:|",
     ]
     rows = _gpu_rows("nf4_lora_linear")
-    us = {(r["model"], r["shape"]["M"], r["provider"]): r["ms"] * 1e3 for r in rows}
+    us = {
+        (r["model"], r["shape"]["M"], r["provider"]): r["ms"] * 1e3
+        for r in rows
+        if r["case"] == "fwd_bwd"
+    }
     for (model, tokens, provider), time in us.items():
         if provider == "tli-engine":
             peers = [us[model, tokens, peer] for peer in ("peft+bitsandbytes", "unsloth")]

@@ -40,14 +40,14 @@ def nf4_linear_records(
         return x.new_empty(0, N), x.new_empty(0, 0 if lora_A is None else lora_A.shape[0])
     s = x.new_empty(M, 0)
     if lora_A is None or lora_B is None:
-        return _forward(x, records, N, fast, bias), s
+        return product(x, records, N, fast, bias), s
     s = down(x, lora_A, len(sizes), scaling, seed, dropout)
     if x.dtype != torch.float32 and rides_along(s.shape[1], sizes):
-        return _forward(x, records, N, fast, bias, (s, lora_B, sizes)), s
-    return _forward(x, records, N, fast, bias).add_(up(s, lora_B, None, sizes)), s
+        return product(x, records, N, fast, bias, (s, lora_B, sizes)), s
+    return product(x, records, N, fast, bias).add_(up(s, lora_B, None, sizes)), s
 
 
-def _forward(
+def product(
     x: Tensor,
     records: Tensor,
     N: int,
@@ -55,6 +55,10 @@ def _forward(
     bias: Tensor | None,
     lora: tuple[Tensor, Tensor, list[int]] | None = None,
 ) -> Tensor:
+    """Return x W^T + bias, ``[M, N]``, and with ``lora`` s B^T added in the same launch.
+
+    ``lora`` is s ``[M, groups r]`` as :func:`down` gives it, B ``[N, r]`` and the groups' sizes of N.
+    """
     (M, K), dense = x.shape, x.dtype == torch.float32
     tile = None if dense else choose_tile("fwd", M, N, K, fast, x.device)
     if tile is not None:
