@@ -8,7 +8,7 @@ must give the same loss at the first step. Tokenising is in none. On a GPU the m
 weights, in NF4, and Qwen2-72B's shape is for the engine alone; on a CPU it is SmolLM2.
 
 ``training`` is the whole recipe, 5 epochs of 623 pairs, from the first step to the last, kernels built
-and graphs captured in it. ``[--models NAME ...] [--pairs N ...] [--rounds N] [--no-training]``
+and graphs captured in it. ``[--models NAME ...] [--pairs N ...] [--rounds N] [--no-training] [--keep]``
 """
 
 import argparse
@@ -26,6 +26,7 @@ from bench.engine import Floor, batch_tokens, engine_step, engine_trainer
 from bench.harness import (
     Row,
     copy_bandwidth,
+    earlier_rows,
     gpu_busy,
     interleave,
     matmul_rate,
@@ -204,18 +205,33 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=12, help="published steps to time")
     parser.add_argument("--no-training", action="store_true", help="leave the whole recipe out")
+    parser.add_argument("--keep", action="store_true", help="keep earlier rows of other batches")
     args = parser.parse_args()
     speed = (copy_bandwidth(), matmul_rate()) if on_gpu else None
-    rows: list[Row] = []
+    facts = {} if speed is None else dict(zip(("bandwidth", "flops_per_s"), speed, strict=True))
+    rows = earlier_rows("tli_step") if args.keep else []
     for model, pairs in itertools.product(args.models, args.pairs):
-        rows += bench_case(find(model, device), pairs, args.rounds, speed)
+        rows = replaced(rows, bench_case(find(model, device), pairs, args.rounds, speed))
+        path = write_results("tli_step", rows, PEERS, **facts)
         gc.collect()
         if on_gpu:
             torch.cuda.empty_cache()
     for model in [] if args.no_training else args.models:
-        rows.append(bench_training(find(model, device)))
-    facts = {} if speed is None else dict(zip(("bandwidth", "flops_per_s"), speed, strict=True))
-    print(f"written: {write_results('tli_step', rows, PEERS, **facts)}")
+        rows = replaced(rows, [bench_training(find(model, device))])
+        path = write_results("tli_step", rows, PEERS, **facts)
+    print(f"written: {path}")
+
+
+def replaced(rows: list[Row], new: list[Row]) -> list[Row]:
+    """``rows`` with ``new`` in the place of those of the same case, model and number of pairs."""
+
+    def batch(row: Row) -> tuple[str, str, int]:
+        return row.case, row.model, row.shape["pairs"]
+
+    batches = {batch(row) for row in new}
+    at = next((i for i, row in enumerate(rows) if batch(row) in batches), len(rows))
+    kept = [[r for r in part if batch(r) not in batches] for part in (rows[:at], rows[at:])]
+    return [*kept[0], *new, *kept[1]]
 
 
 if __name__ == "__main__":

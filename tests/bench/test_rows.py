@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from bench import bench_tli_scan, bench_tli_step
+from bench.harness import Row
 from bench.models import Subject
 
 pytest.importorskip("bitsandbytes")
@@ -59,6 +60,17 @@ def test_providers_that_disagree_are_not_timed(
     monkeypatch.setattr(bench_tli_step, "engine_step", other)
     with pytest.raises(SystemExit, match="the first losses differ"):
         bench_tli_step.bench_case(tiny_subject(), 4, 1, speed=None)
+
+
+def test_rows_of_a_batch_take_the_place_of_earlier_ones() -> None:
+    def row(case: str, model: str, pairs: int, provider: str) -> Row:
+        return Row(case, {"pairs": pairs}, model, provider, 1.0, 1.0, 1.0, 1.0)
+
+    earlier = [row("step", "a", 8, "x"), row("step", "a", 32, "x"), row("training", "a", 8, "x")]
+    again = [row("step", "a", 8, "y"), row("step", "a", 8, "z")]
+    assert bench_tli_step.replaced(earlier, again) == [*again, *earlier[1:]]
+    other = [row("step", "b", 8, "x")]
+    assert bench_tli_step.replaced(earlier, other) == [*earlier, *other]
 
 
 def test_whole_training(tiny_subject: Make) -> None:
