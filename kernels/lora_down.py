@@ -134,8 +134,8 @@ def lora_down(
     s = torch.empty(M, ranks, dtype=x.dtype, device=x.device)
     # under 64 rows, so that Triton takes mma.sync and never leaves a product in flight
     block_m = 16 if M <= 16 else 32
-    # what an Ada GPU's shared memory takes
-    block_k = 128 if width(ranks) <= 32 else 64
+    # long steps hide their latency best (H100); no longer than what an Ada GPU's shared memory takes
+    block_k = 4096 // width(ranks)
     blocks = triton.cdiv(M, block_m)
     split = split_for(blocks, triton.cdiv(K, block_k))
     _lora_down_kernel[(blocks, split)](
@@ -156,7 +156,7 @@ def lora_down(
         SPLIT=split,
         DROPOUT=seed is not None,
         PORTABLE=INTERPRET,
-        num_warps=4,
+        num_warps=8 if block_k > 128 else 4,
         **overlap(x.device),
     )
     return s

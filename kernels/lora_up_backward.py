@@ -16,6 +16,8 @@ from tli_engine.kernels.split_sum import arrivals, split_for, sum_of_parts
 
 # rows of dy and columns of s whose product one program's registers hold
 _MAX_SUMS = 4096
+# steps of a program that take as long as adding up another level of parts
+_MANY_STEPS = 2
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -99,7 +101,7 @@ def lora_up_backward(
     t = torch.empty_like(s)
     db = lora_B.new_empty((N, rank) if needs_db else (0,))
     block_n = 64
-    split = split_for(1, triton.cdiv(N, block_n))
+    split = split_for(1, triton.cdiv(N, block_n), _MANY_STEPS)
     _lora_up_backward_kernel[(split,)](
         dy,
         lora_B.contiguous(),

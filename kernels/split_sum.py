@@ -16,8 +16,6 @@ LOCKS = tl.constexpr(64)
 _MAX_SPLIT = 128
 # parts of a group
 _GROUP = tl.constexpr(16)
-# steps of a program that take as long as a second level
-_MANY_STEPS = 8
 
 
 @triton.jit
@@ -70,14 +68,14 @@ def arrivals(device: torch.device, sums: int) -> Tensor:
     return semaphores(device, sums * LOCKS.value)
 
 
-def split_for(programs: int, steps: int) -> int:
+def split_for(programs: int, steps: int, many_steps: int = 8) -> int:
     """Parts, a power of two, that give each multiprocessor of a large GPU about one program.
 
-    At most 16, which are added up at once, unless a program would then have many steps: each level
-    of adding up is two trips to the L2 cache, about 2 us (H100).
+    At most 16, which are added up at once, unless a program would then have more than ``many_steps``:
+    each level of adding up is two trips to the L2 cache, about 2 us (H100).
     """
     group: int = _GROUP.value
-    most = group if steps <= _MANY_STEPS * group else _MAX_SPLIT
+    most = group if steps <= many_steps * group else _MAX_SPLIT
     split = 1
     while split < most and programs * split < 2 * 64 and steps >= 2 * split:
         split *= 2

@@ -75,7 +75,7 @@ def products(capability: int) -> dict[str, tuple[Any, str, dict[str, Any], int]]
 def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
     """The kernels of LoRA's narrow products: one adapter of rank 16, or three."""
     down, up = lora_down._lora_down_kernel, lora_up_backward._lora_up_backward_kernel
-    plain = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 32, "BLOCK_K": 128, "SPLIT": 64, "DROPOUT": False}
+    plain = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 32, "BLOCK_K": 256, "SPLIT": 64, "DROPOUT": False}
     three = {"R": 16, "RANKS": 48, "WIDTH": 64, "BLOCK_K": 64}
     parts = {"R": 16, "RANKS": 16, "WIDTH": 16, "BLOCK_N": 64, "SPLIT": 128, "NEEDS_DB": True}
     down_da = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 64, "BLOCK_K": 64, "DROPOUT": True}
@@ -92,7 +92,7 @@ def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
             kernel,
             "bf16",
             c | {"PORTABLE": False},
-            8 if "up" in name and c["BLOCK_M"] > 32 else 4,
+            8 if c.get("BLOCK_K", 0) > 128 or (kernel is up and c["BLOCK_M"] > 32) else 4,
         )
         for name, (kernel, c) in found.items()
     }

@@ -10,8 +10,6 @@ import torch
 from torch import Tensor
 
 from tli_engine import backends
-from tli_engine.align.pairing import Pairing
-from tli_engine.align.replay import Measure
 from tli_engine.align.space import fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
@@ -218,15 +216,3 @@ def test_nothing_waits_for_the_device_in_a_step(start: Start) -> None:
 def test_every_op_of_the_step_runs_on_its_kernel() -> None:
     for op in ("add_rms_norm", "swiglu", "word_attention", "pooled_alignment_loss", "flat_adamw"):
         assert backends.explain(op) == ("triton", ())
-
-
-def test_a_scans_figures_are_those_of_single_launches() -> None:
-    """From the second layer on a graph compares the vectors."""
-    groups = [i if i % 5 else 0 for i in range(50)]
-    pairing = Pairing(groups, list(range(50)), torch.device("cuda"), None, list(range(50, 100)))
-    measure = Measure(pairing, 50)
-    for _ in range(4):
-        vectors = torch.randn(100, 96, device="cuda")
-        figures, expected = measure(vectors), pairing.measure(vectors, vectors)
-        assert torch.equal(figures.of_pairs, expected.of_pairs)
-        assert torch.equal(figures.random, expected.random)

@@ -10,6 +10,7 @@ from tli_engine.align import pairing
 from tli_engine.align.encode import stage
 from tli_engine.align.layers import vectors_by_layer
 from tli_engine.align.pairing import Pairing
+from tli_engine.align.replay import Measure
 from tli_engine.align.retrieval import read
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import open_model
@@ -113,3 +114,23 @@ def test_packs_are_larger_than_on_a_cpu_and_of_like_size(model: EarlyModel) -> N
     packs = [len(part.pack.input_ids) for part in stage(model, words, ["content"]).packs]
     assert sum(packs) == tokens
     assert len(packs) == -(-tokens // 8192)
+
+
+def test_replayed_figures_are_those_of_single_launches() -> None:
+    """From the second layer on a graph compares the vectors, in a stream of its own."""
+    groups = [i if i % 5 else 0 for i in range(50)]
+    compare = Pairing(groups, list(range(50)), CUDA, None, list(range(50, 100)))
+    measure, expected = Measure(compare, 50), []
+    vectors = torch.empty(2, 100, 96, device=CUDA)
+    for _ in range(6):
+        # overwritten while the comparison before may still run
+        vectors.normal_()
+        measure.add(vectors)
+        expected.append([v.clone() for v in vectors])
+    by_pooling = measure.figures()
+    assert [len(of_pooling) for of_pooling in by_pooling] == [6, 6]
+    for layer, of_layer in enumerate(expected):
+        for of_pooling, v in zip(by_pooling, of_layer, strict=True):
+            figures, single = of_pooling[layer], compare.measure(v, v)
+            assert torch.equal(figures.of_pairs, single.of_pairs)
+            assert torch.equal(figures.random, single.random)

@@ -1,5 +1,6 @@
 """How well translations find each other: cosines, and ranks that an artefact cannot inflate."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,26 +98,33 @@ def measure_alignment(
 
 def read(figures: Figures) -> Alignment:
     """Bring figures to the host, which waits for their device."""
-    true, *ranks = figures.of_pairs.cpu()
-    targets, sources = figures.candidates
-    return Alignment(
-        true=true,
-        cosine_random=float(figures.random),
-        forward=_direction(ranks[0], ranks[1], targets),
-        reverse=_direction(ranks[2], ranks[3], sources),
-    )
+    return read_all([figures])[0]
 
 
-def _direction(ranks: Tensor, csls_ranks: Tensor, candidates: int) -> Direction:
-    reciprocal = 1 / ranks
-    return Direction(
-        p_at_1=float((ranks == 1).double().mean()),
-        mrr=float(reciprocal.mean()),
-        csls_p_at_1=float((csls_ranks == 1).double().mean()),
-        reciprocal_ranks=reciprocal,
-        hits=ranks == 1,
-        candidates=candidates,
-    )
+def read_all(figures: Sequence[Figures]) -> list[Alignment]:
+    """Bring figures of the same pairs, of one layer each, to the host at once."""
+    of_pairs = torch.stack([f.of_pairs for f in figures]).cpu()
+    random = torch.stack([f.random for f in figures]).tolist()
+    # a row for either way
+    ranks, csls_ranks = of_pairs[:, 1::2], of_pairs[:, 2::2]
+    reciprocal, hits = 1 / ranks, ranks == 1
+    p_at_1, csls_p_at_1 = (t.double().mean(-1).tolist() for t in (hits, csls_ranks == 1))
+    mrr = reciprocal.mean(-1).tolist()
+
+    def direction(layer: int, way: int) -> Direction:
+        return Direction(
+            p_at_1=p_at_1[layer][way],
+            mrr=mrr[layer][way],
+            csls_p_at_1=csls_p_at_1[layer][way],
+            reciprocal_ranks=reciprocal[layer, way],
+            hits=hits[layer, way],
+            candidates=figures[layer].candidates[way],
+        )
+
+    return [
+        Alignment(of_pairs[k, 0], random[k], direction(k, 0), direction(k, 1))
+        for k in range(len(figures))
+    ]
 
 
 def chance_mrr(candidates: int) -> float:

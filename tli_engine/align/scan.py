@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from tli_engine.align.bootstrap import bootstrap_means
+from tli_engine.align.bootstrap import Resamples, bootstrap_means
 from tli_engine.align.encode import stage
 from tli_engine.align.layers import vectors_by_layer
-from tli_engine.align.pairing import Figures, Pairing
+from tli_engine.align.pairing import Pairing
 from tli_engine.align.replay import Measure
-from tli_engine.align.retrieval import Alignment, chance_mrr, read
+from tli_engine.align.retrieval import Alignment, chance_mrr, read_all
 from tli_engine.config import Pooling
 from tli_engine.data.pairs import PairList, group_ids
 from tli_engine.data.words import Word
@@ -113,34 +113,52 @@ def scan(
     rows = ([staged.row_of[word] for word in side] for side in (source, target))
     pairing = Pairing(*groups, model.device, *rows)
     measure = Measure(pairing, len(pairs))
-    figures: list[list[Figures]] = [[] for _ in poolings]
+    resamples = resamples_for(len(pairs), model.depth + 1)
     for _, vectors in vectors_by_layer(model, staged, room=room, advance=advance, say=say):
-        for of_pooling, v in zip(figures, vectors, strict=True):
-            of_pooling.append(measure(v))
-    by_pooling = [[read(of_layer) for of_layer in of_pooling] for of_pooling in figures]
+        measure.add(vectors)
+    by_pooling = [read_all(of_pooling) for of_pooling in measure.figures()]
     measured = by_pooling[0]
-    proposal = propose_layer(by_pooling[-1], device=model.device)
+    proposal = propose_layer(by_pooling[-1], resamples, model.device)
     warnings = _warnings(measured, proposal)
     seconds = time.perf_counter() - start
     return Scan(name, pooling, len(pairs), measured, proposal, warnings, seconds)
 
 
+def resamples_for(pairs: int, layers: int, seed: int = 0) -> Resamples:
+    """What :func:`propose_layer` resamples; drawn from now on, while the layers are measured."""
+    draws = math.ceil(_DRAWS_BEYOND / _tail(layers))
+    return Resamples(pairs, draws, columns=2, seed=seed)
+
+
+def _tail(layers: int) -> float:
+    """Share of resamples beyond each end of an interval, for a choice among so many layers."""
+    return _LEVEL / 2 / max(1, layers - 1)
+
+
 def propose_layer(
-    layers: Sequence[Alignment], seed: int = 0, device: torch.device | str = "cpu"
+    layers: Sequence[Alignment],
+    resamples: Resamples | None = None,
+    device: torch.device | str = "cpu",
 ) -> Proposal:
     """Propose the layer of highest mean two-way MRR, if it is more than noise.
 
     Its bootstrap interval over pairs, at 95 % corrected for the number of layers it was chosen
     from (Bonferroni), must lie above chance and above layer 0's value, and that of the gain over
-    layer 0, pair by pair, above zero; too few pairs tell nothing. Resamples are gathered on ``device``.
+    layer 0, pair by pair, above zero; too few pairs tell nothing.
+
+    Args:
+        layers: Of the embeddings, then of each block.
+        resamples: Of :func:`resamples_for`, which is called if there are none.
+        device: Where they are gathered.
     """
     ranks = torch.stack([a.two_way_reciprocal_ranks for a in layers]).numpy()
     means = ranks.mean(axis=1)
     best = int(means.argmax())
-    tail = _LEVEL / 2 / max(1, len(layers) - 1)
+    tail = _tail(len(layers))
+    resamples = resamples or resamples_for(ranks.shape[1], len(layers))
     # the gain is that of the same pairs, ranked at both layers: it varies less than either
     both = np.stack([ranks[best], ranks[best] - ranks[0]], axis=1)
-    means_drawn = bootstrap_means(both, math.ceil(_DRAWS_BEYOND / tail), seed, device)
+    means_drawn = bootstrap_means(both, resamples, device)
     (low, gain), (high, _) = np.quantile(means_drawn, (tail, 1 - tail), axis=0).tolist()
     sides = (layers[0].forward, layers[0].reverse)
     chance = sum(chance_mrr(side.candidates) for side in sides) / 2

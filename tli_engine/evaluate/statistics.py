@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
-from tli_engine.align.bootstrap import bootstrap_means
+from tli_engine.align.bootstrap import Resamples, bootstrap_means
 
 _DRAWS = 5000
 # a spread this small against the mean is fp64 rounding
@@ -47,5 +47,6 @@ def paired_tests(before: NDArray[np.float64], after: NDArray[np.float64]) -> dic
 
 def bootstrap_ci95(values: NDArray[np.float64], seed: int = 0) -> list[float]:
     """Bootstrap percentile interval of the mean, 95 %."""
-    low, high = np.quantile(bootstrap_means(values, _DRAWS, seed), (0.025, 0.975))
+    means = bootstrap_means(values, Resamples(len(values), _DRAWS, seed=seed))
+    low, high = np.quantile(means, (0.025, 0.975))
     return [float(low), float(high)]
