@@ -73,7 +73,7 @@ def test_blocks_run_as_often_as_is_needed(
         model.activations.first_saved = saved
     counts = [0] * 4
 
-    def counted(pack: Any) -> list[Any]:
+    def counted(pack: Any, seeds: Tensor) -> list[Any]:
         def count(number: int, block: Block) -> Block:
             def run(x: Tensor, residual: Tensor | None) -> Any:
                 counts[number] += 1
@@ -81,7 +81,7 @@ def test_blocks_run_as_often_as_is_needed(
 
             return Block(run, block.last)
 
-        return [count(i, b) for i, b in enumerate(CausalModel._blocks(model, pack))]
+        return [count(i, b) for i, b in enumerate(CausalModel._blocks(model, pack, seeds))]
 
     monkeypatch.setattr(model, "_blocks", counted)
     step(model, texts(9, 7))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tli_engine.data.words import Pack
+from tli_engine.data.words import Laid, Pack
 from tli_engine.models.document_attention import Attention, Documents
 from tli_engine.models.norm import Norm
 from tli_engine.models.packed_attention import Attends
@@ -80,12 +80,10 @@ class FusedBlock:
         """In the order in which they run."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def draw_seeds(self, device: torch.device) -> list[Tensor]:
-        """A seed for each projection that drops, from torch's generator of the device."""
-        count = sum(projection.drops for projection in self.projections)
-        if not count:
-            return []
-        return list(torch.randint(2**63 - 1, (count,), device=device).unbind())
+    @property
+    def drops(self) -> int:
+        """Projections that take a seed when the block runs."""
+        return sum(projection.drops for projection in self.projections)
 
     def trunk(
         self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
@@ -173,7 +171,7 @@ class FusedBlocks:
         cos, sin = self.angles(pack.position_ids, like)
         return Rows(cos, sin, word_bounds(pack.offsets, len(pack.input_ids)))
 
-    def document_rows(self, pack: Pack, like: Tensor, attention: Attention) -> Rows:
+    def document_rows(self, pack: Laid, like: Tensor, attention: Attention) -> Rows:
         """:meth:`rows_of` for a pack of documents, and what attends within them."""
         cos, sin = self.angles(pack.position_ids, like)
         return Rows(cos, sin, None, Documents.of(pack, attention))

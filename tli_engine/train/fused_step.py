@@ -27,6 +27,7 @@ from tli_engine.models.fused import Rows
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 from tli_engine.train.engine import Observed
 from tli_engine.train.flat_adamw import FlatAdamW
+from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.schedule import learning_rate
@@ -108,9 +109,7 @@ class FusedStep:
         self._angles = self._table_of_angles(pairs.words)
         self._shapes: dict[tuple[int, int], _Captured] = {}
         self._pending: deque[_Pending] = deque()
-        self._stream = torch.cuda.Stream(model.device) if self._graphs else None  # type: ignore[no-untyped-call]
-        # one for all graphs: they never run side by side
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._recorder = GraphRecorder(model.device) if self._graphs else None
 
     @cached_property
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -281,19 +280,18 @@ class FusedStep:
 
     def _capture(self, shape: _Captured) -> None:
         """Record a step of this shape, after one that is undone: kernels are compiled by it."""
-        assert self._stream is not None
-        optimizer = self._optimizer
+        assert self._recorder is not None
+        optimizer, batch = self._optimizer, shape.buffer.batch
         mutable = (optimizer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.counts)
         kept = [tensor.clone() for tensor in mutable]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._compute(shape.buffer.batch)
+
+        def undone() -> None:
+            self._compute(batch)
             for tensor, before in zip(mutable, kept, strict=True):
                 tensor.copy_(before)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        shape.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(shape.graph, pool=self._pool, stream=self._stream):
-            shape.observed = self._compute(shape.buffer.batch)
+
+        self._recorder.launch(undone)
+        shape.graph, shape.observed = self._recorder.record(lambda: self._compute(batch))
 
     @torch.no_grad()
     def _table_of(self, pairs: Split) -> tuple[Tensor, WordTable]:
