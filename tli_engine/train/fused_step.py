@@ -30,6 +30,7 @@ from tli_engine.train.flat_adamw import FlatAdamW
 from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
+from tli_engine.train.readback import Readback
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.staging import Batch, BatchBuffer, Ints, WordTable, padded
 
@@ -47,8 +48,7 @@ class _Captured:
 class _Pending:
     step: int
     tokens: int
-    values: Tensor
-    event: torch.cuda.Event | None
+    values: Readback
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ class FusedStep:
     ) -> None:
         self._model, self._config, self._space = model, config, space
         self._blocks = model.fuse()
-        self._graphs = config.train.cuda_graph and model.device.type == "cuda"
+        self._graphs = config.train.cuda_graph is not False and model.device.type == "cuda"
         self._pairs = len(pairs.source)
         source_groups, target_groups = pairs.groups
         self._groups = np.array([source_groups, target_groups])
@@ -134,25 +134,16 @@ class FusedStep:
         batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
         shape.buffer.send()
         observed = self._run(shape, self._words.lengths[chosen])
-        values = torch.empty(observed.shape, dtype=observed.dtype, pin_memory=observed.is_cuda)
-        values.copy_(observed, non_blocking=True)
-        event = None
-        if observed.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._pending.append(_Pending(step, tokens, values, event))
+        self._pending.append(_Pending(step, tokens, Readback(observed)))
 
     def collect(self, wait: bool) -> Iterator[Observed]:
         """Give the steps that are done."""
         while self._pending:
             first = self._pending[0]
-            if first.event is not None:
-                if wait:
-                    first.event.synchronize()
-                elif not first.event.query():  # type: ignore[no-untyped-call]
-                    return
+            if not wait and not first.values.is_there:
+                return
             self._pending.popleft()
-            loss, true, random, grad_norm, *_ = first.values.tolist()
+            loss, true, random, grad_norm, *_ = first.values.wait()
             check_finite(first.step, loss, grad_norm)
             yield Observed(first.step, first.tokens, loss, grad_norm, true, random)
 

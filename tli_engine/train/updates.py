@@ -25,6 +25,9 @@ class Updates:
     Tensors of 16 bits have an fp32 master copy, which is updated in their place, unless
     ``train.rounding`` is ``stochastic``: they are then updated alone, rounded at random, with
     statistics of their own dtype.
+
+    Attributes:
+        keeps_gradients: Whether gradients are set to zero after an update, where they are, or given up.
     """
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], train: TrainConfig) -> None:
@@ -38,6 +41,7 @@ class Updates:
             UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU.
         """
         self._tensors, self._train = dict(tensors), train
+        self.keeps_gradients = False
         make = optimizer_of(train, next(iter(tensors.values())).device)
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
         parts = [[name] for name in tensors] if train.in_backward else [list(tensors)]
@@ -69,7 +73,7 @@ class Updates:
         return norm
 
     def step(self) -> None:
-        """Update all tensors, and free their gradients."""
+        """Update all tensors, and free their gradients, or set them to zero."""
         if not self._train.in_backward:
             for part, optimizer in self._optimizers:
                 self._update(part, optimizer)
@@ -149,11 +153,18 @@ class Updates:
     def _update(self, part: list[str], optimizer: torch.optim.Optimizer) -> None:
         copies = [(self._tensors[n], self._held[n]) for n in part]
         copies = [(tensor, held) for tensor, held in copies if held is not tensor]
+        kept = [self._tensors[n].grad for n in part] if self.keeps_gradients else []
         for tensor, held in copies:
             held.grad = None if tensor.grad is None else tensor.grad.float()
-            tensor.grad = None
+            if not self.keeps_gradients:
+                tensor.grad = None
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for _, held in copies:
+            held.grad = None
+        if kept := [grad for grad in kept if grad is not None]:
+            torch._foreach_zero_(kept)
+        else:
+            optimizer.zero_grad(set_to_none=True)
         for tensor, held in copies:
             tensor.copy_(held)
 
