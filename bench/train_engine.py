@@ -94,6 +94,7 @@ def engine_train_step(
             "optimizer": optimizer_of(case, subject.name, provider),
             "rounding": provider.rounding,
             "in_backward": provider.in_backward,
+            "cuda_graph": "auto" if provider.graphs is None else provider.graphs,
         },
     }
     config = sft_config(subject, case.method, case.layers, **sections)
@@ -101,6 +102,6 @@ def engine_train_step(
     # every token but a row's first is a label
     examples = [Example(tuple(row), 1) for ids in batches for row in ids.tolist()]
     order = InTurns([[[i * rows + j] for j in range(rows)] for i in range(len(batches))])
-    step, number = SftStep(model, tensors, examples, order, config, None), count()
+    step, number = SftStep(model, tensors, examples, order, config, None, print), count()
     model.train()
     return Step(lambda: step.run(next(number)).loss, sum(t.numel() for t in tensors.values()))

@@ -219,3 +219,18 @@ def test_liger_is_absent_with_a_reason(tiny_subject: Make, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
     with pytest.raises(Absent, match="liger-kernel is not there"):
         apply_liger(tiny_subject().causal_lm())
+
+
+def test_smaller_models_are_measured_with_and_without_graphs() -> None:
+    for name in NAMES:
+        for case in CASES.values():
+            graphs = {p.graphs for p in providers_of(case, name) if p.kind == "engine"}
+            small = name in ("tiny", "smollm2-135m", "qwen2-1.5b")
+            assert graphs == ({None, True, False} if small else {None})
+
+
+def test_the_smallest_shape_is_smollm2s() -> None:
+    config = train_config("smollm2-135m")
+    block = 576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536
+    parameters = config.num_hidden_layers * (block + 2 * 576) + 49152 * 576 + 576
+    assert parameters == 134_515_008
