@@ -18,7 +18,7 @@ from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlock, Rows
 from tli_engine.models.linear_cross_entropy import chunk_rows, linear_cross_entropy
-from tli_engine.models.recompute import Activations, Block
+from tli_engine.models.recompute import Activations, Block, Reserve
 from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
@@ -156,11 +156,12 @@ class CausalModel(nn.Module):
             assert isinstance(pack, Pack)
             rotary = early.rotary(pack)
             runs = (partial(_run_modules, early, i, pack, rotary) for i in range(early.depth))
-            return [Block(run) for run in runs]
+            return [Block((run,)) for run in runs]
         like = early.decoder.embed_tokens.weight[:1]
         rows, of_block = early.fused.document_rows(pack, like, self.attention), iter(seeds.unbind())
         return [
-            _fused(block, rows, list(islice(of_block, block.drops))) for block in early.fused.blocks
+            _fused(block, rows, list(islice(of_block, block.drops)), pack)
+            for block in early.fused.blocks
         ]
 
     @property
@@ -182,15 +183,21 @@ class CausalModel(nn.Module):
         )
         return next(trained, self.early.depth)
 
-    def reserve(self) -> int:
-        """Bytes of gradients and of optimizer states to come, and of the loss."""
-        trained = self.trainable().values()
+    def reserve(self) -> Reserve:
+        """Bytes of what a step makes besides activations."""
+        trained, head = self.trainable().values(), self.head
         # a gradient, and AdamW's two moments in fp32
         states = sum(p.numel() * (p.element_size() + 8) for p in trained if p.grad is None)
-        rows = chunk_rows(len(self.head)) * len(self.head)
-        # logits and their gradient, in two dtypes
-        loss = rows * 12 + (self.head.numel() * 6 if self.head.requires_grad else 0)
-        return int(states + loss)
+        softcap = getattr(self.early.config, "final_logit_softcapping", None)
+        # their gradient takes the logits' place, but for capped ones
+        logits = chunk_rows(len(head)) * len(head) * (head.element_size() + (12 if softcap else 0))
+        # a gradient's sum in fp32, scaled, rounded
+        weight = head.numel() * (8 + head.element_size()) if head.requires_grad else 0
+        rows = 3 * head.shape[1] * head.element_size()
+        block, decoded = (0, 0)
+        if self.early.fused is not None:
+            block, decoded = self.early.fused.blocks[0].working(head.element_size())
+        return Reserve(states, block, decoded, logits + weight, rows)
 
     def train_all(self) -> None:
         """Let gradients reach every weight: full fine-tuning.
@@ -244,11 +251,25 @@ def _run_modules(
     return early.run_block(number, x, pack, rotary), None
 
 
-def _fused(block: FusedBlock, rows: Rows, seeds: list[Tensor]) -> Block:
+def _fused(block: FusedBlock, rows: Rows, seeds: list[Tensor], pack: Laid) -> Block:
     # drawn before: a second run takes the same
+    first = block.qkv.drops + block.o.drops
+    second = first + block.gate_up.drops
+
+    def attention(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return block.attention(x, residual, rows, iter(seeds[:first]))
+
+    def gated(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return block.gated(x, residual, iter(seeds[first:second]))
+
+    def mlp(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, residual = gated(x, residual)
+        return block.put_out(x, iter(seeds[second:])), residual
+
+    work = block.work(len(pack.input_ids), pack.longest)
     if block.ends_freely:
-        return Block(lambda x, residual: block.trunk(x, residual, rows, iter(seeds)), block.down)
-    return Block(lambda x, residual: block(x, residual, rows, iter(seeds)))
+        return Block((attention, gated), block.down, work)
+    return Block((attention, mlp), None, work)
 
 
 def soft_capped(logits: Tensor, config: Any) -> Tensor:
