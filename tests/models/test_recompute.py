@@ -9,9 +9,6 @@ from torch import Tensor
 
 from tli_engine.config import LoraConfig
 from tli_engine.models.adapters import adapters
-from tli_engine.models.causal import CausalModel
-from tli_engine.models.files import FAMILIES
-from tli_engine.models.projection import Projection
 from tli_engine.models.arrangement import (
     EVERYTHING,
     NOTHING,
@@ -22,6 +19,9 @@ from tli_engine.models.arrangement import (
     held,
     peak,
 )
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.files import FAMILIES
+from tli_engine.models.projection import Projection
 from tli_engine.models.recompute import Activations, Block, Reserve
 
 Load = Callable[..., CausalModel]
@@ -257,7 +257,9 @@ def simulated(keeps: Any, room: Room) -> int:
 def kept_bytes(model: CausalModel, packed: Any) -> int:
     """Bytes of the storages that a forward leaves for the way back, weights and tables left out."""
     tokens = len(packed.words.input_ids)
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.trainable().values())}
+    own = {
+        p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.trainable().values())
+    }
     sizes: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:

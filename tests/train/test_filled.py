@@ -75,9 +75,7 @@ def gradients(model: CausalModel, loss: Tensor) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_filling_changes_neither_loss_nor_gradient(
-    family: str, method: str, opened: Open
-) -> None:
+def test_filling_changes_neither_loss_nor_gradient(family: str, method: str, opened: Open) -> None:
     model, pack = model_of(opened(family), method), pack_of(30, 5, 11, 17)
     plain = model.loss(pack)
     expected = gradients(model, plain)

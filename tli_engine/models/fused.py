@@ -113,7 +113,9 @@ class FusedBlock:
 
         Attention's products run at about half the rate of others, and count twice.
         """
-        linear = [2.0 * tokens * p.layer.out_features * p.layer.in_features for p in self.projections]
+        linear = [
+            2.0 * tokens * p.layer.out_features * p.layer.in_features for p in self.projections
+        ]
         # half of the pairs are masked
         pairs = tokens * min(longest, self._window or longest) / 2
         return linear[0] + linear[1] + 2 * 4 * pairs * self._heads[0] * self._head_dim, linear[2]

@@ -94,7 +94,12 @@ class Activations:
         return self.arrangement is None
 
     def plan(
-        self, blocks: Sequence[Block], first: int, x: Tensor, residual: Tensor | None, reserve: Reserve
+        self,
+        blocks: Sequence[Block],
+        first: int,
+        x: Tensor,
+        residual: Tensor | None,
+        reserve: Reserve,
     ) -> None:
         """Measure what the parts of each block keep, by running them, and decide.
 

@@ -120,7 +120,9 @@ def fill(texts: FilledTexts, pack: TextPack, labels: int) -> None:
         labels: Of the whole step.
     """
     tokens, total, count = pack.tokens, len(texts.input_ids), pack.labels
-    ids, positions, offsets = (t.numpy() for t in (texts.input_ids, texts.position_ids, texts.offsets))
+    ids, positions, offsets = (
+        t.numpy() for t in (texts.input_ids, texts.position_ids, texts.offsets)
+    )
     rest = np.arange(total - tokens)
     ids[:tokens], ids[tokens:] = pack.words.input_ids.numpy(), 0
     positions[:tokens] = pack.words.position_ids.numpy()
