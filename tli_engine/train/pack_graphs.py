@@ -31,16 +31,20 @@ def captures(config: RunConfig, model: CausalModel, say: Callable[[str], None]) 
     ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 4e11,
     ``true`` whatever they are.
     """
-    setting, device = config.train.cuda_graph, model.early.device
-    if setting is False or device.type != "cuda":
-        return False
-    tokens = config.train.batch_size * config.sft.context
-    if setting == "auto" and block_weights(model) * tokens > _LAUNCH_BOUND:
+    if model.early.device.type != "cuda" or not wants_graphs(config, model):
         return False
     reason = why_not_captured(config, model)
     if reason is not None:
         say(f"train.cuda_graph: a step's kernels are launched one by one: {reason}")
     return reason is None
+
+
+def wants_graphs(config: RunConfig, model: CausalModel) -> bool:
+    """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
+    tokens = config.train.batch_size * config.sft.context
+    if config.train.cuda_graph == "auto":
+        return block_weights(model) * tokens <= _LAUNCH_BOUND
+    return config.train.cuda_graph
 
 
 def block_weights(model: CausalModel) -> int:

@@ -184,6 +184,11 @@ def _add_notes(
     )
     if run.objective != "align":
         notes.append("the articles' own download and their tokens on disk are not counted")
+    if step.uses_graphs:
+        notes.append(
+            "steps are replayed from CUDA graphs, which keep the memory of a step's activations for "
+            "themselves: what the allocator holds is that much more than what is counted here"
+        )
     if step.recomputed:
         number = made.early.depth - made.first_trained
         line = f"{step.recomputed} of {number} blocks are run again on the way back"

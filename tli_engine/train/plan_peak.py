@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Room, arrange, held
 from tli_engine.models.linear_cross_entropy import chunk_rows
 from tli_engine.models.recompute import UNPLANNED
+from tli_engine.train.pack_graphs import wants_graphs
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.plan_outline import Outline
@@ -185,8 +186,17 @@ class Step:
             return Moment(self._at_once(gradients), 0, self._workspaces)
         if train.rounding == "stochastic":
             return Moment(gradients, 0, self._rounding(count, element) + self._workspaces)
-        # in fp32, in place of the ones in 16 bits
-        return Moment(gradients // element * 4, 0, self._workspaces)
+        # in fp32, in place of the ones in 16 bits, unless those stay for a graph
+        wide = gradients // element * 4
+        return Moment(wide + gradients * self.uses_graphs, 0, self._workspaces)
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether packs of texts are replayed from CUDA graphs."""
+        outline = self._outline
+        if outline.causal is None or not outline.on_gpu or not outline.fused:
+            return False
+        return outline.run.sft.attention != "sdpa" and wants_graphs(outline.run, outline.causal)
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""

@@ -165,8 +165,8 @@ class Updates:
             torch._foreach_zero_(kept)
         else:
             optimizer.zero_grad(set_to_none=True)
-        for tensor, held in copies:
-            tensor.copy_(held)
+        if copies:
+            torch._foreach_copy_([t for t, _ in copies], [held for _, held in copies])
 
 
 def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:
