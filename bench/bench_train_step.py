@@ -9,7 +9,7 @@ fits, ``:12-gib`` what fits into so much, ``:bf16`` has its weights in bf16; of 
 replays a step's launches from CUDA graphs, ``:launches`` makes them one by one, where ``tli-engine`` goes
 by its own rule. Full fine-tuning of the
 peers is in bf16 alone, which is what ``tli-engine:stochastic`` rounds at random; ``tli-engine`` has
-fp32 master weights. On the 8B shape optimizer states are 8-bit.
+fp32 master weights. torchtune has no row: ``bench/LOG.md`` says why. On the 8B shape optimizer states are 8-bit.
 
 Each provider runs in a process of its own, one after the other. The first steps are dropped; a step's
 time is by a clock on the wall, beside it the time in which the GPU is busy. The share of the floor is
