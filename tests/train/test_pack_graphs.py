@@ -22,6 +22,7 @@ from tli_engine.testing import example_store, save_tiny_model
 from tli_engine.train import pack_graphs
 from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.pack_graphs import PackGraphs, block_weights, captures, why_not_captured
+from tli_engine.train.sft_loop import SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_prepare import fuse_for_texts
 from tli_engine.train.sft_step import Pairs, SftObserved, SftStep
@@ -180,7 +181,9 @@ def test_a_shape_is_recorded_when_it_comes_again(
         losses.append(step.run(i).loss)
         grads = [t.grad for t in step.tensors.values()]
         addresses.append([g.data_ptr() for g in grads if g is not None])
-        assert all(g is not None and not g.any() for g in grads)
+    assert len(addresses[0]) == len(step.tensors)
+    # no step is begun after the last
+    assert all(t.grad is not None and not t.grad.any() for t in step.tensors.values())
     assert losses == pytest.approx(plain, abs=2e-5)
     # a graph knows where the gradients lie
     assert all(a == addresses[0] for a in addresses)
@@ -220,13 +223,66 @@ def test_a_shape_too_many_is_launched_and_said_once(
     assert line.startswith("train.cuda_graph: packs come in more than 1 shapes")
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(lora={"dropout": 0.3}, train={"accumulate": 2}),
+        config_of("full", train={"rounding": "stochastic"}),
+        config_of(**JOINT),
+    ],
+    ids=["dropout", "stochastic", "joint"],
+)
+def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
+    """Gradients of a step that was begun and not made are forgotten."""
+
+    def trainer() -> tuple[SftTrainer, list[float]]:
+        model, step = step_of(files, config)
+        step.use_graphs(PackGraphs(model, 32, lambda line: None, record=False))
+        losses: list[float] = []
+        order = step._order
+        made = SftTrainer(config, model, step, order, None, lambda m: losses.append(m.loss))
+        return made, losses
+
+    whole, losses = trainer()
+    whole.run()
+    half, some = trainer()
+    half.run(until=lambda: half.step == 3)
+    grads = [t.grad for t in half.engine.tensors.values()]
+    assert all(g is not None and not g.any() for g in grads)
+    resumed, rest = trainer()
+    resumed.restore(half.step, *half.state(), half.notes())
+    resumed.run()
+    half.run()
+    assert [*some[:3], *rest] == losses == some
+    for name, tensor in whole.engine.tensors.items():
+        assert torch.equal(tensor, resumed.engine.tensors[name]), name
+        assert torch.equal(tensor, half.engine.tensors[name]), name
+
+
+def test_the_next_steps_gradients_do_not_touch_the_weights(files: ModelFiles) -> None:
+    config = config_of("full")
+    plain, (model, step) = step_of(files, config)[1], step_of(files, config)
+    step.use_graphs(PackGraphs(model, 32, lambda line: None, record=False))
+    for i in range(3):
+        plain.run(i)
+        step.run(i)
+        assert any(t.grad is not None and t.grad.any() for t in step.tensors.values())
+        for name, tensor in plain.tensors.items():
+            torch.testing.assert_close(step.tensors[name], tensor, rtol=1e-3, atol=5e-5)
+        state, other = step.updates.state(), plain.updates.state()
+        assert state.keys() == other.keys()
+        assert all(state[k] == other[k] for k in state if k.endswith("/step"))
+
+
 def test_a_loss_that_is_no_number_ends_the_run(files: ModelFiles) -> None:
     model, step = step_of(files, config_of())
     step.use_graphs(PackGraphs(model, 32, lambda line: None, record=False))
     step.run(0)
     model.head.data = torch.full_like(model.head, torch.nan)
-    with pytest.raises(TrainingError, match="step 2: loss nan"):
-        step.run(1)
+    # its gradients were there already
+    step.run(1)
+    with pytest.raises(TrainingError, match="step 3: loss nan"):
+        step.run(2)
 
 
 @pytest.mark.parametrize(

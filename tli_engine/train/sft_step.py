@@ -63,8 +63,19 @@ class SftObserved:
     aligned: tuple[float, float, float] | None
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose gradients are computed, or about to be."""
+
+    step: int
+    tokens: int
+    labels: int
+    loss: Tensor
+    aligned: tuple[Tensor, ...]
+
+
 class SftStep:
-    """Computes steps, each when it is asked for.
+    """Computes steps, each when it is asked for; with graphs, the gradients of the next one too.
 
     Args:
         model: Whole, on the engine's ops if it is to be.
@@ -101,6 +112,7 @@ class SftStep:
         if captures(config, model, say):
             self.use_graphs(PackGraphs(model, config.sft.context, say))
         self._ready: tuple[int, list[TextPack]] | None = None
+        self._ahead: _Launched | None = None
 
     def use_graphs(self, graphs: PackGraphs) -> None:
         """Run packs by ``graphs`` from here on; gradients then stay where they are."""
@@ -113,28 +125,46 @@ class SftStep:
             TrainingError: A tensor without a finite gradient, or a loss that is not finite. The weights
                 are of no use any more.
         """
-        config = self._config
-        packs = self._take(step)
-        labels = sum(pack.labels for pack in packs)
-        torch.manual_seed(step_seed(config.seed, step))
-        self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
-        total = torch.zeros((), device=self._model.early.device)
-        for pack in packs:
-            total += self._add_gradient(pack, labels)
-        aligned = () if self._pairs is None else self._align(step, self._pairs)
-        if step == 0 and not config.train.in_backward:
-            check_gradients(self.tensors)
+        launched = self._ahead
+        if launched is None or launched.step != step:
+            self.forget()
+            launched = self._launch(step)
+        found = (launched.loss, self.updates.clip(), *launched.aligned)
         # what is no number is noticed after an update that the run then ends with
-        found = (total, self.updates.clip(), *aligned)
         figures = Readback(torch.stack([value.float() for value in found]))
+        train, total = self._config.train, self._order.total_steps
+        self.updates.set_rate(learning_rate(train, step, total))
         self.updates.step()
         # while a GPU is busy with this step
         self._prepare(step + 1)
+        is_last = step + 1 >= total
+        # gradients alone: weights and statistics are those after this step
+        self._ahead = None if self.graphs is None or is_last else self._launch(step + 1)
         loss, grad_norm, *of_pairs = figures.wait()
         check_finite(step, loss, grad_norm)
-        tokens = sum(pack.tokens for pack in packs)
         cosines = (of_pairs[0], of_pairs[1], of_pairs[2]) if of_pairs else None
-        return SftObserved(tokens, labels, loss, grad_norm, cosines)
+        return SftObserved(launched.tokens, launched.labels, loss, grad_norm, cosines)
+
+    def forget(self) -> None:
+        """Give up gradients of a step that was begun ahead of time."""
+        if self._ahead is not None:
+            self.updates.clear_gradients()
+        self._ahead = None
+
+    def _launch(self, step: int) -> _Launched:
+        """Begin to compute the gradients of a step."""
+        config, packs = self._config, self._take(step)
+        labels, tokens = sum(p.labels for p in packs), sum(p.tokens for p in packs)
+        torch.manual_seed(step_seed(config.seed, step))
+        if config.train.in_backward:
+            self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
+        loss = torch.zeros((), device=self._model.early.device)
+        for pack in packs:
+            loss += self._add_gradient(pack, labels)
+        aligned = () if self._pairs is None else self._align(step, self._pairs)
+        if step == 0 and not config.train.in_backward:
+            check_gradients(self.tensors)
+        return _Launched(step, tokens, labels, loss, aligned)
 
     def _add_gradient(self, pack: TextPack, labels: int) -> Tensor:
         """Add the gradient of a pack's part of the loss; return that part.

@@ -78,6 +78,15 @@ class Updates:
             for part, optimizer in self._optimizers:
                 self._update(part, optimizer)
 
+    def clear_gradients(self) -> None:
+        """Give up all gradients, or set them to zero."""
+        found = [t.grad for t in self._tensors.values() if t.grad is not None]
+        if self.keeps_gradients and found:
+            torch._foreach_zero_(found)
+            return
+        for tensor in self._tensors.values():
+            tensor.grad = None
+
     def state(self) -> dict[str, Tensor]:
         """Statistics as ``<tensor>/<statistic>``, and master copies, on the CPU."""
         found: dict[str, Tensor] = {}
