@@ -1,6 +1,5 @@
 """Optimizers of fine-tuning: AdamW of many kinds over named tensors, one contract for all."""
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -68,7 +67,11 @@ class Updates:
             norms, self._norms = self._norms, []
             total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
             return total
-        limit = self._train.max_grad_norm or math.inf
+        limit = self._train.max_grad_norm
+        if limit is None:
+            # nothing is to be multiplied by one
+            held = [t.grad for t in self._tensors.values() if t.grad is not None]
+            return nn.utils.get_total_norm(held)
         norm: Tensor = nn.utils.clip_grad_norm_(self._tensors.values(), limit)
         return norm
 
