@@ -72,6 +72,7 @@ def row_of(job: Job, case: Case, report: Report, rate: float | None) -> Row:
         "first_step_s": round(report.first_s, 2),
         "held_mib": report.held_mib,
         "reserved_mib": report.reserved_mib,
+        "retries": report.retries,
         "kernels": report.kernels,
     }
     return Row(

@@ -208,6 +208,35 @@ def test_no_graph_knows_of_gradients_that_are_not_there(
     assert graphs.captured == 0
 
 
+@pytest.mark.parametrize(
+    ("error", "kind", "message"),
+    [
+        (
+            RuntimeError("operation not permitted when stream is capturing\nCompile with …"),
+            TrainingError,
+            r"cannot be captured \(operation not permitted when stream is capturing\); set",
+        ),
+        (torch.OutOfMemoryError("Tried to allocate"), torch.OutOfMemoryError, "Tried to allocate"),
+    ],
+    ids=["unknown", "no-memory"],
+)
+def test_a_capture_that_fails_is_one_line(
+    error: RuntimeError, kind: type[Exception], message: str, files: ModelFiles,
+    recorder: list[FakeRecorder], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    model, step = step_of(files, config_of())
+    graphs = PackGraphs(model, 32, lambda line: None)
+    pack = step.pack([[0, 1]])
+    graphs.add(pack, pack.labels)
+
+    def failing(run: Callable[[], Tensor]) -> Any:
+        raise error
+
+    monkeypatch.setattr(recorder[0], "record", failing)
+    with pytest.raises(kind, match=message):
+        graphs.add(pack, pack.labels)
+
+
 def test_a_shape_too_many_is_launched_and_said_once(
     files: ModelFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:

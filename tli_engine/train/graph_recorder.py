@@ -30,8 +30,22 @@ class GraphRecorder:
         return result
 
     def record(self, run: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
-        """The graph, and what ``run`` returned: tensors that each replay writes. It is not run yet."""
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
-            result = run()
+        """The graph, and what ``run`` returned: tensors that each replay writes. It is not run yet.
+
+        Raises:
+            RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
+        """
+        graph, errors = torch.cuda.CUDAGraph(), []
+        try:
+            with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+                try:
+                    result = run()
+                except RuntimeError as error:
+                    errors.append(error)
+                    raise
+        except RuntimeError:
+            # what ends a recording that failed raises too, and would hide the cause
+            if errors:
+                raise errors[0] from None
+            raise
         return graph, result

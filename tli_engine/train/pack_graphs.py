@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tli_engine.config import RunConfig
 from tli_engine.data.packing import TextPack
+from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import waits_for_lengths
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
@@ -112,6 +113,9 @@ class PackGraphs:
         Args:
             pack: On the host.
             labels: Of the whole step.
+
+        Raises:
+            TrainingError: A step cannot be captured, for a reason that was not known before.
         """
         shape = shape_of(pack, self._longest, self._model.drops)
         prepared = self._shapes.get(shape)
@@ -135,11 +139,23 @@ class PackGraphs:
             held = all(t.grad is not None for t in self._model.trainable().values())
             if prepared.runs == 1 or not held:
                 return self._recorder.launch(lambda: self._compute(batch))
-            recorded = self._recorder.record(lambda: self._compute(batch))
-            prepared.graph, prepared.loss = recorded
+            prepared.graph, prepared.loss = self._record(self._recorder, batch)
         assert prepared.loss is not None
         prepared.graph.replay()
         return prepared.loss
+
+    def _record(
+        self, recorder: GraphRecorder, batch: FilledTexts
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        try:
+            return recorder.record(lambda: self._compute(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"train.cuda_graph: a step cannot be captured ({reason}); set train.cuda_graph=false"
+            ) from error
 
     def _compute(self, texts: FilledTexts) -> Tensor:
         loss = self._model.loss(texts, weights=texts.weights, seeds=texts.seeds)
