@@ -84,6 +84,7 @@ class Provider:
         memory_gib: The engine's limit; none if 0.
         rounding: Of the engine's full fine-tuning.
         in_backward: Of the engine's full fine-tuning.
+        accumulate: Parts into which a step's batch is cut; their gradients are added up.
         graphs: Whether the engine's packs are replayed from CUDA graphs; None: by its own rule.
     """
 
@@ -95,6 +96,7 @@ class Provider:
     memory_gib: int = 0
     rounding: Literal["master", "stochastic"] = "master"
     in_backward: bool = False
+    accumulate: int = 1
     graphs: bool | None = None
 
 
@@ -110,6 +112,8 @@ _LORA = (
     Provider("tli-engine", "engine", "auto"),
     *_GRAPHS,
     Provider("tli-engine:12-gib", "engine", "auto", memory_gib=12),
+    Provider("tli-engine:12-gib-in-4", "engine", "auto", memory_gib=12, accumulate=4),
+    Provider("peft+bitsandbytes+liger:save-in-4", "transformers", "save", liger=True, accumulate=4),
     Provider("tli-engine:recompute", "engine"),
     Provider("tli-engine:save", "engine", "save"),
     Provider("tli-engine:bf16", "engine", "auto", dense=True),

@@ -22,6 +22,7 @@ from bench.train_cases import (
     train_floor,
     train_subject,
 )
+from bench.train_engine import engine_train_step
 from bench.train_peers import apply_liger, mark_quantized, peer_step
 
 Make = Callable[..., Subject]
@@ -146,6 +147,21 @@ def test_peers_learn_what_plain_transformers_does(
     assert actual == pytest.approx(plain_losses(subject, case, batches, 6), abs=2e-5)
     # batches come round after four steps
     assert actual[4] < actual[0] - 1e-4
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_in_parts_is_the_batch(tiny_subject: Make, case: str) -> None:
+    pytest.importorskip("peft")
+    losses = []
+    for kind, step in (("transformers", peer_step), ("engine", engine_train_step)):
+        for parts in (1, 3):
+            subject = tiny_subject()
+            batches = random_batches(subject.files.config, 3, 12)
+            provider = Provider("anyone", kind, "save", accumulate=parts)  # type: ignore[arg-type]
+            made = step(subject, CASES[case], provider, batches)
+            losses.append([float(made.call()) for _ in range(4)])
+    for others in losses[1:]:
+        assert others == pytest.approx(losses[0], abs=5e-5)
 
 
 def plain_losses(subject: Subject, case: str, batches: list[Any], steps: int) -> list[float]:
