@@ -5,9 +5,12 @@ Adapters of rank 16 on all seven projections of blocks 0-2 (``lora_early``) or o
 model's shape. NF4 weights are double quantised, the same bytes for everyone; the output layer and the
 embeddings are bf16. Peers keep norms and adapters in bf16 without autocast, their fastest way, with
 gradient checkpointing or, ``:save``, without; the engine's ``tli-engine`` keeps of activations what
-fits, ``:12-gib`` what fits into so much, ``:bf16`` has its weights in bf16. Full fine-tuning of the
-peers is in bf16 alone, which is what ``tli-engine:stochastic`` rounds at random; ``tli-engine`` has
-fp32 master weights. On the 8B shape optimizer states are 8-bit.
+fits, ``:12-gib`` what fits into so much, ``-in-4`` with a batch cut into four whose gradients are added
+up, ``:bf16`` has its weights in bf16; of smaller models ``:graphs`` replays a step's launches from CUDA
+graphs, ``:launches`` makes them one by one, where ``tli-engine`` goes by its own rule. Full fine-tuning
+of the peers is in bf16 alone, which is what ``tli-engine:stochastic`` rounds at random; ``tli-engine``
+has fp32 master weights. torchtune has no row: ``bench/LOG.md`` says why. On the 8B shape optimizer
+states are 8-bit.
 
 Each provider runs in a process of its own, one after the other. The first steps are dropped; a step's
 time is by a clock on the wall, beside it the time in which the GPU is busy. The share of the floor is
@@ -47,6 +50,7 @@ PEERS = ["transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "uns
 USUAL = {
     "llama-3-8b": ("lora_early", "lora_all", "full"),
     "qwen2-1.5b": ("lora_early", "full"),
+    "smollm2-135m": ("lora_early", "lora_all", "full"),
     "qwen2-72b": ("lora_early",),
     "tiny": ("lora_early", "lora_all", "full"),
 }
@@ -69,6 +73,7 @@ def row_of(job: Job, case: Case, report: Report, rate: float | None) -> Row:
         "first_step_s": round(report.first_s, 2),
         "held_mib": report.held_mib,
         "reserved_mib": report.reserved_mib,
+        "retries": report.retries,
         "kernels": report.kernels,
     }
     return Row(
@@ -167,7 +172,8 @@ def chosen_jobs(args: argparse.Namespace) -> list[Job]:
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     on_gpu = torch.cuda.is_available()
-    usual = ["llama-3-8b", "qwen2-1.5b", "qwen2-72b"] if on_gpu else ["tiny"]
+    large = ["llama-3-8b", "qwen2-1.5b", "smollm2-135m", "qwen2-72b"]
+    usual = large if on_gpu else ["tiny"]
     parser.add_argument("--cases", nargs="+", choices=CASES)
     parser.add_argument("--models", nargs="+", choices=NAMES, default=usual)
     parser.add_argument("--providers", nargs="+", choices=PROVIDER_NAMES)

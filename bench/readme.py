@@ -208,16 +208,16 @@ def _wall_and_gpu(row: dict[str, Any]) -> str:
 def sft_table() -> str:
     """The step of fine-tuning on a GPU, peers beside."""
     lines = [
-        "| adapters | who | tokens/s | GPU busy | peak memory |",
-        "|---|---|---:|---:|---:|",
+        "| model | trained | who | tokens/s | a step (GPU busy) | peak memory |",
+        "|---|---|---|---:|---:|---:|",
     ]
-    cases = {"lora_early": "blocks 0-2", "lora_all": "all blocks"}
-    for row in _gpu_rows("train_step"):
-        if row["case"] in cases:
-            lines.append(
-                f"| {cases[row['case']]} | {row['provider']} | {row['notes']['tokens_per_s']:,.0f} | "
-                f"{row['gpu_ms']:.0f} ms | {row['peak_mib'] / 1024:.1f} GiB |"
-            )
+    cases = {"lora_early": "blocks 0-2", "lora_all": "all blocks", "full": "all weights"}
+    lines += [
+        f"| {row['model']} | {cases[row['case']]} | {row['provider']} | "
+        f"{row['notes']['tokens_per_s']:,.0f} | {_wall_and_gpu(row)} | "
+        f"{row['peak_mib'] / 1024:.1f} GiB |"
+        for row in _gpu_rows("train_step")
+    ]
     return "\n".join(lines)
 
 

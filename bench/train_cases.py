@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from transformers import AutoConfig
 
 from bench.engine import Floor
 from bench.models import RANDOM, Subject, config_of, random_subject
@@ -17,7 +18,20 @@ RANK, ALPHA = 16, 32
 LEARNING_RATE = 2e-4
 # different batches, used in turns
 BATCHES = 4
-NAMES = ("tiny", *RANDOM)
+# of random weights here, as the others
+_SMOLLM2_135M = {
+    "model_type": "llama",
+    "hidden_size": 576,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 30,
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "vocab_size": 49152,
+    "max_position_embeddings": 8192,
+    "rope_theta": 100000.0,
+    "tie_word_embeddings": True,
+}
+NAMES = ("tiny", "smollm2-135m", *RANDOM)
 
 
 class Absent(Exception):
@@ -70,6 +84,8 @@ class Provider:
         memory_gib: The engine's limit; none if 0.
         rounding: Of the engine's full fine-tuning.
         in_backward: Of the engine's full fine-tuning.
+        accumulate: Parts into which a step's batch is cut; their gradients are added up.
+        graphs: Whether the engine's packs are replayed from CUDA graphs; None: by its own rule.
     """
 
     name: str
@@ -80,15 +96,24 @@ class Provider:
     memory_gib: int = 0
     rounding: Literal["master", "stochastic"] = "master"
     in_backward: bool = False
+    accumulate: int = 1
+    graphs: bool | None = None
 
 
+_GRAPHS = (
+    Provider("tli-engine:graphs", "engine", "auto", graphs=True),
+    Provider("tli-engine:launches", "engine", "auto", graphs=False),
+)
 # the first one that runs is the baseline; those that matter most come first, a run may be cut
 _LORA = (
     Provider("peft+bitsandbytes", "transformers"),
     Provider("peft+bitsandbytes+liger", "transformers", liger=True),
     Provider("peft+bitsandbytes+liger:save", "transformers", "save", liger=True),
     Provider("tli-engine", "engine", "auto"),
+    *_GRAPHS,
     Provider("tli-engine:12-gib", "engine", "auto", memory_gib=12),
+    Provider("tli-engine:12-gib-in-4", "engine", "auto", memory_gib=12, accumulate=4),
+    Provider("peft+bitsandbytes+liger:save-in-4", "transformers", "save", liger=True, accumulate=4),
     Provider("tli-engine:recompute", "engine"),
     Provider("tli-engine:save", "engine", "save"),
     Provider("tli-engine:bf16", "engine", "auto", dense=True),
@@ -104,6 +129,7 @@ _FULL = (
     Provider("transformers+liger", "transformers", liger=True),
     Provider("transformers+liger:save", "transformers", "save", liger=True),
     Provider("tli-engine", "engine", "auto"),
+    *_GRAPHS,
     Provider("tli-engine:recompute", "engine"),
     Provider("tli-engine:save", "engine", "save"),
     Provider("tli-engine:stochastic", "engine", "auto", rounding="stochastic"),
@@ -123,13 +149,15 @@ _ALONE = ("qwen2-72b",)
 
 def providers_of(case: Case, model: str) -> list[Provider]:
     """Who takes part, the baseline first."""
-    found = _LORA if case.method == "lora" else _FULL
+    found = list(_LORA if case.method == "lora" else _FULL)
+    if model in (*_LARGE, *_ALONE):
+        found = [p for p in found if p not in _GRAPHS]
     if model in _ALONE:
         return [p for p in found if p.kind == "engine" and not p.dense and not p.memory_gib]
     if case.method == "full" and model in _LARGE:
         peers = ("transformers", "transformers+liger")
         return [p for p in found if p.name in peers or p.in_backward]
-    return list(found)
+    return found
 
 
 def optimizer_of(case: Case, model: str, provider: Provider) -> Literal["adamw", "adamw-8bit"]:
@@ -143,6 +171,8 @@ def train_config(name: str) -> Any:
     """Configuration of one of ``NAMES``."""
     if name == "tiny":
         return tiny_config("llama", hidden_size=64, intermediate_size=128)
+    if name == "smollm2-135m":
+        return AutoConfig.for_model(**_SMOLLM2_135M)
     return config_of(name)
 
 

@@ -34,14 +34,18 @@ class InTurns:
     Attributes:
         steps: For each step the numbers of the examples of each of its rows.
         total_steps: Of the schedule, more than are run.
+        accumulate: Batches into which a step's rows are cut.
     """
 
     steps: Sequence[list[list[int]]]
     total_steps: int = 10_000
+    accumulate: int = 1
 
     def batches(self, step: int) -> list[list[list[int]]]:
-        """The only batch of a step: its rows, each some examples."""
-        return [self.steps[step % len(self.steps)]]
+        """The batches of a step: their rows, each some examples."""
+        rows = self.steps[step % len(self.steps)]
+        size = -(-len(rows) // self.accumulate)
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def sft_config(subject: Subject, method: str, layers: str, **sections: dict[str, Any]) -> RunConfig:
@@ -90,17 +94,20 @@ def engine_train_step(
     sections = {
         "sft": {"context": batches[0].shape[1], "activations": provider.activations},
         "train": {
-            "batch_size": rows,
+            "batch_size": -(-rows // provider.accumulate),
+            "accumulate": provider.accumulate,
             "optimizer": optimizer_of(case, subject.name, provider),
             "rounding": provider.rounding,
             "in_backward": provider.in_backward,
+            "cuda_graph": "auto" if provider.graphs is None else provider.graphs,
         },
     }
     config = sft_config(subject, case.method, case.layers, **sections)
     model, tensors = load_for_training(subject, config)
     # every token but a row's first is a label
     examples = [Example(tuple(row), 1) for ids in batches for row in ids.tolist()]
-    order = InTurns([[[i * rows + j] for j in range(rows)] for i in range(len(batches))])
-    step, number = SftStep(model, tensors, examples, order, config, None), count()
+    rows_of = [[[i * rows + j] for j in range(rows)] for i in range(len(batches))]
+    order = InTurns(rows_of, accumulate=provider.accumulate)
+    step, number = SftStep(model, tensors, examples, order, config, None, print), count()
     model.train()
     return Step(lambda: step.run(next(number)).loss, sum(t.numel() for t in tensors.values()))

@@ -44,7 +44,7 @@ def peer_step(subject: Subject, case: Case, provider: Provider, batches: list[Te
     else:
         model = add_lora(model, case, model.dtype)
     optimizer = make_optimizer(model, optimizer_of(case, subject.name, provider))
-    return training_step(model, optimizer, batches)
+    return training_step(model, optimizer, batches, accumulate=provider.accumulate)
 
 
 def mark_quantized(model: Any) -> None:
@@ -107,18 +107,24 @@ def training_step(
     optimizer: torch.optim.Optimizer,
     batches: list[Tensor],
     autocast: bool = False,
+    accumulate: int = 1,
 ) -> Step:
-    """Steps on ``batches`` in turns: forward, backward, update."""
+    """Steps on ``batches`` in turns: forward, backward of each of ``accumulate`` equal parts, update."""
     model.train()
     device, number = model.device, count()
 
     def call() -> Tensor:
         ids = batches[next(number) % len(batches)].to(device)
-        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
-            loss: Tensor = model(input_ids=ids, labels=ids).loss
-        torch.autograd.backward(loss)
+        parts = ids.chunk(accumulate)
+        total = torch.zeros((), device=device)
+        for part in parts:
+            with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+                # of equal parts, all of whose tokens are labels
+                loss: Tensor = model(input_ids=part, labels=part).loss / len(parts)
+            torch.autograd.backward(loss)
+            total += loss.detach()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
+        return total
 
     return Step(call, sum(p.numel() for p in model.parameters() if p.requires_grad))

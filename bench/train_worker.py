@@ -92,6 +92,7 @@ class Report:
         first_s: Seconds of the first step.
         held_mib: GPU memory before the first step.
         peak_mib: The most allocated, and with what the allocator kept besides.
+        retries: Times the allocator had to give up what it kept, in order to go on.
         gpu_ms: Time in which the GPU is busy in a step, and kernels in it.
     """
 
@@ -103,6 +104,7 @@ class Report:
     held_mib: float | None = None
     peak_mib: float | None = None
     reserved_mib: float | None = None
+    retries: int | None = None
     gpu_ms: float | None = None
     kernels: int | None = None
 
@@ -150,6 +152,7 @@ def measure(build: Callable[[], Step], steps: int, limit_s: float) -> Report:
     if on_gpu:
         memory["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         memory["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
+        memory["retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
         memory["gpu_ms"], memory["kernels"] = gpu_busy(step.call, _TRACED)
     return Report(
         seconds[WARM_UP:], losses, step.trained, built - start, seconds[0], **memory

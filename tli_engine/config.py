@@ -168,7 +168,8 @@ class TrainConfig(_Section):
     tensorboard: bool = False
     # who computes a step: transformers' modules, or the engine's ops; auto: these on a GPU
     engine: Literal["auto", "modules", "fused"] = "auto"
-    cuda_graph: bool = True
+    # replay a step's launches from a CUDA graph; auto: where they take longer than the GPU's work
+    cuda_graph: bool | Literal["auto"] = "auto"
     # rows of a pack at the most: a larger batch is encoded in parts, with exact gradients
     chunk_tokens: PositiveInt | None = None
     # the rest is for the objectives sft and joint: batches of batch_size rows whose gradients are

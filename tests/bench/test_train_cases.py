@@ -22,6 +22,7 @@ from bench.train_cases import (
     train_floor,
     train_subject,
 )
+from bench.train_engine import engine_train_step
 from bench.train_peers import apply_liger, mark_quantized, peer_step
 
 Make = Callable[..., Subject]
@@ -148,6 +149,21 @@ def test_peers_learn_what_plain_transformers_does(
     assert actual[4] < actual[0] - 1e-4
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_in_parts_is_the_batch(tiny_subject: Make, case: str) -> None:
+    pytest.importorskip("peft")
+    losses = []
+    for kind, step in (("transformers", peer_step), ("engine", engine_train_step)):
+        for parts in (1, 3):
+            subject = tiny_subject()
+            batches = random_batches(subject.files.config, 3, 12)
+            provider = Provider("anyone", kind, "save", accumulate=parts)  # type: ignore[arg-type]
+            made = step(subject, CASES[case], provider, batches)
+            losses.append([float(made.call()) for _ in range(4)])
+    for others in losses[1:]:
+        assert others == pytest.approx(losses[0], abs=5e-5)
+
+
 def plain_losses(subject: Subject, case: str, batches: list[Any], steps: int) -> list[float]:
     """Losses of weights that are functions of the trained tensors, written out."""
     model = subject.causal_lm().train()
@@ -219,3 +235,18 @@ def test_liger_is_absent_with_a_reason(tiny_subject: Make, monkeypatch: pytest.M
     monkeypatch.setitem(__import__("sys").modules, "liger_kernel", None)
     with pytest.raises(Absent, match="liger-kernel is not there"):
         apply_liger(tiny_subject().causal_lm())
+
+
+def test_smaller_models_are_measured_with_and_without_graphs() -> None:
+    for name in NAMES:
+        for case in CASES.values():
+            graphs = {p.graphs for p in providers_of(case, name) if p.kind == "engine"}
+            small = name in ("tiny", "smollm2-135m", "qwen2-1.5b")
+            assert graphs == ({None, True, False} if small else {None})
+
+
+def test_the_smallest_shape_is_smollm2s() -> None:
+    config = train_config("smollm2-135m")
+    block = 576 * (576 + 2 * 192) + 576 * 576 + 3 * 576 * 1536
+    parameters = config.num_hidden_layers * (block + 2 * 576) + 49152 * 576 + 576
+    assert parameters == 134_515_008

@@ -277,4 +277,5 @@ def test_info_names_a_backend_of_every_op(cli: Cli) -> None:
     for op, backend in facts["ops"].items():
         assert backend["gpu"] in ("triton", "cuda"), op
     assert facts["attention"]["sdpa"] == "runs"
+    assert "none of Liger's" in facts["blocks"]
     assert set(facts["attention"]) == {"sdpa", "varlen", "flash-attn"}

@@ -175,6 +175,11 @@ def test_joint_training_takes_pairs_too(
         ({"data": {"texts": "xlsum:klingon"}}, "klingon"),
         ({"prompt": {"template": "chat"}}, "no chat template; use plain"),
         ({"train": {"optimizer": "adamw-paged"}}, "train.optimizer: adamw-paged needs a GPU"),
+        ({"sft": {"attention": "varlen"}}, "varlen needs train.engine: fused, on a GPU"),
+        (
+            {"sft": {"attention": "flash-attn"}, "train": {"engine": "fused"}},
+            "sft.attention: flash-attn cannot run here: it needs a GPU",
+        ),
         ({"lora": {"layers": "0-3"}}, "lora.layers: the model has blocks 0-2"),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
@@ -213,6 +218,31 @@ def test_no_memory_is_said_and_checkpoints_stay(
     assert result.status == 1
     assert "Tried to allocate 2 GiB; held at the peak: weights 0.0 GiB" in result.err
     assert cli("train", "--resume", "--run", "run").status == 0
+
+
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+def test_after_a_loss_that_is_no_number_the_checkpoint_is_whole(
+    engine: str, cli: Cli, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from tli_engine.train.sft_step import SftStep
+
+    path, run = config(train={"engine": engine, "checkpoint_steps": 1}), SftStep.run
+    assert cli("train", path, "--run", "whole").status == 0
+
+    def spoiling(self: SftStep, step: int) -> Any:
+        if step == 2:
+            for tensor in self.tensors.values():
+                tensor.data.fill_(torch.nan)
+        return run(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftStep, "run", spoiling)
+        result = cli("train", path, "--run", "run")
+    assert result.status == 1
+    assert "step 3: loss nan, gradient norm nan; lower train.learning_rate" in result.err
+    assert cli("train", "--resume", "--run", "run").status == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (Path("whole") / name).read_bytes() == (Path("run") / name).read_bytes()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

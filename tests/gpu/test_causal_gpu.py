@@ -19,6 +19,7 @@ from tli_engine.kernels import (
     nf4_linear_records_sm90,
 )
 from tli_engine.models.adapters import adapter_tensors, add_lora, add_transposed_copies
+from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Part, held
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.document_attention import Documents, choose_attention
 from tli_engine.models.files import open_model
@@ -178,10 +179,9 @@ def test_run_again_is_saved_bit_for_bit(family: str, quantize: str, load: Load) 
     # within one tile of keys: the gradient of longer ones' queries is summed in any order
     packed = texts(60, 17, 64, 2)
     found = []
-    for activations in (Activations("save"), Activations("recompute"), Activations("auto")):
-        model.activations = activations
-        if activations.undecided:
-            activations.first_saved = 2
+    some = Arrangement(2, 2), Arrangement(3, 1, 0), Arrangement(3, 1, 1)
+    for arrangement in (EVERYTHING, NOTHING, *some):
+        model.activations.arrangement = arrangement
         torch.manual_seed(5)
         found.append(step(model, packed))
     for again in found[1:]:
@@ -238,11 +238,11 @@ def test_a_plan_knows_what_blocks_keep(load: Load, monkeypatch: pytest.MonkeyPat
     model.loss(packed).backward()
     measured: list[int] = []
 
-    def note(kept: list[int], room: int) -> int:
-        measured.extend(kept)
-        return len(kept)
+    def note(blocks: list[list[Part]], first: int, size: int, room: object) -> Arrangement:
+        measured.extend(held(parts, [True] * len(parts), size) for parts in blocks)
+        return NOTHING
 
-    monkeypatch.setattr("tli_engine.models.recompute.first_saved", note)
+    monkeypatch.setattr("tli_engine.models.recompute.arrange", note)
     again = kept_by(model, packed, Activations("auto"))
     saved = kept_by(model, packed, Activations("save"))
     # block 0 is below the first adapter
@@ -256,11 +256,11 @@ def test_auto_saves_what_fits(load: Load, monkeypatch: pytest.MonkeyPatch) -> No
     packed = texts(*[500] * 4)
     model.activations = Activations("auto")
     model.loss(packed).backward()
-    assert model.activations.first_saved == 1
+    assert model.activations.arrangement == Arrangement(1, 1)
     monkeypatch.setattr("tli_engine.models.recompute._free", lambda device: 0)
     model.activations = Activations("auto")
     model.loss(packed).backward()
-    assert model.activations.first_saved == 4
+    assert model.activations.arrangement == Arrangement(4, 4)
 
 
 def test_a_plan_leaves_the_random_numbers_alone(load: Load) -> None:
@@ -327,3 +327,27 @@ def test_linear_cross_entropy(dtype: torch.dtype, rows: int) -> None:
     ]
     for a, b, truth in zip(*found, strict=True):
         assert_within_error_budget(a, b, truth, floor=1e-3)
+
+
+@pytest.mark.parametrize("arrangement", [Arrangement(4, 1, 0), Arrangement(4, 1, 1)], ids=str)
+def test_a_part_keeps_what_is_counted(arrangement: Arrangement, load: Load) -> None:
+    model = load("llama")
+    model.fuse()
+    packed = texts(*[500] * 8)
+    model.loss(packed).backward()
+    blocks: list[list[Part]] = []
+    sizes: list[int] = []
+    with pytest.MonkeyPatch.context() as patch:
+
+        def note(parts: list[list[Part]], first: int, size: int, room: object) -> Arrangement:
+            blocks.extend(parts)
+            sizes.append(size)
+            return NOTHING
+
+        patch.setattr("tli_engine.models.recompute.arrange", note)
+        nothing = kept_by(model, packed, Activations("auto"))
+    some = Activations("auto")
+    some.arrangement = arrangement
+    keeps = [arrangement.keeps(1 + i, 2) for i in range(len(blocks))]
+    expected = sum(held(b, k, sizes[0]) for b, k in zip(blocks, keeps, strict=True))
+    assert expected == pytest.approx(kept_by(model, packed, some) - nothing, rel=0.15)

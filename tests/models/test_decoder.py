@@ -110,6 +110,6 @@ def test_a_later_batch_takes_no_more_memory(causal: Load) -> None:
 
 def test_rotary_embeddings_that_ask_for_lengths_are_not_captured(causal: Load) -> None:
     kinds = {"type": "dynamic", "rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assert decoder._capturable(causal("llama"))
-    assert decoder._capturable(causal("gemma3_text"))
-    assert not decoder._capturable(causal("llama", rope_parameters=kinds))
+    assert not decoder.waits_for_lengths(causal("llama"))
+    assert not decoder.waits_for_lengths(causal("gemma3_text"))
+    assert decoder.waits_for_lengths(causal("llama", rope_parameters=kinds))

@@ -46,6 +46,15 @@ def test_equals_the_definition(lengths: list[int], key_heads: int, window: int |
     torch.testing.assert_close(out, naive(documents, *qkv, 0.7, window), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("window", [None, 3])
+def test_documents_without_tokens_change_nothing(window: int | None) -> None:
+    documents, qkv = make([9, 1, 6], 2)
+    offsets = torch.tensor([0, 0, 9, 10, 16, 16, 16], dtype=torch.int32)
+    some = Documents(offsets, 64, 16, "sdpa")
+    assert not some.alike
+    assert torch.equal(some.attend(*qkv, 0.7, window), documents.attend(*qkv, 0.7, window))
+
+
 @pytest.mark.parametrize("window", [None, 2])
 def test_gradient(window: int | None) -> None:
     documents, qkv = make([4, 2], 2)

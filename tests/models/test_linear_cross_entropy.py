@@ -39,6 +39,47 @@ def test_value_and_gradients_are_the_definition(rows: int, softcap: float | None
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_have_their_weights(rows: int, softcap: float | None) -> None:
+    *inputs, targets = make(torch.float64)
+    weights = torch.rand(M)
+    weights[::3] = 0
+    options: dict[str, Any] = {"softcap": softcap, "rows": rows, "weights": weights}
+    loss = linear_cross_entropy(*inputs, targets, **options)
+    hidden, weight = inputs
+    expected = torch.stack(
+        [
+            w * naive(hidden[i : i + 1], weight, targets[i : i + 1], softcap)
+            for i, w in enumerate(weights.double())
+        ]
+    ).sum()
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+    ours, exact = (torch.autograd.grad(0.3 * x, inputs) for x in (loss, expected))
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():
+        assert linear_cross_entropy(*inputs, targets, **options) == loss
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_row_of_no_weight_has_no_part(dtype: torch.dtype) -> None:
+    """To the bit, where the others are summed in the same order."""
+    hidden, weight, targets = make(dtype)
+    weights = torch.ones(M)
+    weights[30:] = 0
+    found = []
+    for rows, options in ((M, {"weights": weights}), (30, {})):
+        part = hidden.detach()[:rows].requires_grad_()
+        loss = linear_cross_entropy(part, weight, targets[:rows], rows=1, **options)
+        found.append((loss, *torch.autograd.grad(loss, (part, weight))))
+    (loss, dhidden, dweight), (expected, dpart, dwhole) = found
+    assert torch.equal(loss, expected)
+    assert torch.equal(dhidden[:30], dpart)
+    assert not dhidden[30:].any()
+    assert torch.equal(dweight, dwhole)
+
+
 @pytest.mark.parametrize("rows", ROWS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_errs_no_more_than_plain_pytorch(dtype: torch.dtype, rows: int) -> None:
@@ -110,6 +151,11 @@ def test_chunks_hold_as_many_rows_as_fit() -> None:
         ({"targets": torch.zeros(M + 1, dtype=torch.int64)}, r"targets must be int64 \[37\]"),
         ({"weight": torch.zeros(V, D, dtype=torch.float64)}, r"weight must be torch\.float32"),
         ({"rows": 0}, "rows must be positive, got 0"),
+        (
+            {"weights": torch.ones(M + 1)},
+            r"weights must be float32 \[37\], got torch.float32 \[38\]",
+        ),
+        ({"weights": torch.ones(M).double()}, r"weights must be float32 \[37\], got torch.float64"),
     ],
 )
 def test_wrong_arguments_are_named(changed: dict[str, Any], message: str) -> None:

@@ -108,6 +108,31 @@ def test_going_on_from_a_state_is_exact(dtype: torch.dtype, settings: dict[str, 
         assert torch.equal(whole[name], resumed[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"max_grad_norm": 0.5}, {"rounding": "stochastic"}], ids=str
+)
+def test_gradients_that_stay_give_the_same_bits(
+    settings: dict[str, Any], dtype: torch.dtype
+) -> None:
+    config = TrainConfig(**settings)
+    plain, kept = tensors(dtype), tensors(dtype)
+    train(plain, Updates(plain, config))
+    updates = Updates(kept, config)
+    updates.keeps_gradients = True
+    train(kept, updates, last=1)
+    places = {name: tensor.grad for name, tensor in kept.items()}
+    train(kept, updates, first=1)
+    for name, tensor in kept.items():
+        assert torch.equal(tensor, plain[name]), name
+        assert plain[name].grad is None
+        assert tensor.grad is places[name] is not None
+        assert not tensor.grad.any()
+    kept["norm"].grad = torch.ones_like(kept["norm"])
+    updates.clear_gradients()
+    assert not kept["norm"].grad.any()
+
+
 def test_a_state_of_other_tensors_is_refused() -> None:
     updates = Updates(tensors(), TrainConfig())
     with pytest.raises(KeyError, match="other"):

@@ -16,6 +16,10 @@ _OPS = sorted(
     {op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)} - {"joined_word_attention"}
     | {"flat_adamw", "cross_entropy_rows"}
 )
+_BLOCKS = (
+    "on a CPU transformers' modules, on a GPU the engine's ops (train.engine): RMSNorm, RoPE, SwiGLU and "
+    "cross-entropy by kernels of its own, none of Liger's"
+)
 
 
 def collect() -> dict[str, Any]:
@@ -25,6 +29,7 @@ def collect() -> dict[str, Any]:
         "versions": versions(),
         "devices": _devices(),
         "extension": extension.status(),
+        "blocks": _BLOCKS,
         "attention": attentions(choose_device("auto")),
         "ops": {op: _backends(op) for op in _OPS},
         "families": list(FAMILIES),
@@ -76,7 +81,7 @@ def print_info(facts: dict[str, Any]) -> None:
             "device     "
             + ", ".join(f"{v}" if k == "name" else f"{k} {v}" for k, v in device.items())
         )
-    print("blocks     on a CPU transformers' modules, on a GPU the engine's ops (train.engine)")
+    print(f"blocks     {facts['blocks']}")
     for name, status in facts["attention"].items():
         print(f"attention  {name}: {status}")
     print(f"extension  CUDA C++ for Hopper GPUs: {facts['extension']}")

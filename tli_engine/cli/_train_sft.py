@@ -49,7 +49,8 @@ class SftJob:
         """A trainer at its first step."""
         run = self.run
         order = SftOrder(run.examples.lengths, run.config)
-        engine = SftStep(run.model, run.tensors, run.examples, order, run.config, run.pairs)
+        what = (run.model, run.tensors, run.examples, order, run.config, run.pairs)
+        engine = SftStep(*what, say=say)
         trainer = SftTrainer(
             run.config, run.model, engine, order, run.validation, on_warning=on_warning
         )

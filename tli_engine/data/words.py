@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -83,6 +83,26 @@ class WordTokenizer:
             raise UserError(f"words.template: none for {language!r}; there are: {have}")
         before, _, after = self._config.template[language].partition("{word}")
         return before, after
+
+
+class Laid(Protocol):
+    """What blocks that attend within documents need to know of a pack; see :class:`Pack`."""
+
+    @property
+    def input_ids(self) -> Tensor:
+        """Token ids, ``[T]``, int64."""
+
+    @property
+    def position_ids(self) -> Tensor:
+        """Position of each token in its own document, ``[T]``, int64."""
+
+    @property
+    def offsets(self) -> Tensor:
+        """First token of each document, then ``T``; ``[S + 1]``."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest document, or more."""
 
 
 @dataclass(frozen=True)

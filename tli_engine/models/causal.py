@@ -3,13 +3,14 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from tli_engine.config import Numerics, Quantize, Residency
-from tli_engine.data.words import Pack
+from tli_engine.data.words import Laid, Pack
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import adapters
 from tli_engine.models.document_attention import Attention, choose_attention
@@ -17,7 +18,7 @@ from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlock, Rows
 from tli_engine.models.linear_cross_entropy import chunk_rows, linear_cross_entropy
-from tli_engine.models.recompute import Activations, Block
+from tli_engine.models.recompute import Activations, Block, Reserve
 from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
@@ -28,7 +29,7 @@ class Texts(Protocol):
     """Packed documents, and which of their tokens are to be predicted."""
 
     @property
-    def words(self) -> Pack:
+    def words(self) -> Laid:
         """The documents, each a word of the pack."""
 
     @property
@@ -66,24 +67,32 @@ class CausalModel(nn.Module):
         tied: nn.Parameter = self.early.decoder.embed_tokens.weight
         return tied if self.lm_head is None else self.lm_head
 
-    def loss(self, texts: Texts) -> Tensor:
+    def loss(
+        self, texts: Texts, *, weights: Tensor | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
         """Sum of the cross-entropies of the targets, a scalar in fp32; 0 without targets.
 
-        Documents see nothing of one another. Dropout masks come from torch's generator of the device.
+        Documents see nothing of one another.
 
         Args:
-            texts: Packed documents, on the model's device.
+            texts: Packed documents, on the model's device; whole packs unless the blocks are fused.
+            weights: Factor of each target's cross-entropy, ``[L]``, fp32; all 1 by default.
+            seeds: Of the dropout masks, as :meth:`draw_seeds` gives them; drawn by default.
         """
-        hidden = self.hidden_states(texts.words, texts.predicting)
+        hidden = self.hidden_states(texts.words, texts.predicting, seeds)
         softcap = getattr(self.early.config, "final_logit_softcapping", None)
-        return linear_cross_entropy(hidden, self.head, texts.targets, softcap=softcap)
+        options: dict[str, Any] = {"softcap": softcap, "weights": weights}
+        return linear_cross_entropy(hidden, self.head, texts.targets, **options)
 
-    def hidden_states(self, pack: Pack, rows: Tensor | None = None) -> Tensor:
+    def hidden_states(
+        self, pack: Laid, rows: Tensor | None = None, seeds: Tensor | None = None
+    ) -> Tensor:
         """What the output layer reads, ``[T, D]``, or of some ``rows`` alone, ``[L, D]``."""
         early = self.early
         x: Tensor = early.embed(pack, documents=True)
         residual: Tensor | None = None
-        blocks, first = self._blocks(pack), self._first_trained(x)
+        seeds = self.draw_seeds() if seeds is None else seeds
+        blocks, first = self._blocks(pack, seeds), self._first_trained(x)
         for number, block in enumerate(blocks):
             if number < first:
                 with torch.no_grad():
@@ -127,16 +136,33 @@ class CausalModel(nn.Module):
         self.early.fuse()
         self.attention = chosen
 
-    def _blocks(self, pack: Pack) -> list[Block]:
+    @property
+    def drops(self) -> int:
+        """Seeds of dropout masks that a run takes; fused blocks alone take any."""
+        fused = self.early.fused
+        return 0 if fused is None else sum(block.drops for block in fused.blocks)
+
+    def draw_seeds(self, out: Tensor | None = None) -> Tensor:
+        """A seed for each mask, ``[drops]``, int64, from torch's generator of the device."""
+        if out is None:
+            out = torch.empty(self.drops, dtype=torch.int64, device=self.early.device)
+        # nothing is drawn where nothing drops
+        return out.random_(2**63 - 1) if out.numel() else out
+
+    def _blocks(self, pack: Laid, seeds: Tensor) -> list[Block]:
         """What runs each block on a pack."""
         early = self.early
         if early.fused is None:
+            assert isinstance(pack, Pack)
             rotary = early.rotary(pack)
             runs = (partial(_run_modules, early, i, pack, rotary) for i in range(early.depth))
-            return [Block(run) for run in runs]
+            return [Block((run,)) for run in runs]
         like = early.decoder.embed_tokens.weight[:1]
-        rows = early.fused.document_rows(pack, like, self.attention)
-        return [_fused(block, rows, like.device) for block in early.fused.blocks]
+        rows, of_block = early.fused.document_rows(pack, like, self.attention), iter(seeds.unbind())
+        return [
+            _fused(block, rows, list(islice(of_block, block.drops)), pack)
+            for block in early.fused.blocks
+        ]
 
     @property
     def _draws(self) -> bool:
@@ -157,15 +183,21 @@ class CausalModel(nn.Module):
         )
         return next(trained, self.early.depth)
 
-    def reserve(self) -> int:
-        """Bytes of gradients and of optimizer states to come, and of the loss."""
-        trained = self.trainable().values()
+    def reserve(self) -> Reserve:
+        """Bytes of what a step makes besides activations."""
+        trained, head = self.trainable().values(), self.head
         # a gradient, and AdamW's two moments in fp32
         states = sum(p.numel() * (p.element_size() + 8) for p in trained if p.grad is None)
-        rows = chunk_rows(len(self.head)) * len(self.head)
-        # logits and their gradient, in two dtypes
-        loss = rows * 12 + (self.head.numel() * 6 if self.head.requires_grad else 0)
-        return int(states + loss)
+        softcap = getattr(self.early.config, "final_logit_softcapping", None)
+        # their gradient takes the logits' place, but for capped ones
+        logits = chunk_rows(len(head)) * len(head) * (head.element_size() + (12 if softcap else 0))
+        # a gradient's sum in fp32, scaled, rounded
+        weight = head.numel() * (8 + head.element_size()) if head.requires_grad else 0
+        rows = 3 * head.shape[1] * head.element_size()
+        block, decoded = (0, 0)
+        if self.early.fused is not None:
+            block, decoded = self.early.fused.blocks[0].working(head.element_size())
+        return Reserve(states, block, decoded, logits + weight, rows)
 
     def train_all(self) -> None:
         """Let gradients reach every weight: full fine-tuning.
@@ -219,12 +251,25 @@ def _run_modules(
     return early.run_block(number, x, pack, rotary), None
 
 
-def _fused(block: FusedBlock, rows: Rows, device: torch.device) -> Block:
+def _fused(block: FusedBlock, rows: Rows, seeds: list[Tensor], pack: Laid) -> Block:
     # drawn before: a second run takes the same
-    seeds = block.draw_seeds(device)
+    first = block.qkv.drops + block.o.drops
+    second = first + block.gate_up.drops
+
+    def attention(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return block.attention(x, residual, rows, iter(seeds[:first]))
+
+    def gated(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        return block.gated(x, residual, iter(seeds[first:second]))
+
+    def mlp(x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, residual = gated(x, residual)
+        return block.put_out(x, iter(seeds[second:])), residual
+
+    work = block.work(len(pack.input_ids), pack.longest)
     if block.ends_freely:
-        return Block(lambda x, residual: block.trunk(x, residual, rows, iter(seeds)), block.down)
-    return Block(lambda x, residual: block(x, residual, rows, iter(seeds)))
+        return Block((attention, gated), block.down, work)
+    return Block((attention, mlp), None, work)
 
 
 def soft_capped(logits: Tensor, config: Any) -> Tensor:

@@ -41,7 +41,7 @@ class Decoder:
         self._model = model
         on_gpu = model.early.device.type == "cuda"
         self.look_every = _LOOK_EVERY if on_gpu else 1
-        self._graphs = cuda_graph and on_gpu and _capturable(model)
+        self._graphs = cuda_graph and on_gpu and not waits_for_lengths(model)
         self._memory: Tensor | None = None
         self._cache: KVCache | None = None
         self._steps: dict[tuple[int, int], _CapturedStep] = {}
@@ -180,12 +180,12 @@ class _CapturedStep:
         return self._logits
 
 
-def _capturable(model: CausalModel) -> bool:
-    """Whether no step of the model waits for the device."""
+def waits_for_lengths(model: CausalModel) -> bool:
+    """Whether the model's rotary embeddings ask the device how long the texts are."""
     parameters = getattr(model.early.config, "rope_parameters", None) or {}
     # of one kind of layer, or of each kind
     kinds = [parameters, *(p for p in parameters.values() if isinstance(p, dict))]
-    return not any(kind.get("rope_type") in _HOST_ROPE for kind in kinds)
+    return any(kind.get("rope_type") in _HOST_ROPE for kind in kinds)
 
 
 def _parts(prompts: Sequence[tuple[int, ...]]) -> Iterator[Sequence[tuple[int, ...]]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
-from tli_engine.data.words import Pack
+from tli_engine.data.words import Laid
 from tli_engine.errors import UserError
 from tli_engine.models.packed_attention import window_mask
 
@@ -31,7 +31,7 @@ class Documents:
 
     Attributes:
         offsets: First token of each document, then ``T``; ``[S + 1]``, int32.
-        longest: Tokens of the longest one.
+        longest: Tokens of the longest one, or more.
         tokens: Of all.
         attention: ``sdpa``, ``varlen`` or ``flash-attn``.
     """
@@ -42,7 +42,7 @@ class Documents:
     attention: Attention
 
     @classmethod
-    def of(cls, pack: Pack, attention: Attention) -> "Documents":
+    def of(cls, pack: Laid, attention: Attention) -> "Documents":
         """The words of a pack as documents."""
         return cls(pack.offsets.to(torch.int32), pack.longest, len(pack.input_ids), attention)
 
@@ -141,6 +141,8 @@ def _sdpa(
         k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)
     parts = []
     for start, end in pairwise(documents.bounds):
+        if start == end:
+            continue
         heads: Any = (x[start:end].transpose(0, 1)[None] for x in (q, k, v))
         options: dict[str, Any] = {"scale": scale, "is_causal": True}
         if window is not None and end - start > window:

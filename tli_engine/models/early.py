@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel
 
 from tli_engine.config import Numerics, Quantize, Residency
-from tli_engine.data.words import Pack
+from tli_engine.data.words import Laid, Pack
 from tli_engine.errors import UserError
 from tli_engine.models import packed_attention
 from tli_engine.models.files import ModelFiles
@@ -89,7 +89,7 @@ class EarlyModel(nn.Module):
             hidden = self.run_block(k - 1, hidden, pack, rotary)
             yield k, self.read_out(k, hidden)
 
-    def embed(self, pack: Pack, *, documents: bool = False) -> Tensor:
+    def embed(self, pack: Laid, *, documents: bool = False) -> Tensor:
         """What block 0 takes: the embeddings of a pack's tokens, ``[T, D]``.
 
         Args:

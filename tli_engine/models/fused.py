@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tli_engine.data.words import Pack
+from tli_engine.data.words import Laid, Pack
 from tli_engine.models.document_attention import Attention, Documents
 from tli_engine.models.norm import Norm
 from tli_engine.models.packed_attention import Attends
 from tli_engine.models.projection import NotFusedError, Projection
+from tli_engine.nn import NF4Linear
 from tli_engine.ops import (
     joined_word_attention,
     rotary,
@@ -80,27 +81,50 @@ class FusedBlock:
         """In the order in which they run."""
         return self.qkv, self.o, self.gate_up, self.down
 
-    def draw_seeds(self, device: torch.device) -> list[Tensor]:
-        """A seed for each projection that drops, from torch's generator of the device."""
-        count = sum(projection.drops for projection in self.projections)
-        if not count:
-            return []
-        return list(torch.randint(2**63 - 1, (count,), device=device).unbind())
+    @property
+    def drops(self) -> int:
+        """Projections that take a seed when the block runs."""
+        return sum(projection.drops for projection in self.projections)
 
-    def trunk(
+    def attention(
         self, x: Tensor, residual: Tensor | None, rows: Rows, seeds: Iterator[Tensor] | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Run the block up to what ``down`` reads, ``[T, intermediate]``, and the residual."""
-        if residual is None:
-            y, residual = self._before_attention.fork(x)
-        else:
-            y, residual = self._before_attention(x, residual)
+        """Run the first half: what attention adds to the residual, ``[T, D]``, and the residual."""
+        y, residual = _normed(self._before_attention, x, residual)
         x = self.o(self._attend(self._project(self.qkv, y, seeds), rows), _seed(self.o, seeds))
         if self._after_attention is not None:
             x = self._after_attention(x)[0]
-        y, residual = self._before_mlp(x, residual)
-        gated = swiglu(self._project(self.gate_up, y, seeds), act=self._act)
-        return gated, residual
+        return x, residual
+
+    def gated(
+        self, x: Tensor, residual: Tensor | None, seeds: Iterator[Tensor] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Run the second half up to what ``down`` reads, ``[T, intermediate]``, and the residual."""
+        y, residual = _normed(self._before_mlp, x, residual)
+        return swiglu(self._project(self.gate_up, y, seeds), act=self._act), residual
+
+    def put_out(self, gated: Tensor, seeds: Iterator[Tensor] | None = None) -> Tensor:
+        """Run the last layer on what :meth:`gated` returned: what the MLP adds, ``[T, D]``."""
+        x = self._project(self.down, gated, seeds)
+        return x if self._after_mlp is None else self._after_mlp(x)[0]
+
+    def work(self, tokens: int, longest: int) -> tuple[float, float]:
+        """Operations of the two halves, ``down`` left out, on documents of so many tokens at most.
+
+        Attention's products run at about half the rate of others, and count twice.
+        """
+        linear = [
+            2.0 * tokens * p.layer.out_features * p.layer.in_features for p in self.projections
+        ]
+        # half of the pairs are masked
+        pairs = tokens * min(longest, self._window or longest) / 2
+        return linear[0] + linear[1] + 2 * 4 * pairs * self._heads[0] * self._head_dim, linear[2]
+
+    def working(self, element: int) -> tuple[int, int]:
+        """Bytes of gradients within the block at its fullest moment, a token, and of a decoded weight."""
+        hidden, ffn = self.down.layer.out_features, self.down.layer.in_features
+        nf4 = isinstance(self.gate_up.layer, NF4Linear)
+        return (hidden + 3 * ffn) * element, hidden * 2 * ffn * element * nf4
 
     @property
     def ends_freely(self) -> bool:
@@ -118,11 +142,8 @@ class FusedBlock:
             rows: Of the pack.
             seeds: One for each projection that drops, in order; drawn if None.
         """
-        gated, residual = self.trunk(x, residual, rows, seeds)
-        x = self._project(self.down, gated, seeds)
-        if self._after_mlp is not None:
-            x = self._after_mlp(x)[0]
-        return x, residual
+        gated, residual = self.gated(*self.attention(x, residual, rows, seeds), seeds)
+        return self.put_out(gated, seeds), residual
 
     def _project(self, layer: Projection, x: Tensor, seeds: Iterator[Tensor] | None) -> Tensor:
         return layer(x, _seed(layer, seeds))
@@ -173,7 +194,7 @@ class FusedBlocks:
         cos, sin = self.angles(pack.position_ids, like)
         return Rows(cos, sin, word_bounds(pack.offsets, len(pack.input_ids)))
 
-    def document_rows(self, pack: Pack, like: Tensor, attention: Attention) -> Rows:
+    def document_rows(self, pack: Laid, like: Tensor, attention: Attention) -> Rows:
         """:meth:`rows_of` for a pack of documents, and what attends within them."""
         cos, sin = self.angles(pack.position_ids, like)
         return Rows(cos, sin, None, Documents.of(pack, attention))
@@ -240,6 +261,10 @@ def _window(attention: Any, config: Any) -> int | None:
     owner = config if config.model_type == "mistral" else attention
     window: int | None = getattr(owner, "sliding_window", None)
     return window
+
+
+def _normed(norm: Norm, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor]:
+    return norm.fork(x) if residual is None else norm(x, residual)
 
 
 def _seed(layer: Projection, seeds: Iterator[Tensor] | None) -> Tensor | None:

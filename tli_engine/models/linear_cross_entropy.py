@@ -26,6 +26,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     rows: int | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     r"""Sum of the cross-entropies of logits :math:`h W^\top` against one target a row.
 
@@ -39,6 +40,8 @@ def linear_cross_entropy(
         targets: ``[M]``, int64.
         softcap: Logits are ``softcap * tanh(logits / softcap)`` first, as in Gemma 2.
         rows: Rows of logits held at once; by default as many as take 256 MiB.
+        weights: Factor of each row's cross-entropy, ``[M]``, fp32; all 1 by default. A row of weight 0
+            has no part in the loss and in no gradient.
 
     Returns:
         A scalar, fp32, or fp64 of fp64; 0 without rows.
@@ -54,13 +57,16 @@ def linear_cross_entropy(
         raise ValueError(f"targets must be int64 [{len(hidden)}], got {got}")
     if weight.dtype != hidden.dtype:
         raise ValueError(f"weight must be {hidden.dtype} as hidden, got {weight.dtype}")
+    if weights is not None and (weights.shape != targets.shape or weights.dtype != torch.float32):
+        got = f"{weights.dtype} {list(weights.shape)}"
+        raise ValueError(f"weights must be float32 [{len(hidden)}], got {got}")
     if rows is not None and rows < 1:
         raise ValueError(f"rows must be positive, got {rows}")
     needed = torch.is_grad_enabled()
     needs = (needed and hidden.requires_grad, needed and weight.requires_grad)
     rows = chunk_rows(len(weight)) if rows is None else rows
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, targets, softcap, rows, needs
+        hidden, weight, targets, weights, softcap, rows, needs
     )
     return loss
 
@@ -72,6 +78,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         targets: Tensor,
+        weights: Tensor | None,
         softcap: float | None,
         rows: int,
         needs: tuple[bool, bool],
@@ -82,14 +89,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dweight = torch.zeros_like(weight, dtype=acc) if needs[1] else None
         for first in range(0, len(hidden), rows):
             part = slice(first, first + rows)
-            chunk_loss, dlogits = _chunk(
-                hidden[part] @ weight.T, targets[part], softcap, any(needs)
-            )
-            loss += chunk_loss
+            read, factor = hidden[part], None if weights is None else weights[part]
+            losses, dlogits = _chunk(read @ weight.T, targets[part], softcap, any(needs))
+            loss += losses.sum() if factor is None else (losses * factor).sum()
             if dhidden is not None:
                 torch.mm(dlogits, weight, out=dhidden[part])
+            if factor is not None:
+                # of the narrow side: the logits' gradient is left as it is
+                read = read * factor[:, None].to(read.dtype)
+                if dhidden is not None:
+                    dhidden[part] *= factor[:, None].to(dhidden.dtype)
             if dweight is not None:
-                _add_product(dweight, dlogits, hidden[part])
+                _add_product(dweight, dlogits, read)
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
         return loss
@@ -102,16 +113,15 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
             dweight = (dweight * dloss).to(ctx.dtype)
-        return dhidden, dweight, None, None, None, None
+        return dhidden, dweight, None, None, None, None, None
 
 
 def _chunk(
     logits: Tensor, targets: Tensor, softcap: float | None, needs_gradient: bool
 ) -> tuple[Tensor, Tensor]:
-    """The summed loss of a chunk, and the gradient of its logits in their dtype."""
+    """The losses of a chunk's rows, and the gradient of its logits in their dtype."""
     if needs_gradient and not softcap:
-        losses = cross_entropy_rows_(logits, targets)
-        return losses.sum(), logits
+        return cross_entropy_rows_(logits, targets), logits
     dtype = logits.dtype
     logits = logits.to(torch.promote_types(dtype, torch.float32))
     slope = None
@@ -123,15 +133,15 @@ def _chunk(
     logits = logits.sub_(logits.amax(1, keepdim=True))
     at_target = logits.gather(1, targets[:, None])
     total = logits.exp_().sum(1, keepdim=True)
-    loss = (total.log() - at_target).sum()
+    losses = (total.log() - at_target)[:, 0]
     if not needs_gradient:
-        return loss, logits
+        return losses, logits
     dlogits = logits.div_(total)
     at_target = dlogits.gather(1, targets[:, None]) - 1
     dlogits.scatter_(1, targets[:, None], at_target)
     if slope is not None:
         dlogits *= slope
-    return loss, dlogits.to(dtype)
+    return losses, dlogits.to(dtype)
 
 
 def _add_product(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:

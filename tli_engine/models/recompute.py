@@ -1,4 +1,4 @@
-"""What blocks keep for the way back: all that they compute, or only their input."""
+"""Runs blocks that keep for the way back all that they compute, a part of it, or only their input."""
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -9,31 +9,62 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Part, Room, arrange
 from tli_engine.nn import run_again
 
 Policy = Literal["auto", "save", "recompute"]
 
 
+Half = Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
 @dataclass(frozen=True)
 class Block:
-    """A block on the rows of a pack; its input is the sum of two parts, and so is its output.
+    """A block on the rows of a pack; its input is the sum of two tensors, and so is its output.
 
     Attributes:
-        trunk: All of it, or all but its last layer.
-        last: The last layer, of the first part, where its way back needs nothing of its input: it is
+        parts: All of it, or all but its last layer, as parts that run one after the other.
+        last: The last layer, of the first tensor, where its way back needs nothing of its input: it is
             never run again.
+        work: Operations of each part.
     """
 
-    trunk: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
+    parts: tuple[Half, ...]
     last: Callable[[Tensor], Tensor] | None = None
+    work: tuple[float, ...] = (1.0,)
 
     def __call__(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Run the block."""
         return self.finish(*self.trunk(x, residual))
 
+    def trunk(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Run all parts."""
+        for part in self.parts:
+            x, residual = part(x, residual)
+        return x, residual
+
     def finish(self, x: Tensor, residual: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Run the last layer on what the trunk returned."""
+        """Run the last layer on what the parts returned."""
         return (x if self.last is None else self.last(x)), residual
+
+
+@dataclass(frozen=True)
+class Reserve:
+    """Bytes that a plan leaves for what it does not decide on.
+
+    Attributes:
+        states: Gradients and optimizer states to come.
+        block_of_token: On a block's way back, beside what it keeps, a token; 0 where that is not known.
+        block: There too, for packs of any size.
+        loss: Of the loss, for packs of any size.
+        loss_of_token: Of the loss, a token.
+    """
+
+    states: int
+    block_of_token: int
+    block: int
+    loss: int
+    loss_of_token: int
 
 
 # share of a GPU's memory that a plan leaves free: what fragments, and what it does not know of
@@ -41,102 +72,117 @@ UNPLANNED = 0.05
 
 
 class Activations:
-    """Runs blocks, and decides which of them are run again on the way back.
+    """Runs blocks, and decides what of them is run again on the way back.
 
     Args:
-        policy: ``save``: none. ``recompute``: all. ``auto``: those that do not fit, decided once: the
-            top blocks save, which are the first to be free again. On a CPU all save.
+        policy: ``save``: nothing. ``recompute``: all. ``auto``: what does not fit, decided once; see
+            :func:`tli_engine.models.arrangement.arrange`. On a CPU nothing is run again.
         largest: Tokens of the largest pack to come; that of the plan's by default.
 
     Attributes:
-        first_saved: Number of the lowest block that saves; None until ``auto`` has decided.
+        arrangement: What blocks keep; None until ``auto`` has decided.
     """
 
     def __init__(self, policy: Policy = "auto", largest: int | None = None) -> None:
         self.policy, self.largest = policy, largest
-        self.first_saved: int | None = {"save": 0, "recompute": None, "auto": None}[policy]
+        decided = {"save": EVERYTHING, "recompute": NOTHING, "auto": None}
+        self.arrangement: Arrangement | None = decided[policy]
 
     @property
     def undecided(self) -> bool:
         """Whether :meth:`plan` is to be called before the first way back."""
-        return self.policy == "auto" and self.first_saved is None
+        return self.arrangement is None
 
     def plan(
-        self, blocks: Sequence[Block], first: int, x: Tensor, residual: Tensor | None, reserve: int
+        self,
+        blocks: Sequence[Block],
+        first: int,
+        x: Tensor,
+        residual: Tensor | None,
+        reserve: Reserve,
     ) -> None:
-        """Measure what each block keeps, by running it, and decide.
+        """Measure what the parts of each block keep, by running them, and decide.
 
         Args:
             blocks: Those from number ``first`` on; the ones below keep nothing.
             first: Number of the lowest.
             x: What it takes.
             residual: What it takes beside.
-            reserve: Bytes to leave for what is made after the blocks have run.
+            reserve: Bytes to leave for what else is made.
         """
         if x.device.type != "cuda":
-            self.first_saved = 0
+            self.arrangement = EVERYTHING
             return
         # what random numbers a plan draws must not change those of the run
         with torch.random.fork_rng(devices=[x.device]):
-            kept, inputs = _measure(blocks, x, residual)
-        scale = 1.0 if self.largest is None else max(1.0, self.largest / len(x))
-        kept = [int(scale * size) for size in kept]
-        room = _free(x.device) - reserve - int(scale * inputs)
-        self.first_saved = first + first_saved(kept, room)
+            kept = _measure(blocks, x, residual)
+        tokens = len(x) if self.largest is None else max(self.largest, len(x))
+        scale = tokens / len(x)
+        parts = [
+            [Part(int(scale * size), work) for size, work in zip(sizes, b.work, strict=True)]
+            for sizes, b in zip(kept, blocks, strict=True)
+        ]
+        # gradients take as much as what they are of, at the most
+        most = max(sum(part.kept for part in of_block) for of_block in parts)
+        working = tokens * reserve.block_of_token + reserve.block or most
+        loss = reserve.loss + tokens * reserve.loss_of_token
+        # the lowest block's input is there already
+        free = _free(x.device) + x.nbytes - reserve.states
+        room = Room(free, working, loss)
+        self.arrangement = arrange(parts, first, int(scale * x.nbytes), room)
 
     def run(
         self, number: int, block: Block, x: Tensor, residual: Tensor | None, draws: bool
     ) -> tuple[Tensor, Tensor | None]:
         """Run a block by its number; ``draws``: random numbers, which must be the same ones again."""
-        saves = self.first_saved is not None and number >= self.first_saved
-        if saves or not torch.is_grad_enabled():
+        arrangement = EVERYTHING if self.arrangement is None else self.arrangement
+        keeps = arrangement.keeps(number, len(block.parts))
+        if all(keeps) or not torch.is_grad_enabled():
             return block(x, residual)
-        # one tensor is kept, not two
-        h = x if residual is None else x + residual
-        out: tuple[Tensor, Tensor | None] = checkpoint(
-            *(block.trunk, h, None),
-            use_reentrant=False,
-            preserve_rng_state=draws,
-            context_fn=lambda: (nullcontext(), run_again(h.device)),
-        )
-        return block.finish(*out)
+        if not any(keeps):
+            return block.finish(*_again(block.trunk, x, residual, draws))
+        for part, keep in zip(block.parts, keeps, strict=True):
+            x, residual = part(x, residual) if keep else _again(part, x, residual, draws)
+        return block.finish(x, residual)
 
 
-def first_saved(kept: Sequence[int], room: int) -> int:
-    """Index of the lowest block that saves.
-
-    Args:
-        kept: Bytes that each block keeps beyond its input, lowest first.
-        room: Bytes there are. If any block is run again, the largest one's are needed for that.
-    """
-    if sum(kept) <= room:
-        return 0
-    room -= max(kept)
-    lowest = len(kept)
-    while lowest > 0 and kept[lowest - 1] <= room:
-        lowest -= 1
-        room -= kept[lowest]
-    return lowest
+def _again(
+    run: Half, x: Tensor, residual: Tensor | None, draws: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Run, keep the input alone, and run again on the way back."""
+    # one tensor is kept, not two
+    h = x if residual is None else x + residual
+    out: tuple[Tensor, Tensor | None] = checkpoint(
+        *(run, h, None),
+        use_reentrant=False,
+        preserve_rng_state=draws,
+        context_fn=lambda: (nullcontext(), run_again(h.device)),
+    )
+    return out
 
 
-def _measure(blocks: Sequence[Block], x: Tensor, residual: Tensor | None) -> tuple[list[int], int]:
-    """Bytes that each block keeps beyond its input, and bytes of the inputs of all."""
-    kept, inputs = [], 0
+def _measure(blocks: Sequence[Block], x: Tensor, residual: Tensor | None) -> list[list[int]]:
+    """Bytes that each part of each block keeps beyond its input."""
+    found = []
     h = x if residual is None else x + residual
     for block in blocks:
-        h = h.detach().requires_grad_(h.requires_grad)
-        before = torch.cuda.memory_allocated(h.device)
-        out, residual = block(h, None)
-        graph = out.grad_fn, None if residual is None else residual.grad_fn
-        inputs += h.nbytes
-        following = out.detach() if residual is None else out.detach() + residual.detach()
-        following.requires_grad_(out.requires_grad)
-        del out, residual
-        own = 0 if graph == (None, None) else following.nbytes
-        kept.append(max(0, torch.cuda.memory_allocated(h.device) - before - own))
-        h = following
-        del graph
-    return kept, inputs
+        kept = []
+        for i, part in enumerate(block.parts):
+            h = h.detach().requires_grad_(h.requires_grad)
+            before = torch.cuda.memory_allocated(h.device)
+            out, residual = part(h, None)
+            if i == len(block.parts) - 1:
+                out, residual = block.finish(out, residual)
+            graph = out.grad_fn, None if residual is None else residual.grad_fn
+            following = out.detach() if residual is None else out.detach() + residual.detach()
+            following.requires_grad_(out.requires_grad)
+            del out, residual
+            own = following.nbytes
+            kept.append(max(0, torch.cuda.memory_allocated(h.device) - before - own))
+            h = following
+            del graph
+        found.append(kept)
+    return found
 
 
 def _free(device: torch.device) -> int:

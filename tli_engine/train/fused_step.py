@@ -27,8 +27,10 @@ from tli_engine.models.fused import Rows
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 from tli_engine.train.engine import Observed
 from tli_engine.train.flat_adamw import FlatAdamW
+from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
+from tli_engine.train.readback import Readback
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.staging import Batch, BatchBuffer, Ints, WordTable, padded
 
@@ -46,8 +48,7 @@ class _Captured:
 class _Pending:
     step: int
     tokens: int
-    values: Tensor
-    event: torch.cuda.Event | None
+    values: Readback
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ class FusedStep:
     ) -> None:
         self._model, self._config, self._space = model, config, space
         self._blocks = model.fuse()
-        self._graphs = config.train.cuda_graph and model.device.type == "cuda"
+        self._graphs = config.train.cuda_graph is not False and model.device.type == "cuda"
         self._pairs = len(pairs.source)
         source_groups, target_groups = pairs.groups
         self._groups = np.array([source_groups, target_groups])
@@ -108,9 +109,7 @@ class FusedStep:
         self._angles = self._table_of_angles(pairs.words)
         self._shapes: dict[tuple[int, int], _Captured] = {}
         self._pending: deque[_Pending] = deque()
-        self._stream = torch.cuda.Stream(model.device) if self._graphs else None  # type: ignore[no-untyped-call]
-        # one for all graphs: they never run side by side
-        self._pool = torch.cuda.graph_pool_handle() if self._graphs else None
+        self._recorder = GraphRecorder(model.device) if self._graphs else None
 
     @cached_property
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -135,25 +134,16 @@ class FusedStep:
         batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
         shape.buffer.send()
         observed = self._run(shape, self._words.lengths[chosen])
-        values = torch.empty(observed.shape, dtype=observed.dtype, pin_memory=observed.is_cuda)
-        values.copy_(observed, non_blocking=True)
-        event = None
-        if observed.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-        self._pending.append(_Pending(step, tokens, values, event))
+        self._pending.append(_Pending(step, tokens, Readback(observed)))
 
     def collect(self, wait: bool) -> Iterator[Observed]:
         """Give the steps that are done."""
         while self._pending:
             first = self._pending[0]
-            if first.event is not None:
-                if wait:
-                    first.event.synchronize()
-                elif not first.event.query():  # type: ignore[no-untyped-call]
-                    return
+            if not wait and not first.values.is_there:
+                return
             self._pending.popleft()
-            loss, true, random, grad_norm, *_ = first.values.tolist()
+            loss, true, random, grad_norm, *_ = first.values.wait()
             check_finite(first.step, loss, grad_norm)
             yield Observed(first.step, first.tokens, loss, grad_norm, true, random)
 
@@ -281,19 +271,18 @@ class FusedStep:
 
     def _capture(self, shape: _Captured) -> None:
         """Record a step of this shape, after one that is undone: kernels are compiled by it."""
-        assert self._stream is not None
-        optimizer = self._optimizer
+        assert self._recorder is not None
+        optimizer, batch = self._optimizer, shape.buffer.batch
         mutable = (optimizer.parameters, optimizer.exp_avg, optimizer.exp_avg_sq, optimizer.counts)
         kept = [tensor.clone() for tensor in mutable]
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            self._compute(shape.buffer.batch)
+
+        def undone() -> None:
+            self._compute(batch)
             for tensor, before in zip(mutable, kept, strict=True):
                 tensor.copy_(before)
-        torch.cuda.current_stream().wait_stream(self._stream)
-        shape.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(shape.graph, pool=self._pool, stream=self._stream):
-            shape.observed = self._compute(shape.buffer.batch)
+
+        self._recorder.launch(undone)
+        shape.graph, shape.observed = self._recorder.record(lambda: self._compute(batch))
 
     @torch.no_grad()
     def _table_of(self, pairs: Split) -> tuple[Tensor, WordTable]:

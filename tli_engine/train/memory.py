@@ -9,6 +9,8 @@ from tli_engine.train.updates import Updates
 
 def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str:
     """One line: what could not be had, what holds the memory, what to change."""
+    # gradients stay where they are for graphs, which have memory of their own
+    graphs = ", train.cuda_graph=false" if updates.keeps_gradients else ""
     device = model.early.device
     gradients, statistics = updates.nbytes()
     held = {"weights": _nbytes(model), "gradients": gradients, "optimizer": statistics}
@@ -19,7 +21,7 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     wanted = str(error).partition(". GPU")[0].strip()
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "
-        f"raise train.accumulate) or sft.context, set sft.activations=recompute, or "
+        f"raise train.accumulate) or sft.context, set sft.activations=recompute{graphs}, or "
         f"train.optimizer=adamw-8bit; checkpoints are whole"
     )
 

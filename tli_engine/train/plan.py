@@ -184,9 +184,16 @@ def _add_notes(
     )
     if run.objective != "align":
         notes.append("the articles' own download and their tokens on disk are not counted")
+    if step.uses_graphs:
+        notes.append(
+            "steps are replayed from CUDA graphs, which keep the memory of a step's activations for "
+            "themselves: what the allocator holds is that much more than what is counted here"
+        )
     if step.recomputed:
         number = made.early.depth - made.first_trained
-        notes.append(f"{step.recomputed} of {number} blocks are run again on the way back")
+        line = f"{step.recomputed} of {number} blocks are run again on the way back"
+        some = step.recomputed_in_part
+        notes.append(f"{line}, {some} of them in part" if some else line)
     if target.memory is not None:
         room = f"{total / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
         if fits(target, total):

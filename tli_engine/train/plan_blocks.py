@@ -1,15 +1,18 @@
 """Bytes that a decoder block keeps for the way back, and what its gradient takes for a moment."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tli_engine.models.adapters import adapters
+from tli_engine.models.arrangement import Part, again, held
 from tli_engine.models.lora import LoRALinear
 from tli_engine.train.plan_outline import Outline
 
 # rows from which products with NF4 weights decode them in full first: on the way back and, exact, there
 _DECODED_BACK, _DECODED_THERE = 2048, 6144
-_QKV, _GATE_UP = ("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj")
+_QKV, _O = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
+_GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
 
 @dataclass(frozen=True)
@@ -75,34 +78,59 @@ class BlockMemory:
 
     def kept(self, number: int) -> int:
         """Bytes that a block keeps beyond its input."""
-        of_token = self._kept_fused if self._outline.fused else self._kept_by_modules
-        return self.tokens * of_token(self._adapted.get(number, {}))
+        parts = self.parts(number)
+        return held(parts, [True] * len(parts), self.input)
 
-    def _kept_fused(self, adapted: dict[str, LoRALinear]) -> int:
-        """Bytes a token."""
+    def parts(self, number: int) -> list[Part]:
+        """The parts of a block: what each keeps beyond its input, and what its second run takes."""
+        adapted = self._adapted.get(number, {})
+        if not self._outline.fused:
+            return [Part(self.tokens * self._kept_by_modules(adapted), 1.0)]
+        assert self._outline.early.fused is not None
+        longest = min(self.tokens, self._outline.run.sft.context)
+        work = self._outline.early.fused.blocks[number].work(self.tokens, longest)
+        kept = self._kept_by_attention(adapted), self._kept_after_attention(adapted)
+        return [Part(self.tokens * k, w) for k, w in zip(kept, work, strict=True)]
+
+    def _kept_by_attention(self, adapted: dict[str, LoRALinear]) -> int:
+        """Bytes a token of the first half of a block on the engine's ops."""
         b, full = self.block, self._outline.run.method == "full"
-        elements = 2 * b.ffn + b.hidden + b.q + (b.q + 2 * b.kv)
-        # reciprocal roots of two norms, and the log-sum-exp of each head
-        floats = 2 + b.heads[0]
+        elements = b.q + (b.q + 2 * b.kv)
+        # the reciprocal root of the norm, and the log-sum-exp of each head
+        floats = 1 + b.heads[0]
         if b.head_norms:
             # copies that the norms read, and what attention reads
             elements += 2 * (b.q + b.kv)
             floats += sum(b.heads)
         if b.sandwich:
-            elements += 2 * b.hidden
-            floats += 2
+            elements += b.hidden
+            floats += 1
         if self._copies:
             grouped = b.heads[0] != b.heads[1]
             # nothing then holds the projection that values were a part of
             elements += grouped * (2 * b.q - b.head_norms * (b.q + 3 * b.kv))
             elements += b.q * (full or "o_proj" in adapted)
-        for group, read in ((_QKV, b.hidden), (_GATE_UP, b.hidden), (("down_proj",), b.ffn)):
-            if full or any(name in adapted for name in group):
-                elements += read
-        for group in (_QKV, ("o_proj",), _GATE_UP, ("down_proj",)):
-            ranks = [adapted[name].r for name in group if name in adapted]
-            elements += len(group) * ranks[0] if ranks else 0
+        elements += self._kept_by_layers(adapted, {_QKV: b.hidden, _O: 0})
         return self._outline.element * elements + 4 * floats
+
+    def _kept_after_attention(self, adapted: dict[str, LoRALinear]) -> int:
+        """Bytes a token of the second half."""
+        b = self.block
+        elements = 2 * b.ffn + b.hidden * b.sandwich
+        elements += self._kept_by_layers(adapted, {_GATE_UP: b.hidden, _DOWN: b.ffn})
+        return self._outline.element * elements + 4 * (1 + b.sandwich)
+
+    def _kept_by_layers(
+        self, adapted: dict[str, LoRALinear], reads: dict[tuple[str, ...], int]
+    ) -> int:
+        """Elements a token that joined layers keep: what they read, unless it is kept anyway, and ``x A``."""
+        elements = 0
+        for group, read in reads.items():
+            ranks = [adapted[name].r for name in group if name in adapted]
+            if ranks or self._outline.run.method == "full":
+                elements += read
+            elements += len(group) * ranks[0] if ranks else 0
+        return elements
 
     def _kept_by_modules(self, adapted: dict[str, LoRALinear]) -> int:
         """Bytes a token; transformers' modules compute norms, PEFT's way adapters, in fp32."""
@@ -149,13 +177,18 @@ class BlockMemory:
             2 * b.hidden * e * self.tokens + gate_up,
         )
 
-    def run_again(self, number: int) -> int:
-        """Bytes that a block's second run adds to its input: what it keeps, weights decoded once."""
+    def run_again(self, number: int, keeps: Sequence[bool]) -> int:
+        """Bytes that second runs add at the most: what they keep, weights decoded once."""
         b, adapted = self.block, self._adapted.get(number, {})
-        weights = b.hidden * (2 * b.q + 2 * b.kv + 2 * b.ffn)
+        of_part = [b.hidden * (2 * b.q + 2 * b.kv), b.hidden * 2 * b.ffn]
         # its last layer is left out where it keeps nothing
-        weights += b.hidden * b.ffn * ("down_proj" in adapted or b.sandwich)
-        return self.kept(number) + self._decoded(weights, _DECODED_THERE)
+        of_part[1] += b.hidden * b.ffn * ("down_proj" in adapted or b.sandwich)
+        if not self._outline.fused:
+            of_part = [sum(of_part)]
+        weights = [n for n, keep in zip(of_part, keeps, strict=True) if not keep]
+        together = max(weights, default=0) if any(keeps) else sum(weights)
+        decoded = self._decoded(together, _DECODED_THERE)
+        return again(self.parts(number), keeps, self.input) + decoded
 
     def _decoded(self, elements: int, rows: int) -> int:
         outline = self._outline

@@ -3,8 +3,10 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Room, arrange, held
 from tli_engine.models.linear_cross_entropy import chunk_rows
-from tli_engine.models.recompute import UNPLANNED, first_saved
+from tli_engine.models.recompute import UNPLANNED
+from tli_engine.train.pack_graphs import wants_graphs
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.plan_outline import Outline
@@ -85,12 +87,19 @@ class Step:
         if outline.on_gpu:
             self._workspaces = _WORKSPACES_HOPPER if outline.target.hopper else _WORKSPACES
         self._before = persistent - optimizer
-        self.first_saved = self._choose()
+        self._parts = [self._blocks.parts(i) for i in range(self._first, self._depth)]
+        self.arrangement = self._choose()
 
     @property
     def recomputed(self) -> int:
-        """Blocks that are run again on the way back."""
-        return max(0, self.first_saved - self._first)
+        """Blocks that are run again on the way back, as a whole or in part."""
+        return sum(not all(self._keeps(i)) for i in range(self._first, self._depth))
+
+    @property
+    def recomputed_in_part(self) -> int:
+        """Those among them that keep a part."""
+        keeps = [self._keeps(i) for i in range(self._first, self._depth)]
+        return sum(any(k) and not all(k) for k in keeps)
 
     def peak(self) -> Moment:
         """The fullest moment."""
@@ -107,8 +116,8 @@ class Step:
         gradients = earlier or self._head_gradient()
         for i in reversed(range(self._first, self._depth)):
             activations = sum(kept[: i - self._first + 1])
-            if i < self.first_saved:
-                activations += self._blocks.run_again(i)
+            if not all(self._keeps(i)):
+                activations += self._blocks.run_again(i, self._keeps(i))
             gradients = every if earlier else gradients + self._gradient(i)
             working = self._blocks.working() + self._workspaces
             if outline.causal is None:
@@ -119,10 +128,12 @@ class Step:
 
     def _kept(self, number: int) -> int:
         """Bytes that a block and its input hold until its way back."""
-        if number < self.first_saved:
-            return self._blocks.input
-        frozen_input = number == self._first and self._outline.run.method == "lora"
-        return self._blocks.kept(number) + (0 if frozen_input else self._blocks.input)
+        keeps, size = self._keeps(number), self._blocks.input
+        frozen_input = number == self._first and self._outline.run.method == "lora" and all(keeps)
+        return held(self._parts[number - self._first], keeps, size) + size * (not frozen_input)
+
+    def _keeps(self, number: int) -> tuple[bool, ...]:
+        return self.arrangement.keeps(number, len(self._parts[number - self._first]))
 
     def _gradient(self, number: int) -> int:
         prefix = f"layers.{number}."
@@ -175,26 +186,38 @@ class Step:
             return Moment(self._at_once(gradients), 0, self._workspaces)
         if train.rounding == "stochastic":
             return Moment(gradients, 0, self._rounding(count, element) + self._workspaces)
-        # in fp32, in place of the ones in 16 bits
-        return Moment(gradients // element * 4, 0, self._workspaces)
+        # in fp32, in place of the ones in 16 bits, unless those stay for a graph
+        wide = gradients // element * 4
+        return Moment(wide + gradients * self.uses_graphs, 0, self._workspaces)
 
-    def _choose(self) -> int:
-        """The lowest block that keeps its activations, as ``sft.activations`` is decided."""
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether packs of texts are replayed from CUDA graphs."""
+        outline = self._outline
+        if outline.causal is None or not outline.on_gpu or not outline.fused:
+            return False
+        return outline.run.sft.attention != "sdpa" and wants_graphs(outline.run, outline.causal)
+
+    def _choose(self) -> Arrangement:
+        """What blocks keep, as ``sft.activations`` is decided."""
         outline, memory = self._outline, self._outline.target.memory
         policy = outline.run.sft.activations
         if outline.causal is None or policy == "save" or (policy == "auto" and memory is None):
-            return self._first
+            return EVERYTHING
         if policy == "recompute" or memory is None:
-            return self._depth
+            return NOTHING
         master = 4 * sum(t.numel() for t in outline.trained.values() if t.element_size() < 4)
         if outline.run.train.rounding == "stochastic":
             master = 0
-        held = self._before + master + self._blocks.input + self._workspaces // 2
-        free = memory - (0 if outline.target.limited else CONTEXT)
-        number = self._depth - self._first
-        room = free - held - int(UNPLANNED * memory) - outline.causal.reserve()
-        kept = [self._blocks.kept(i) for i in range(self._first, self._depth)]
-        return self._first + first_saved(kept, room - number * self._blocks.input)
+        reserve = outline.causal.reserve()
+        there = self._before + master + self._workspaces // 2 + reserve.states
+        free = memory - (0 if outline.target.limited else CONTEXT) - int(UNPLANNED * memory)
+        working = self._blocks.working()
+        if not outline.fused:
+            working = max(sum(part.kept for part in parts) for parts in self._parts)
+        loss = reserve.loss + self.tokens * reserve.loss_of_token
+        room = Room(free - there, working, loss)
+        return arrange(self._parts, self._first, self._blocks.input, room)
 
 
 def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:

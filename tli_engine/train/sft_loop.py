@@ -145,6 +145,7 @@ class SftTrainer:
                     self.best.before = self.validate()
                 while not self._has_ended and not until():
                     self._one_step()
+                self.engine.forget()
         except torch.OutOfMemoryError as e:
             raise TrainingError(out_of_memory(self.model, self.engine.updates, e)) from None
         finally:

@@ -1,6 +1,6 @@
 """A step of fine-tuning: the loss of some batches, its gradient, the update."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,6 +16,8 @@ from tli_engine.data.splits import Split
 from tli_engine.models.causal import CausalModel, without_dropout
 from tli_engine.train.module_step import check_finite, check_gradients
 from tli_engine.train.order import batch_rows, step_seed
+from tli_engine.train.pack_graphs import PackGraphs, captures
+from tli_engine.train.readback import Readback
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
 from tli_engine.train.updates import Updates
@@ -61,8 +63,34 @@ class SftObserved:
     aligned: tuple[float, float, float] | None
 
 
+@dataclass(frozen=True)
+class _Launched:
+    """A step whose gradients are computed, or about to be."""
+
+    step: int
+    tokens: int
+    labels: int
+    loss: Tensor
+    aligned: tuple[Tensor, ...]
+
+
 class SftStep:
-    """Computes steps, each when it is asked for."""
+    """Computes steps, each when it is asked for; with graphs, the gradients of the next one too.
+
+    Args:
+        model: Whole, on the engine's ops if it is to be.
+        tensors: What is trained, by name.
+        examples: To train on.
+        order: Which of them each step takes.
+        config: The run.
+        pairs: Of joint training, or None.
+        say: Takes lines on what cannot be replayed from CUDA graphs.
+
+    Attributes:
+        tensors: As given.
+        updates: The optimizer.
+        graphs: Runs packs where launches would take longer than the work, or None.
+    """
 
     def __init__(
         self,
@@ -72,6 +100,7 @@ class SftStep:
         order: SftOrder,
         config: RunConfig,
         pairs: Pairs | None,
+        say: Callable[[str], None] = lambda line: None,
     ) -> None:
         self._model, self._examples, self._order = model, examples, order
         self._config, self._pairs = config, pairs
@@ -79,36 +108,74 @@ class SftStep:
         for tensor in tensors.values():
             tensor.requires_grad_(True)
         self.updates = Updates(tensors, config.train)
+        self.graphs: PackGraphs | None = None
+        if captures(config, model, say):
+            self.use_graphs(PackGraphs(model, config.sft.context, say))
         self._ready: tuple[int, list[TextPack]] | None = None
+        self._ahead: _Launched | None = None
+
+    def use_graphs(self, graphs: PackGraphs) -> None:
+        """Run packs by ``graphs`` from here on; gradients then stay where they are."""
+        self.graphs, self.updates.keeps_gradients = graphs, True
 
     def run(self, step: int) -> SftObserved:
         """Run a step, counted from 0.
 
         Raises:
-            TrainingError: A tensor without a finite gradient, or a loss that is not finite.
+            TrainingError: A tensor without a finite gradient, or a loss that is not finite. The weights
+                are of no use any more.
         """
-        config = self._config
-        packs = self._take(step)
-        labels = sum(pack.labels for pack in packs)
-        torch.manual_seed(step_seed(config.seed, step))
-        self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
-        loss = torch.zeros((), device=self._model.early.device)
-        for pack in packs:
-            # over all labels of the step: batches of few labels weigh no more than their labels
-            part = self._model.loss(pack.to(loss.device)) / labels
-            torch.autograd.backward(part)
-            loss += part.detach()
-        aligned = None if self._pairs is None else self._align(step, self._pairs)
-        if step == 0 and not config.train.in_backward:
-            check_gradients(self.tensors)
+        launched = self._ahead
+        if launched is None or launched.step != step:
+            self.forget()
+            launched = self._launch(step)
+        found = (launched.loss, self.updates.clip(), *launched.aligned)
+        # what is no number is noticed after an update that the run then ends with
+        figures = Readback(torch.stack([value.float() for value in found]))
+        train, total = self._config.train, self._order.total_steps
+        self.updates.set_rate(learning_rate(train, step, total))
+        self.updates.step()
         # while a GPU is busy with this step
         self._prepare(step + 1)
-        grad_norm = float(self.updates.clip())
-        check_finite(step, float(loss), grad_norm)
-        self.updates.step()
-        tokens = sum(pack.tokens for pack in packs)
-        figures = None if aligned is None else tuple(map(float, aligned))
-        return SftObserved(tokens, labels, float(loss), grad_norm, figures)  # type: ignore[arg-type]
+        is_last = step + 1 >= total
+        # gradients alone: weights and statistics are those after this step
+        self._ahead = None if self.graphs is None or is_last else self._launch(step + 1)
+        loss, grad_norm, *of_pairs = figures.wait()
+        check_finite(step, loss, grad_norm)
+        cosines = (of_pairs[0], of_pairs[1], of_pairs[2]) if of_pairs else None
+        return SftObserved(launched.tokens, launched.labels, loss, grad_norm, cosines)
+
+    def forget(self) -> None:
+        """Give up gradients of a step that was begun ahead of time."""
+        if self._ahead is not None:
+            self.updates.clear_gradients()
+        self._ahead = None
+
+    def _launch(self, step: int) -> _Launched:
+        """Begin to compute the gradients of a step."""
+        config, packs = self._config, self._take(step)
+        labels, tokens = sum(p.labels for p in packs), sum(p.tokens for p in packs)
+        torch.manual_seed(step_seed(config.seed, step))
+        if config.train.in_backward:
+            self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
+        loss = torch.zeros((), device=self._model.early.device)
+        for pack in packs:
+            loss += self._add_gradient(pack, labels)
+        aligned = () if self._pairs is None else self._align(step, self._pairs)
+        if step == 0 and not config.train.in_backward:
+            check_gradients(self.tensors)
+        return _Launched(step, tokens, labels, loss, aligned)
+
+    def _add_gradient(self, pack: TextPack, labels: int) -> Tensor:
+        """Add the gradient of a pack's part of the loss; return that part.
+
+        It is over all labels of the step: batches of few labels weigh no more than their labels.
+        """
+        part = None if self.graphs is None else self.graphs.add(pack, labels)
+        if part is None:
+            part = self._model.loss(pack.to(self._model.early.device)) / labels
+            torch.autograd.backward(part)
+        return part.detach()
 
     def _take(self, step: int) -> list[TextPack]:
         """The batches of a step, prepared before or now."""

@@ -1,4 +1,4 @@
-"""Batches of word pairs as tensors of fixed shapes in one buffer: one copy takes a step's data along."""
+"""Batches of word pairs as tensors of fixed shapes, filled up so that few shapes occur."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,9 @@ from torch import Tensor
 from tli_engine.align.pooling import pooling_weight
 from tli_engine.config import Pooling
 from tli_engine.data.words import Word, pack
+from tli_engine.train.device_buffer import DeviceBuffer, Layout
 
 Ints = NDArray[np.int64]
-# what the kernels' loads want at least
-_ALIGNMENT = 16
-# batches that may be on their way to the device at once
-_RING = 4
 
 
 @dataclass(frozen=True)
@@ -43,64 +40,21 @@ class Batch:
     seeds: Tensor
 
 
-class BatchBuffer:
+class BatchBuffer(DeviceBuffer[Batch]):
     """A batch's tensors on a device, and how they get there."""
 
     def __init__(self, tokens: int, pairs: int, seeds: int, device: torch.device) -> None:
         self.tokens, self.pairs = tokens, pairs
-        self._parts = _lay_out(tokens, pairs, seeds)
-        _, dtype, shape, start = self._parts[-1]
-        size = start + torch.Size(shape).numel() * dtype.itemsize
-        pinned = device.type == "cuda"
-        self._host = [torch.zeros(size, dtype=torch.uint8, pin_memory=pinned) for _ in range(_RING)]
-        self._copied: list[torch.cuda.Event | None] = [None] * _RING
-        self._turn = 0
-        self._device = torch.zeros(size, dtype=torch.uint8, device=device)
-        self.batch = self._views(self._device)
-
-    def fill(self) -> Batch:
-        """The next batch's tensors on the host, to be written; waits only if four are on their way."""
-        self._turn = (self._turn + 1) % _RING
-        event = self._copied[self._turn]
-        if event is not None:
-            event.synchronize()
-        return self._views(self._host[self._turn])
-
-    def send(self) -> None:
-        """Copy what was written last to :attr:`batch`, in the current stream."""
-        self._device.copy_(self._host[self._turn], non_blocking=True)
-        if self._device.is_cuda:
-            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            event.record()
-            self._copied[self._turn] = event
-
-    def _views(self, buffer: Tensor) -> Batch:
-        views = {}
-        for name, dtype, shape, start in self._parts:
-            size = torch.Size(shape).numel() * dtype.itemsize
-            views[name] = buffer[start : start + size].view(dtype).view(shape)
-        return Batch(**views)
-
-
-def _lay_out(
-    tokens: int, pairs: int, seeds: int
-) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
-    """Name, dtype, shape and place of each tensor."""
-    sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "rows": (torch.int64, (tokens,)),
-        "positions": (torch.int64, (tokens,)),
-        "weight": (torch.float32, (tokens,)),
-        "bounds": (torch.int32, (2, tokens)),
-        "offsets": (torch.int64, (2 * pairs + 1,)),
-        "groups": (torch.int64, (2, pairs)),
-        "seeds": (torch.int64, (seeds,)),
-    }
-    parts, start = [], 0
-    for name, (dtype, shape) in sizes.items():
-        parts.append((name, dtype, shape, start))
-        size = torch.Size(shape).numel() * dtype.itemsize
-        start += -(-size // _ALIGNMENT) * _ALIGNMENT
-    return parts
+        layout: Layout = {
+            "rows": (torch.int64, (tokens,)),
+            "positions": (torch.int64, (tokens,)),
+            "weight": (torch.float32, (tokens,)),
+            "bounds": (torch.int32, (2, tokens)),
+            "offsets": (torch.int64, (2 * pairs + 1,)),
+            "groups": (torch.int64, (2, pairs)),
+            "seeds": (torch.int64, (seeds,)),
+        }
+        super().__init__(Batch, layout, device)
 
 
 class WordTable:

@@ -1,6 +1,5 @@
 """Optimizers of fine-tuning: AdamW of many kinds over named tensors, one contract for all."""
 
-import math
 from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
@@ -25,6 +24,9 @@ class Updates:
     Tensors of 16 bits have an fp32 master copy, which is updated in their place, unless
     ``train.rounding`` is ``stochastic``: they are then updated alone, rounded at random, with
     statistics of their own dtype.
+
+    Attributes:
+        keeps_gradients: Whether gradients are set to zero after an update, where they are, or given up.
     """
 
     def __init__(self, tensors: Mapping[str, nn.Parameter], train: TrainConfig) -> None:
@@ -38,6 +40,7 @@ class Updates:
             UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU.
         """
         self._tensors, self._train = dict(tensors), train
+        self.keeps_gradients = False
         make = optimizer_of(train, next(iter(tensors.values())).device)
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
         parts = [[name] for name in tensors] if train.in_backward else [list(tensors)]
@@ -64,15 +67,28 @@ class Updates:
             norms, self._norms = self._norms, []
             total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
             return total
-        limit = self._train.max_grad_norm or math.inf
+        limit = self._train.max_grad_norm
+        if limit is None:
+            # nothing is to be multiplied by one
+            held = [t.grad for t in self._tensors.values() if t.grad is not None]
+            return nn.utils.get_total_norm(held)
         norm: Tensor = nn.utils.clip_grad_norm_(self._tensors.values(), limit)
         return norm
 
     def step(self) -> None:
-        """Update all tensors, and free their gradients."""
+        """Update all tensors, and free their gradients, or set them to zero."""
         if not self._train.in_backward:
             for part, optimizer in self._optimizers:
                 self._update(part, optimizer)
+
+    def clear_gradients(self) -> None:
+        """Give up all gradients, or set them to zero."""
+        found = [t.grad for t in self._tensors.values() if t.grad is not None]
+        if self.keeps_gradients and found:
+            torch._foreach_zero_(found)
+            return
+        for tensor in self._tensors.values():
+            tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
         """Statistics as ``<tensor>/<statistic>``, and master copies, on the CPU."""
@@ -149,13 +165,20 @@ class Updates:
     def _update(self, part: list[str], optimizer: torch.optim.Optimizer) -> None:
         copies = [(self._tensors[n], self._held[n]) for n in part]
         copies = [(tensor, held) for tensor, held in copies if held is not tensor]
+        kept = [self._tensors[n].grad for n in part] if self.keeps_gradients else []
         for tensor, held in copies:
             held.grad = None if tensor.grad is None else tensor.grad.float()
-            tensor.grad = None
+            if not self.keeps_gradients:
+                tensor.grad = None
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        for tensor, held in copies:
-            tensor.copy_(held)
+        for _, held in copies:
+            held.grad = None
+        if kept := [grad for grad in kept if grad is not None]:
+            torch._foreach_zero_(kept)
+        else:
+            optimizer.zero_grad(set_to_none=True)
+        if copies:
+            torch._foreach_copy_([t for t, _ in copies], [held for _, held in copies])
 
 
 def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:

@@ -1,0 +1,172 @@
+"""Losses and gradients of packs of texts, replayed from CUDA graphs.
+
+A replay launches a whole forward and backward pass at once. It is worth it where the host takes longer
+to launch a block's kernels than a GPU to run them; see :func:`captures`.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tli_engine.config import RunConfig
+from tli_engine.data.packing import TextPack
+from tli_engine.errors import TrainingError
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.decoder import waits_for_lengths
+from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
+from tli_engine.train.graph_recorder import GraphRecorder
+
+# weights of a block times tokens of a pack from which its products take longer than its launches: some
+# 40 launches of 25 us, against six operations a weight and token at 600 TFLOP/s, is 1e11; a host that
+# another one disturbs takes several times as long
+_LAUNCH_BOUND = 4e11
+# shapes beyond which packs are launched one by one
+_MOST_SHAPES = 48
+
+
+def captures(config: RunConfig, model: CausalModel, say: Callable[[str], None]) -> bool:
+    """Whether the packs of a run are to be replayed from graphs; says why not where they cannot be.
+
+    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 4e11,
+    ``true`` whatever they are.
+    """
+    if model.early.device.type != "cuda" or not wants_graphs(config, model):
+        return False
+    reason = why_not_captured(config, model)
+    if reason is not None:
+        say(f"train.cuda_graph: a step's kernels are launched one by one: {reason}")
+    return reason is None
+
+
+def wants_graphs(config: RunConfig, model: CausalModel) -> bool:
+    """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
+    tokens = config.train.batch_size * config.sft.context
+    if config.train.cuda_graph == "auto":
+        return block_weights(model) * tokens <= _LAUNCH_BOUND
+    return config.train.cuda_graph
+
+
+def block_weights(model: CausalModel) -> int:
+    """Elements of the linear layers of a block; of a model whose blocks are not fused, 0."""
+    if model.early.fused is None:
+        return 0
+    layers = [p.layer for p in model.early.fused.blocks[0].projections]
+    return sum(layer.out_features * layer.in_features for layer in layers)
+
+
+def why_not_captured(config: RunConfig, model: CausalModel) -> str | None:
+    """What keeps a forward and backward pass from being captured."""
+    if model.early.fused is None:
+        return "transformers' modules wait for the GPU"
+    if model.attention == "sdpa":
+        return "sdpa asks the GPU where documents begin; sft.attention=varlen does not"
+    if waits_for_lengths(model):
+        return "its rotary embeddings ask the GPU how long texts are"
+    if config.train.in_backward:
+        return "train.in_backward updates weights in the backward pass"
+    return None
+
+
+@dataclass
+class _Prepared:
+    """A shape's buffer, and the graph that runs what lies there."""
+
+    buffer: FilledBuffer
+    runs: int = 0
+    graph: torch.cuda.CUDAGraph | None = None
+    loss: Tensor | None = None
+
+
+class PackGraphs:
+    """Adds up gradients of packs, each filled up to one of few shapes.
+
+    A shape's first pack is launched kernel by kernel, in the stream that records; its second is recorded.
+    A graph adds to the gradients that the tensors have when it is recorded: they must stay where they are.
+
+    Args:
+        model: Its blocks fused.
+        longest: Tokens of the longest text.
+        say: Takes a line once there are too many shapes.
+        record: Record graphs; otherwise all is launched kernel by kernel, and comes to the same bits.
+    """
+
+    def __init__(
+        self, model: CausalModel, longest: int, say: Callable[[str], None], record: bool = True
+    ) -> None:
+        self._model, self._longest, self._say = model, longest, say
+        self._shapes: dict[Shape, _Prepared] = {}
+        self._is_full = False
+        self._recorder = GraphRecorder(model.early.device) if record else None
+
+    @property
+    def captured(self) -> int:
+        """Graphs so far."""
+        return sum(prepared.graph is not None for prepared in self._shapes.values())
+
+    def add(self, pack: TextPack, labels: int) -> Tensor | None:
+        """Add the gradient of a pack's part of a step's loss; return that part, a scalar in fp32.
+
+        It is overwritten by the next pack. None: the pack has a shape too many, and nothing was done.
+
+        Args:
+            pack: On the host.
+            labels: Of the whole step.
+
+        Raises:
+            TrainingError: A step cannot be captured, for a reason that was not known before.
+        """
+        shape = shape_of(pack, self._longest, self._model.drops)
+        prepared = self._shapes.get(shape)
+        if prepared is None:
+            if len(self._shapes) >= _MOST_SHAPES:
+                self._warn()
+                return None
+            prepared = _Prepared(FilledBuffer(shape, self._model.early.device))
+            self._shapes[shape] = prepared
+        fill(prepared.buffer.fill(), pack, labels)
+        prepared.buffer.send()
+        self._model.draw_seeds(prepared.buffer.batch.seeds)
+        return self._run(prepared)
+
+    def _run(self, prepared: _Prepared) -> Tensor:
+        batch = prepared.buffer.batch
+        if self._recorder is None:
+            return self._compute(batch)
+        prepared.runs += 1
+        if prepared.graph is None:
+            held = all(t.grad is not None for t in self._model.trainable().values())
+            if prepared.runs == 1 or not held:
+                return self._recorder.launch(lambda: self._compute(batch))
+            prepared.graph, prepared.loss = self._record(self._recorder, batch)
+        assert prepared.loss is not None
+        prepared.graph.replay()
+        return prepared.loss
+
+    def _record(
+        self, recorder: GraphRecorder, batch: FilledTexts
+    ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        try:
+            return recorder.record(lambda: self._compute(batch))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).strip().partition("\n")[0]
+            raise TrainingError(
+                f"train.cuda_graph: a step cannot be captured ({reason}); set train.cuda_graph=false"
+            ) from error
+
+    def _compute(self, texts: FilledTexts) -> Tensor:
+        loss = self._model.loss(texts, weights=texts.weights, seeds=texts.seeds)
+        scale = texts.scale.to(loss.dtype)
+        torch.autograd.backward(loss, scale)
+        return loss.detach() * scale
+
+    def _warn(self) -> None:
+        if not self._is_full:
+            self._say(
+                f"train.cuda_graph: packs come in more than {_MOST_SHAPES} shapes; the kernels of "
+                f"further ones are launched one by one"
+            )
+        self._is_full = True
