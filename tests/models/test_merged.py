@@ -99,7 +99,7 @@ def test_a_merged_model_predicts_what_base_and_adapter_do(
     expected = logits(PeftModel.from_pretrained(load(files.folder), saved))
     actual = logits(load(out))
     scale = expected.abs().max()
-    assert (actual - expected).abs().max() <= 2e-6 * scale
+    assert (actual - expected).abs().max() <= 5e-6 * scale
     assert (before - expected).abs().max() > 1e-2 * scale
     # transformers' own names and shapes, and no others
     theirs, ours = (stored_tensors(f) for f in (files.folder, out))
