@@ -217,6 +217,22 @@ def sft_table() -> str:
     return "\n".join(lines)
 
 
+def generation_table() -> str:
+    """Greedy generation on a GPU, peers beside."""
+    lines = [
+        "| texts | who | tokens/s | a step | GPU busy | share of the floor | peak memory |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in _gpu_rows("generation"):
+        notes = row["notes"]
+        lines.append(
+            f"| {row['shape']['batch']} | {row['provider']} | {notes['tokens_per_s']:,.0f} | "
+            f"{row['ms']:.2f} ms | {row['gpu_ms']:.2f} ms | {row['roofline']:.2f} | "
+            f"{row['peak_mib'] / 1024:.1f} GiB |"
+        )
+    return "\n".join(lines)
+
+
 def output_of(name: str) -> str:
     """What a command printed, from ``docs/output``."""
     text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
@@ -232,6 +248,8 @@ TABLES = {
     "words": words_table,
     "steps": steps_table,
     "sft": sft_table,
+    "generation": generation_table,
+    "plan": plan_line,
 }
 
 
