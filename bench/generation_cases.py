@@ -130,7 +130,7 @@ def _engine_writer(subject: Subject) -> Writer:
 
 
 def _peer_writer(subject: Subject, static: int | None) -> Writer:
-    """transformers' ``generate``; with ``static`` a cache of so many tokens, its step compiled."""
+    """What calls transformers' ``generate``; with ``static`` a cache of so many tokens, its step compiled."""
     from transformers import CompileConfig
 
     model = subject.causal_lm()
@@ -163,7 +163,7 @@ def _peer_writer(subject: Subject, static: int | None) -> Writer:
 
 
 def _cache(model: Any, caches: dict[int, Any], batch: int, tokens: int) -> Any:
-    """transformers' static cache for a batch, empty; ``generate`` compiles the step on a GPU then."""
+    """A static cache of transformers for a batch, empty; ``generate`` compiles the step on a GPU then."""
     from transformers import StaticCache
 
     if batch not in caches:

@@ -249,7 +249,6 @@ TABLES = {
     "steps": steps_table,
     "sft": sft_table,
     "generation": generation_table,
-    "plan": plan_line,
 }
 
 

@@ -27,7 +27,7 @@ from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import read_metrics
 from tli_engine.train.provenance import versions
 from tli_engine.train.run_folder import write_json, write_text
-from tli_engine.train.sft_prepare import load_whole
+from tli_engine.train.sft_prepare import fuse_for_texts, load_whole
 
 # the part that trains nothing
 BASE = "base"
@@ -106,7 +106,9 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     config, folder = comparison.shared, comparison.folder(BASE)
     files = open_model(config.model)
     summariser = _summariser(comparison, config, files, texts)
-    written = summariser.write(load_whole(files, config), "base model")
+    model = load_whole(files, config)
+    fuse_for_texts(model, config)
+    written = summariser.write(model, "base model")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / PREDICTIONS, predictions_text(written.summaries))
     figures = {"test": _identity(texts), "generation": written.to_json(), "versions": versions()}

@@ -28,9 +28,12 @@ def stages(
     """
     model = load_whole(base, config, device)
     if config.method == "full":
+        fuse_for_texts(model, config)
         yield "before", model
         del model
-        yield "after", load_whole(open_model(str(folder / "model")), config, device)
+        trained = load_whole(open_model(str(folder / "model")), config, device)
+        fuse_for_texts(trained, config)
+        yield "after", trained
         return
     load_adapter(model.early, folder / "adapter")
     fuse_for_texts(model, config)
