@@ -34,14 +34,18 @@ class InTurns:
     Attributes:
         steps: For each step the numbers of the examples of each of its rows.
         total_steps: Of the schedule, more than are run.
+        accumulate: Batches into which a step's rows are divided.
     """
 
     steps: Sequence[list[list[int]]]
     total_steps: int = 10_000
+    accumulate: int = 1
 
     def batches(self, step: int) -> list[list[list[int]]]:
-        """The only batch of a step: its rows, each some examples."""
-        return [self.steps[step % len(self.steps)]]
+        """The batches of a step: their rows, each some examples."""
+        rows = self.steps[step % len(self.steps)]
+        size = len(rows) // self.accumulate
+        return [rows[i : i + size] for i in range(0, len(rows), size)]
 
 
 def sft_config(subject: Subject, method: str, layers: str, **sections: dict[str, Any]) -> RunConfig:
@@ -70,6 +74,7 @@ def load_for_training(
         dtype=subject.dtype,
         device=subject.device,
         quantize=config.quantize,
+        double_quant=config.double_quant,
         numerics=config.numerics,
         weight_residency=config.weight_residency,
     )

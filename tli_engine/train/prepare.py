@@ -47,12 +47,15 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
+def prepare(
+    config: RunConfig, say: Callable[[str], None], files: ModelFiles | None = None
+) -> Prepared:
     """Read pairs and model, fit the loss space, put the adapters on.
 
     Args:
         config: The run.
         say: Called with a line that the user may want to know.
+        files: Of the model, if they are opened already.
 
     Raises:
         UserError: Anything in the configuration, the pairs or the model that cannot work.
@@ -62,7 +65,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     pairs = read_run_pairs(config.data)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    files = open_model(config.model)
+    files = files or open_model(config.model)
     splits = tokenize_splits(pairs, files.tokenizer, config.words)
     model = load_early(
         files,
