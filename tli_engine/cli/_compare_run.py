@@ -43,11 +43,13 @@ class Comparison:
         shared: What all runs share.
         settings: The ``compare`` section.
         out: Folder of the comparison; each part has one in it.
+        side_by_side: Parts that may run at the same time, this one among them.
     """
 
     shared: RunConfig
     settings: CompareConfig
     out: Path
+    side_by_side: int = 1
 
     @property
     def parts(self) -> list[str]:
@@ -128,9 +130,11 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
             return status
         spent += sum(step["seconds"] for step in read_metrics(folder))
     after = energy_joules(device)
-    # a run that went on was not watched from its beginning
-    joules = after - energy if whole and after is not None and energy is not None else None
+    # a run that went on was not watched from its beginning, and a device's energy is not of one alone
+    own = whole and comparison.side_by_side == 1
+    joules = after - energy if own and after is not None and energy is not None else None
     figures = {"arm": arm, "seed": seed, "energy_joules": joules}
+    figures["side_by_side"] = comparison.side_by_side
     figures |= _training_figures(folders) | _measure(comparison, config, folders[-1], texts)
     write_json(folders[-1] / RESULT, figures)
     if not comparison.settings.keep_weights:

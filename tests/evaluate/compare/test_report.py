@@ -179,3 +179,17 @@ def test_a_browser_shows_the_page(
     assert shown["tables"] == 4
     assert shown["drawn"] == [True] * 6
     assert shown["first"].startswith("Too small to conclude")
+
+
+def test_times_are_of_the_runs_that_had_the_device_to_themselves(part: Callable[..., Part]) -> None:
+    tested = articles_of(20)
+    settings = CompareConfig(arms=("full",), seeds=(0, 1))
+    shared = part("full", 0, tested, side_by_side=4, wall_seconds=500.0, energy_joules=None)
+    alone = part("full", 1, tested, wall_seconds=60.0)
+    (arm,) = gather(settings, [shared, alone], None, tested, None, resamples=100)["arms"]
+    assert (arm["wall_seconds"], arm["energy_joules"]) == (60.0, 50.0)
+    assert (arm["timed_seeds"], arm["side_by_side"]) == ([1], 1)
+    # quality is of all seeds
+    assert len(arm["text"]["rougeL"]["by_seed"]) == 2
+    (arm,) = gather(settings, [shared], None, tested, None, resamples=100)["arms"]
+    assert (arm["wall_seconds"], arm["timed_seeds"], arm["side_by_side"]) == (500.0, [0], 4)

@@ -156,6 +156,12 @@ def _costs(report: Report) -> Iterator[str]:
         said.append(f"{name} {', '.join(parts)}")
     if said:
         yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
+    shared = [arm["name"] for arm in report["arms"] if arm["side_by_side"] > 1]
+    if shared:
+        yield (
+            f"{_listed(shared)} ran side by side with others on one device: times and tokens/s are what "
+            "was left to each, energy cannot be told, and no conclusion about speed follows."
+        )
     if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
         yield (
             "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "

@@ -90,7 +90,9 @@ def gather(
 
 def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> dict[str, Any]:
     results = [part.result for part in parts]
-    energies = [r["energy_joules"] for r in results]
+    # times of runs that shared their device are for want of better ones
+    timed = [r for r in results if r["side_by_side"] == 1] or results
+    energies = [r["energy_joules"] for r in timed]
     return {
         "name": arm,
         "method": results[0]["method"],
@@ -101,12 +103,14 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "text": {m: _pooled([s[m] for s in scores.values()], resamples) for m in METRICS},
         "loss": _losses(results),
         "alignment": _alignment([r["alignment"] for r in results]),
-        "tokens_per_s": _mean([r["tokens_per_s"] for r in results]),
+        "tokens_per_s": _mean([r["tokens_per_s"] for r in timed]),
         "peak_mib": max(r["peak_mib"] for r in results),
-        "wall_seconds": _mean([r["wall_seconds"] for r in results]),
+        "wall_seconds": _mean([r["wall_seconds"] for r in timed]),
         "energy_joules": None if None in energies else _mean(energies),
         "steps": [r["steps"] for r in results],
-        "generation_tokens_per_s": _mean([r["generation"]["tokens_per_s"] for r in results]),
+        "generation_tokens_per_s": _mean([r["generation"]["tokens_per_s"] for r in timed]),
+        "timed_seeds": [r["seed"] for r in timed],
+        "side_by_side": max(r["side_by_side"] for r in timed),
         "devices": sorted({r["device"] for r in results}),
         "warnings": sorted({line for r in results for line in r["warnings"]}),
         "curves": [_curve(part) for part in parts],
