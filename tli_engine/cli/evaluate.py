@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tli_engine.config import Pooling
 from tli_engine.errors import ConfigError
 
 
@@ -36,6 +37,11 @@ class Writing:
 @click.option(
     "--strength", default="1.0", show_default=True, help="Scale the adapter: 0.5, or 0.5,1.0."
 )
+@click.option(
+    "--pooling",
+    type=click.Choice(["paper", "content", "last", "weighted"]),
+    help="Pool word pairs this way; by default as the run was trained.",
+)
 @click.option("--device", help="Device to run on; by default the run's own choice.")
 @click.option(
     "--max-new-tokens",
@@ -65,6 +71,7 @@ def command(
     final_layer: bool,
     texts: tuple[Path, ...],
     strength: str,
+    pooling: Pooling | None,
     device: str | None,
     max_new_tokens: int,
     batch_size: int,
@@ -93,4 +100,4 @@ def command(
     from tli_engine.cli._evaluate import evaluate_run
 
     writing = Writing(max_new_tokens, batch_size, beams, against)
-    evaluate_run(run, final_layer, texts, strengths, device, writing)
+    evaluate_run(run, final_layer, texts, strengths, device, writing, pooling)
