@@ -259,6 +259,22 @@ def test_runs_of_several_machines_make_the_report_of_one(
         assert str(config.parent) not in (gathered / name).read_text()
 
 
+def test_several_that_are_asked_for_run_apart(
+    cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process the second one's peak of memory would be the first one's."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        _compare,
+        "_in_processes",
+        lambda c, parts, jobs: ran.append(parts) or dict.fromkeys(parts, 0),
+    )
+    wanted = [word for part in ("full:5", "base") for word in ("--only", part)]
+    assert cli("compare", config, "--out", "o", *wanted).status == 0
+    assert ran == [["full:5"], ["base"]]
+    assert not (tmp_path / "o/report.json").exists()
+
+
 def test_side_by_side(cli: Cli, config: Path, tmp_path: Path) -> None:
     arms = ("--set", "compare.arms=[full, lora-early]")
     wanted = [word for part in ("full:5", "lora-early:5") for word in ("--only", part)]

@@ -43,11 +43,8 @@ def run_comparison(
     # before anything is written
     comparison.test_texts()
     _keep_settings(comparison, gather_only)
-    if only and jobs == 1:
-        for part in only:
-            if status := run_part(comparison, part):
-                return status
-        return 0
+    if len(only) == 1 and jobs == 1:
+        return run_part(comparison, only[0])
     failed = [] if gather_only else _run(comparison, only or comparison.parts, jobs)
     if failed is None:
         say("stopped; the same command goes on")
@@ -66,7 +63,6 @@ def _run(comparison: Comparison, parts: Sequence[str], jobs: int) -> list[str] |
         else:
             waiting.append(part)
     failed = []
-    # as many as there may be at a time have their turn together; the next takes a free place
     for turn in [waiting] if jobs > 1 else [[part] for part in waiting]:
         if jobs == 1:
             say(f"{turn[0]}:")
