@@ -105,6 +105,8 @@ def test_a_report_of_all_arms(compared: Path) -> None:
         assert arm["text"]["chrf"].keys() >= {"score", "ci95", "signature", "by_seed"}
         assert [row["layer"] for row in arm["alignment"]["layers"]] == [0, 1, 2, 3]
         assert arm["alignment"]["split"] == "control"
+        # of the same frozen model, whatever the arm
+        assert arm["alignment"]["linear_head"] == report["arms"][0]["alignment"]["linear_head"]
     arms = {arm["name"]: arm for arm in report["arms"]}
     assert [arms[n]["layers"] for n in ("full", "lora-all", "lora-early")] == ["all", "all", "0-1"]
     sizes = [arms[name]["trainable_parameters"] for name in ARMS[:3]]

@@ -106,3 +106,21 @@ def test_what_has_no_pairs_has_no_pooling(cli: Cli, run: Callable[..., Path]) ->
     result = cli("evaluate", run(objective="sft"), "--pooling", "last")
     assert result.status == 2
     assert "--pooling: this run has no word pairs" in result.err
+
+
+def test_summaries_are_drawn_by_a_seed(cli: Cli, run: Callable[..., Path]) -> None:
+    folder = run(objective="sft")
+    drawn = []
+    for options in (
+        (),
+        ("--temperature", 3),
+        ("--temperature", 3),
+        ("--temperature", 3, "--seed", 1),
+    ):
+        assert cli("evaluate", folder, "--max-new-tokens", 12, *options).status == 0
+        drawn.append((folder / "predictions.jsonl").read_text())
+    assert drawn[1] == drawn[2]
+    assert len(set(drawn)) == 3
+    result = cli("evaluate", folder, "--temperature", 1, "--beams", 2)
+    assert result.status == 2
+    assert "--beams and --temperature do not go together" in result.err

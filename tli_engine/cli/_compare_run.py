@@ -211,9 +211,8 @@ def _summariser(
 ) -> Summariser:
     settings = comparison.settings
     articles = [texts[i] for i in range(len(texts))]
-    return Summariser.prepare(
-        articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams
-    )
+    how = {"batch_size": settings.batch_size, "beams": settings.beams}
+    return Summariser.prepare(articles, files, config, settings.max_new_tokens, **how)
 
 
 def _trained_parameters(model: CausalModel, config: RunConfig) -> int:

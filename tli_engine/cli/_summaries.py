@@ -65,12 +65,11 @@ class Summariser:
         base: ModelFiles,
         config: RunConfig,
         max_new_tokens: int,
-        batch_size: int,
-        beams: int,
+        **how: Any,
     ) -> "Summariser":
-        """For the models of a run."""
+        """For the models of a run; ``how`` are :class:`GenerateOptions`, the end left out."""
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
-        options = GenerateOptions(max_new_tokens, examples.end, batch_size, beams=beams)
+        options = GenerateOptions(max_new_tokens, examples.end, **how)
         return cls(articles, base.tokenizer, examples, options)
 
     def write(self, model: CausalModel, title: str) -> Written:

@@ -17,6 +17,9 @@ class Writing:
     max_new_tokens: int
     batch_size: int
     beams: int
+    temperature: float
+    top_p: float
+    seed: int
     against: Path | None
 
 
@@ -61,6 +64,23 @@ class Writing:
     "--beams", type=click.IntRange(1), default=1, show_default=True, help="Beams; 1 is greedy."
 )
 @click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Draw tokens, 1 from the model's own distribution; 0 takes the likeliest.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw among the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+)
+@click.option(
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
@@ -76,6 +96,9 @@ def command(
     max_new_tokens: int,
     batch_size: int,
     beams: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
     against: Path | None,
 ) -> None:
     """Measure what the training of RUN, a run folder, did.
@@ -99,5 +122,7 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    writing = Writing(max_new_tokens, batch_size, beams, against)
+    if beams > 1 and temperature > 0:
+        raise ConfigError("--beams and --temperature do not go together: beams draw nothing")
+    writing = Writing(max_new_tokens, batch_size, beams, temperature, top_p, seed, against)
     evaluate_run(run, final_layer, texts, strengths, device, writing, pooling)

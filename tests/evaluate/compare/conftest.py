@@ -57,7 +57,8 @@ def alignment(change: float) -> dict[str, Any]:
     }  # fmt: skip
     curve = {"before": {"separation": 0.2, "mrr": 0.4}, "after": {"separation": 0.3, "mrr": 0.5}}
     layers = [{"layer": k, **curve} for k in range(3)]
-    return {"rows": [row], "layers": layers, "split": "control", "pairs": 40}
+    head = row | {"score": "cosine", "after": row["after"] | {"mrr": 0.7, "reverse": {"mrr": 0.7}}}
+    return {"rows": [row], "linear_head": [head], "layers": layers, "split": "control", "pairs": 40}
 
 
 @pytest.fixture

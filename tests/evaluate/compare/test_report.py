@@ -67,6 +67,7 @@ def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     assert "1.00 times the energy" in cost
     retrieval = next(line for line in lines if line.startswith("Retrieval of 40 unseen pairs"))
     assert "0.400 before training; after it: full 0.500 (up)" in retrieval
+    assert retrieval.endswith("A linear head on the frozen model, fitted in seconds, has 0.700.")
     assert any("Another article's summary" in line and "above it" in line for line in lines)
     assert "they do not say how other seeds" in lines[-1]
     assert not any("CPU" in line for line in lines)

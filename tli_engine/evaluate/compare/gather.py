@@ -137,12 +137,7 @@ def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds; of the change in MRR each seed's interval too."""
     rows = []
     for same in zip(*(f["rows"] for f in found), strict=True):
-        row = {k: same[0][k] for k in ("layer", "pooling", "presentation", "score", "split")}
-        for stage in ("before", "after"):
-            row[stage] = {
-                "separation": _mean([r[stage]["separation"] for r in same]),
-                "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
-            }
+        row = _mean_row(same)
         row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
         rows.append(row)
     layers = [
@@ -155,10 +150,22 @@ def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     return {
         "rows": rows,
+        "linear_head": [_mean_row(s) for s in zip(*(f["linear_head"] for f in found), strict=True)],
         "layers": layers,
         "split": found[0]["split"],
         "pairs": found[0]["pairs"],
     }
+
+
+def _mean_row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the same row of several seeds."""
+    row = {k: same[0][k] for k in ("layer", "pooling", "presentation", "score", "split")}
+    for stage in ("before", "after"):
+        row[stage] = {
+            "separation": _mean([r[stage]["separation"] for r in same]),
+            "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
+        }
+    return row
 
 
 def _curve(part: Part) -> dict[str, Any]:
