@@ -38,8 +38,11 @@ def make_inputs(
 
 
 def by_definition(inputs: dict[str, Tensor], dtype: torch.dtype, window: int | None) -> Tensor:
-    """Of copies in another dtype; the cache of ``inputs`` is left alone."""
-    given = [t if t.dtype == torch.int64 else t.to(dtype, copy=True) for t in inputs.values()]
+    """Of copies in another dtype, NaN left out; the cache of ``inputs`` is left alone."""
+    given = [
+        t if t.dtype == torch.int64 else t.to(dtype, copy=True).nan_to_num()
+        for t in inputs.values()
+    ]
     return reference(*given, 0.1, window)
 
 

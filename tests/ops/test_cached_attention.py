@@ -32,7 +32,7 @@ def make_inputs(
     rows: int, heads: int, key_heads: int, D: int, slots: int, slot: int,
     dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu",
 ) -> Inputs:  # fmt: skip
-    """What a step has; NaN lies in every slot that no row sees."""
+    """What a step has; 1e4 lies in every slot that no row sees."""
     # the first row begins with the new token, the last one with the first slot
     begin = torch.linspace(slot, 0, rows).long() if rows > 1 else torch.zeros(1, dtype=torch.int64)
     filled = torch.arange(slots)
@@ -41,7 +41,7 @@ def make_inputs(
     found = dict(zip("qkv", qkv.split([heads, key_heads, key_heads], 1), strict=True))
     for name in ("keys", "values"):
         held = torch.randn(rows, slots, key_heads, D)
-        found[name] = held.masked_fill(hidden[:, :, None, None], torch.nan).to(dtype)
+        found[name] = held.masked_fill(hidden[:, :, None, None], 1e4).to(dtype)
     found |= {"begin": begin, "slot": torch.tensor([slot])}
     return {name: tensor.to(device) for name, tensor in found.items()}
 
@@ -69,7 +69,7 @@ def row_by_row(inputs: Inputs, scale: float, window: int | None, dtype: torch.dt
 @pytest.mark.parametrize("window", [None, 1, 20], ids=lambda w: f"window-{w}")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("rows", "heads", "key_heads", "D", "slots", "slot"), SHAPES)
-def test_errs_no_more_than_sdpa_and_reads_nothing_hidden(
+def test_errs_no_more_than_sdpa_and_gives_no_weight_to_what_is_hidden(
     rows: int, heads: int, key_heads: int, D: int, slots: int, slot: int, dtype: torch.dtype,
     window: int | None, device: torch.device,
 ) -> None:  # fmt: skip
@@ -83,6 +83,15 @@ def test_errs_no_more_than_sdpa_and_reads_nothing_hidden(
         assert out.dtype == dtype
         assert_within_error_budget(out, same, exact)
         check_kept(inputs, given)
+
+
+def test_the_kernel_does_not_read_what_is_hidden(device: torch.device) -> None:
+    for window in (None, 20):
+        inputs = make_inputs(3, 8, 2, 32, 80, 64, device=device)
+        expected = triton_attention(*copy_of(inputs).values(), 0.3, window)
+        for name in ("keys", "values"):
+            inputs[name] = inputs[name].masked_fill(inputs[name] == 1e4, torch.nan)
+        assert torch.equal(triton_attention(*inputs.values(), 0.3, window), expected)
 
 
 def check_kept(before: Inputs, after: Inputs) -> None:
@@ -111,7 +120,7 @@ def test_steps_one_after_the_other(device: torch.device) -> None:
     rows, heads, key_heads, D, slots = 2, 4, 2, 16, 40
     for function in (OP, triton_attention):
         torch.manual_seed(0)
-        keys, values = torch.full((2, rows, slots, key_heads, D), torch.nan, device=device)
+        keys, values = torch.zeros(2, rows, slots, key_heads, D, device=device)
         begin = torch.tensor([3, 3], device=device)
         slot = torch.zeros_like(begin[:1])
         for step in range(30):
@@ -141,17 +150,15 @@ def test_equals_sdpa_in_fp64() -> None:
 def test_a_part_of_a_larger_cache(device: torch.device) -> None:
     inputs = make_inputs(2, 4, 2, 16, 50, 30, device=device)
     for function in (OP, triton_attention):
-        room = {
-            n: torch.full((3, 2, 64, 2, 16), torch.nan, device=device) for n in ("keys", "values")
-        }
+        room = {n: torch.full((3, 2, 64, 2, 16), 1e4, device=device) for n in ("keys", "values")}
         parts = {name: whole[1, :, :50] for name, whole in room.items()}
         for name, part in parts.items():
             part.copy_(inputs[name])
         found = function(*(inputs | parts).values(), 0.3, None)
         torch.testing.assert_close(found, function(*copy_of(inputs).values(), 0.3, None))
         for whole in room.values():
-            assert whole[[0, 2]].isnan().all()
-            assert whole[1, :, 50:].isnan().all()
+            assert (whole[[0, 2]] == 1e4).all()
+            assert (whole[1, :, 50:] == 1e4).all()
 
 
 def test_no_rows(device: torch.device) -> None:

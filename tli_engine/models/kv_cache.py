@@ -32,6 +32,8 @@ class KVCache:
 
     def restart(self, prompt: int, begin: Tensor) -> None:
         """Forget all texts; prompts of new ones, of ``prompt`` tokens at most, begin at slots ``begin``."""
+        # a slot that no one has written is weighted by 0 on a CPU, and 0 times NaN is none
+        self.keys.zero_(), self.values.zero_()
         self.begin.copy_(begin)
         self.slot.fill_(prompt)
         self.prompt = self.filled = prompt

@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 
 def cached_attention(
@@ -16,14 +17,11 @@ def cached_attention(
     if window is not None:
         first = first.maximum(slot - (window - 1))
     hidden = (slots < first) | (slots > slot)
-    dtype = q.dtype if q.dtype == torch.float64 else torch.float32
-    # what lies in hidden slots may be anything, and 0 times NaN is none
-    held_keys, held_values = (
-        held.to(dtype).masked_fill(hidden[:, :, None, None], 0) for held in (keys, values)
-    )
+    mask = q.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]
     # the queries of one key head are rows of one product: no key is repeated
-    grouped = q.to(dtype).reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
-    scores = scale * grouped @ held_keys.permute(0, 2, 3, 1)
-    weights = scores.masked_fill(hidden[:, None, None], -torch.inf).softmax(-1)
-    out: Tensor = weights @ held_values.transpose(1, 2)
-    return out.flatten(1, 2).to(q.dtype)
+    grouped = q.reshape(len(q), k.shape[1], q.shape[1] // k.shape[1], q.shape[2])
+    out = scaled_dot_product_attention(
+        grouped, keys.transpose(1, 2), values.transpose(1, 2),
+        attn_mask=mask.expand(-1, 1, grouped.shape[2], -1), scale=scale,
+    )  # fmt: skip
+    return out.flatten(1, 2).contiguous()
