@@ -221,6 +221,45 @@ def sft_table() -> str:
     return "\n".join(lines)
 
 
+def generation_table() -> str:
+    """Greedy generation on a GPU, peers beside."""
+    lines = [
+        "| texts | who | tokens/s | a step | GPU busy | share of the floor | peak memory |",
+        "|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in _gpu_rows("generation"):
+        notes = row["notes"]
+        lines.append(
+            f"| {row['shape']['batch']} | {row['provider']} | {notes['tokens_per_s']:,.0f} | "
+            f"{row['ms']:.2f} ms | {row['gpu_ms']:.2f} ms | {row['roofline']:.2f} | "
+            f"{row['peak_mib'] / 1024:.1f} GiB |"
+        )
+    return "\n".join(lines)
+
+
+def plan_table() -> str:
+    """The peaks that a plan foretells beside the measured ones."""
+    found = json.loads((_GPU / "plan.json").read_text())
+    lines = [
+        "| model | run | planned, MiB | measured | off by |",
+        "|---|---|---:|---:|---:|",
+    ]
+    for row in found["rows"]:
+        shape = row["shape"]
+        length = f" x {shape['length']:,}" if "length" in shape else " pairs"
+        planned = sum(row["notes"]["planned_mib"].values())
+        lines.append(
+            f"| {row['model']} | {row['case']}, {shape['rows']}{length} | {planned:,.0f} | "
+            f"{row['peak_mib']:,.0f} | {100 * row['notes']['error']:+.1f} % |"
+        )
+    median, worst = (100 * found[f"{kind}_error"] for kind in ("median", "worst"))
+    line = (
+        f"{found['configurations']} configurations, off by {median:.1f} % in the median and by "
+        f"{worst:.1f} % at worst ({found['worst']})."
+    )
+    return f"{line}\n\n" + "\n".join(lines)
+
+
 def output_of(name: str) -> str:
     """What a command printed, from ``docs/output``."""
     text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
@@ -236,7 +275,17 @@ TABLES = {
     "words": words_table,
     "steps": steps_table,
     "sft": sft_table,
+    "generation": generation_table,
+    "plan": plan_table,
 }
+
+
+def table_of(name: str) -> str:
+    """A table; where there are no results to make it of, how to make them."""
+    try:
+        return TABLES[name]()
+    except FileNotFoundError as missing:
+        return f"Not measured yet: `python -m bench {Path(str(missing.filename)).stem}`."
 
 
 def fill(text: str) -> str:
@@ -244,7 +293,7 @@ def fill(text: str) -> str:
 
     def filled(match: re.Match[str]) -> str:
         begin, kind, name, end = match.groups()
-        return begin + (TABLES[name]() if kind == "bench" else output_of(name)) + "\n" + end
+        return begin + (table_of(name) if kind == "bench" else output_of(name)) + "\n" + end
 
     pattern = r"(<!-- (bench|output) (\w+) -->\n).*?(<!-- /(?:bench|output) -->)"
     return re.sub(pattern, filled, text, flags=re.DOTALL)

@@ -74,6 +74,7 @@ def load_for_training(
         dtype=subject.dtype,
         device=subject.device,
         quantize=config.quantize,
+        double_quant=config.double_quant,
         numerics=config.numerics,
         weight_residency=config.weight_residency,
     )

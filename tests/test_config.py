@@ -45,24 +45,6 @@ def test_every_recipe_resolves(name: str) -> None:
     assert yaml.safe_load(to_yaml(config)).keys() == RunConfig.model_fields.keys()
 
 
-def test_the_recipes_that_the_readme_names_are_there() -> None:
-    assert {"demo", "paper"} <= set(recipe_names())
-
-
-def test_paper_is_the_published_procedure() -> None:
-    config = resolve_config(read_recipe("paper"), "paper")
-    assert (config.lora.r, config.lora.alpha, config.lora.dropout) == (16, 32, 0.05)
-    assert config.lora.modules == ("q_proj", "v_proj")
-    assert (config.align.layer, config.align.loss, config.align.margin) == (
-        2,
-        "triplet-hardest",
-        0.4,
-    )
-    assert config.align.pooling == "paper"
-    assert (config.train.epochs, config.train.batch_size, config.train.warmup_steps) == (5, 8, 50)
-    assert (config.train.learning_rate, config.train.schedule) == (2e-4, "linear")
-
-
 def test_unknown_recipe_names_those_there_are() -> None:
     with pytest.raises(ConfigError, match=r"--recipe: no recipe 'demmo'; there are .*demo.*paper"):
         read_recipe("demmo")

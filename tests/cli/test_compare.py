@@ -4,8 +4,6 @@ import json
 import re
 import shutil
 import signal
-import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,16 +27,17 @@ ARTICLES = [
 ]
 
 
-def in_this_process(comparison: Any, part: str) -> int:
-    """What runs a part, without the seconds that a process of its own takes to begin."""
-    settings = comparison.out / "compare.yaml"
-    return main(["compare", str(settings), "--out", str(comparison.out), "--only", part])
+def in_this_process(comparison: Any, parts: list[str], jobs: int) -> dict[str, int]:
+    """What runs parts, without the seconds that a process of its own takes to begin."""
+    given = ["compare", str(comparison.out / "compare.yaml"), "--out", str(comparison.out)]
+    given += ["--side-by-side", str(jobs)]
+    return {part: main([*given, "--only", part]) for part in parts}
 
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     without_plots(monkeypatch)
-    monkeypatch.setattr(_compare, "_in_process", in_this_process)
+    monkeypatch.setattr(_compare, "_in_processes", in_this_process)
 
 
 def without_plots(patch: pytest.MonkeyPatch) -> None:
@@ -84,7 +83,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, config: Path, _one_thread
     folder = tmp_path_factory.mktemp("comparisons") / "all"
     with pytest.MonkeyPatch.context() as patch:
         without_plots(patch)
-        patch.setattr(_compare, "_in_process", in_this_process)
+        patch.setattr(_compare, "_in_processes", in_this_process)
         assert main(["compare", str(config), "--out", str(folder)]) == 0
     return folder
 
@@ -106,6 +105,8 @@ def test_a_report_of_all_arms(compared: Path) -> None:
         assert arm["text"]["chrf"].keys() >= {"score", "ci95", "signature", "by_seed"}
         assert [row["layer"] for row in arm["alignment"]["layers"]] == [0, 1, 2, 3]
         assert arm["alignment"]["split"] == "control"
+        # of the same frozen model, whatever the arm
+        assert arm["alignment"]["linear_head"] == report["arms"][0]["alignment"]["linear_head"]
     arms = {arm["name"]: arm for arm in report["arms"]}
     assert [arms[n]["layers"] for n in ("full", "lora-all", "lora-early")] == ["all", "all", "0-1"]
     sizes = [arms[name]["trainable_parameters"] for name in ARMS[:3]]
@@ -167,7 +168,12 @@ def test_what_is_done_is_not_done_again(
 ) -> None:
     shutil.rmtree(out / "lora-early-5")
     ran: list[str] = []
-    monkeypatch.setattr(_compare, "_in_process", lambda c, part: ran.append(part) or 137)
+
+    def killed(comparison: Any, parts: list[str], jobs: int) -> dict[str, int]:
+        ran.extend(parts)
+        return dict.fromkeys(parts, 137)
+
+    monkeypatch.setattr(_compare, "_in_processes", killed)
     result = cli("compare", config, "--out", out)
     assert result.status == 1
     assert ran == ["lora-early:5"]
@@ -234,6 +240,57 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     assert "tested on other articles" in result.err
 
 
+def test_runs_of_several_machines_make_the_report_of_one(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    """Each run's folder comes from elsewhere, as figures and predictions alone."""
+    shutil.copytree(config.parent, tmp_path / "elsewhere")
+    moved = tmp_path / "elsewhere" / config.name
+    moved.write_text(moved.read_text().replace(str(config.parent), str(moved.parent)))
+    gathered = tmp_path / "gathered"
+    for folder in [f for f in compared.iterdir() if (f / "result.json").is_file()]:
+        (gathered / folder.name).mkdir(parents=True)
+        for name in ("result.json", "predictions.jsonl", "metrics.jsonl"):
+            if (folder / name).is_file():
+                shutil.copy(folder / name, gathered / folder.name)
+    shutil.copy(compared / "compare.yaml", gathered)
+    assert cli("compare", moved, "--out", gathered, "--gather").status == 0
+    for name in ("report.json", "report.html", "README.md"):
+        assert (gathered / name).read_text() == (compared / name).read_text(), name
+        # nor does a report say where anything lay
+        assert str(config.parent) not in (gathered / name).read_text()
+
+
+def test_several_that_are_asked_for_run_apart(
+    cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In one process the second one's peak of memory would be the first one's."""
+    ran: list[list[str]] = []
+    monkeypatch.setattr(
+        _compare,
+        "_in_processes",
+        lambda c, parts, jobs: ran.append(parts) or dict.fromkeys(parts, 0),
+    )
+    wanted = [word for part in ("full:5", "base") for word in ("--only", part)]
+    assert cli("compare", config, "--out", "o", *wanted).status == 0
+    assert ran == [["full:5"], ["base"]]
+    assert not (tmp_path / "o/report.json").exists()
+
+
+def test_side_by_side(cli: Cli, config: Path, tmp_path: Path) -> None:
+    arms = ("--set", "compare.arms=[full, lora-early]")
+    wanted = [word for part in ("full:5", "lora-early:5") for word in ("--only", part)]
+    assert cli("compare", config, "--out", "s", *arms, "--jobs", "2", *wanted).status == 0
+    # nothing is gathered where only some were asked for
+    assert not (tmp_path / "s/report.json").exists()
+    assert cli("compare", config, "--out", "s", *arms, "--gather").status == 0
+    report = json.loads((tmp_path / "s/report.json").read_text())
+    for arm in report["arms"]:
+        assert (arm["side_by_side"], arm["timed_seeds"], arm["energy_joules"]) == (2, [5], None)
+    (line,) = (c for c in report["conclusions"] if "side by side" in c)
+    assert line.startswith("full and lora-early ran")
+
+
 def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
     changes = ("compare.arms=[tli-then-lora-early]", "compare.seconds=0.0001")
     options = [word for change in changes for word in ("--set", change)]
@@ -274,22 +331,3 @@ def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_pa
     result = cli("compare", config, "--out", "other")
     assert result.status == 2
     assert "is no comparison's folder" in result.err
-
-
-def test_a_signal_reaches_the_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.undo()
-    program = tmp_path / "python"
-    program.write_text(
-        '#!/bin/sh\necho "$@" > arguments\ntrap "echo told >> signals; exit 130" INT\n'
-        "while :; do sleep 0.05; done\n"
-    )
-    program.chmod(0o755)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "executable", str(program))
-    comparison = type("C", (), {"out": tmp_path / "out"})()
-    threading.Timer(0.5, signal.raise_signal, [signal.SIGINT]).start()
-    assert _compare._in_process(comparison, "full:0") == 130
-    assert (tmp_path / "signals").read_text() == "told\n"
-    arguments = (tmp_path / "arguments").read_text().split()
-    assert arguments[:3] == ["-m", "tli_engine", "compare"]
-    assert arguments[-2:] == ["--only", "full:0"]

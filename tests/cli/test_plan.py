@@ -5,6 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
+from bench.models import config_of
+from tli_engine.models.survey import Survey
+
+RECIPES = Path(__file__).parents[2] / "tli_engine" / "recipes"
 Cli = Callable[..., Any]
 Tree = Callable[[Path], dict[str, bytes | None]]
 
@@ -56,6 +63,28 @@ def test_weights_are_not_looked_for(
     # converted to fp32, beside what was downloaded
     assert plan["disk_bytes"] > 92_871_040 + 4 * 134_515_008
     assert any("no tokenizer" in note for note in plan["notes"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape"), [("xlsum-swahili", "llama-3-8b"), ("qwen2-72b-xlsum", "qwen2-72b")]
+)
+def test_recipes_of_summaries_are_planned(
+    recipe: str, shape: str, cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a Hub model's configuration; neither articles nor weights are asked for."""
+    asked = []
+
+    def on_the_hub(name: str) -> Survey:
+        asked.append(name)
+        return Survey(name, config_of(shape), None, missing=lambda names: (7, True))
+
+    monkeypatch.setattr("tli_engine.cli._plan.survey", on_the_hub)
+    result = cli("plan", "--recipe", recipe, "--device", "h100", "--json")
+    assert result.status == 0, result.err
+    plan = json.loads(result.out)
+    assert plan["download_bytes"] == 7
+    assert plan["gpu_bytes"]["weights_nf4"] > plan["gpu_bytes"]["adapters"]
+    assert asked == [yaml.safe_load((RECIPES / f"{recipe}.yaml").read_text())["model"]]
 
 
 def test_a_device_that_is_not_known_is_one_line(cli: Cli, config_file: Path) -> None:

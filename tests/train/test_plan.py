@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from bench.models import config_of
-from tli_engine.config import RunConfig, resolve_config
+from tli_engine.config import RunConfig, read_recipe, resolve_config
 from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import add_lora, add_transposed_copies
@@ -252,6 +252,29 @@ def test_measured_peaks(
     assert plan.recomputed == recomputed
     assert allocated / 2**20 == pytest.approx(peak_mib, rel=0.01)
     assert any(note.startswith("fits: ") for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "shape", "recomputed"),
+    [
+        pytest.param("xlsum-swahili", "llama-3-8b", 0, id="8b"),
+        pytest.param("qwen2-72b-xlsum", "qwen2-72b", 42, id="72b"),
+    ],
+)
+def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: int) -> None:
+    """Of models that are not here, their shapes."""
+    run = resolve_config(read_recipe(recipe), recipe)
+    model = Survey(run.model, config_of(shape), None)
+    plan = make_plan(run, model, find_target("h100", "auto"))
+    assert any(note.startswith("fits: ") for note in plan.notes)
+    assert plan.recomputed == recomputed
+    # as the recipe says
+    full = {"method": "full", "quantize": "none", "double_quant": False}
+    train = {"rounding": "stochastic", "in_backward": True, "accumulate": 1, "max_grad_norm": None}
+    values = read_recipe(recipe)
+    values |= full | {"train": values["train"] | train}
+    notes = make_plan(resolve_config(values, recipe), model, find_target("h100", "auto")).notes
+    assert any(note.startswith("fits: ") for note in notes) == (shape == "llama-3-8b")
 
 
 def test_times_are_those_of_the_committed_results() -> None:

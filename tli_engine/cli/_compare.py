@@ -1,16 +1,13 @@
 """The work of ``tli-engine compare``: one run after the other, then the report."""
 
 import json
-import signal
-import subprocess
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
 from tli_engine.cli._compare_run import BASE, RESULT, Comparison, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
-from tli_engine.cli.signals import stop_on_signals
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
 from tli_engine.errors import ConfigError, UserError
@@ -25,17 +22,20 @@ from tli_engine.train.run_folder import check_writable, plain_json, write_json, 
 _SETTINGS = "compare.yaml"
 # may differ between calls: they say how much is compared, not what
 _GROWING = ("compare.arms", "compare.seeds")
-# what ends a run that was asked to stop; a run that is killed for its memory ends otherwise
-_STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
-# how long a run is waited for before signals are looked at
-_LOOK_EVERY = 0.2
 
 
 def run_comparison(
-    shared: RunConfig, settings: CompareConfig, out: Path, only: Sequence[str], gather_only: bool
+    shared: RunConfig,
+    settings: CompareConfig,
+    out: Path,
+    only: Sequence[str],
+    *,
+    gather_only: bool,
+    jobs: int,
+    side_by_side: int,
 ) -> int:
     """Run what has no figures yet, each part in a process of its own, and report."""
-    comparison = Comparison(with_absolute_paths(shared), settings, out)
+    comparison = Comparison(with_absolute_paths(shared), settings, out, side_by_side)
     if unknown := [part for part in only if part not in comparison.parts]:
         raise ConfigError(
             f"--only {unknown[0]}: no such run; there are {' '.join(comparison.parts)}"
@@ -43,26 +43,41 @@ def run_comparison(
     # before anything is written
     comparison.test_texts()
     _keep_settings(comparison, gather_only)
-    for part in only:
-        if status := run_part(comparison, part):
-            return status
-    if only:
-        return 0
-    failed = []
-    for part in () if gather_only else comparison.parts:
+    if len(only) == 1 and jobs == 1:
+        return run_part(comparison, only[0])
+    failed = [] if gather_only else _run(comparison, only or comparison.parts, jobs)
+    if failed is None:
+        say("stopped; the same command goes on")
+        return STOPPED[0]
+    if not only:
+        _report(comparison)
+    return 1 if failed else 0
+
+
+def _run(comparison: Comparison, parts: Sequence[str], jobs: int) -> list[str] | None:
+    """Run what is not done of some parts; those that failed, or None if all were asked to stop."""
+    waiting = []
+    for part in parts:
         if comparison.is_done(part):
             say(f"{part}: is done")
-            continue
-        say(f"{part}:")
-        status = _in_process(comparison, part)
-        if status in _STOPPED:
-            say("stopped; the same command goes on")
-            return status
-        if status:
-            failed.append(part)
-            warn(f"{part}: failed; the others go on")
-    _report(comparison)
-    return 1 if failed else 0
+        else:
+            waiting.append(part)
+    failed = []
+    for turn in [waiting] if jobs > 1 else [[part] for part in waiting]:
+        if jobs == 1:
+            say(f"{turn[0]}:")
+        for part, status in _in_processes(comparison, turn, jobs).items():
+            if status in STOPPED:
+                return None
+            if status:
+                failed.append(part)
+                warn(f"{part}: failed; the others go on")
+    return failed
+
+
+def _in_processes(comparison: Comparison, parts: Sequence[str], jobs: int) -> dict[str, int]:
+    """Run parts apart from each other, whose memory would count as one's own; their statuses."""
+    return run_parts(comparison.out, comparison.out / _SETTINGS, parts, jobs)
 
 
 def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
@@ -71,7 +86,7 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     path = out / _SETTINGS
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
-    others = [p for p in out.iterdir() if p != path] if out.is_dir() else []
+    others = [p for p in out.iterdir() if p not in (path, out / LOGS)] if out.is_dir() else []
     if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
     key = _difference(values, read_yaml(path)) if others else None
@@ -79,7 +94,10 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
         raise UserError(f"{out}: was begun with another {key}; choose another --out")
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
-    write_text(path, dump_yaml(values))
+    text = dump_yaml(values)
+    # runs that begin at the same time all find it as it is
+    if not path.is_file() or path.read_text(encoding="utf-8") != text:
+        write_text(path, text)
 
 
 def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
@@ -98,34 +116,10 @@ def _is_same(value: Any, recorded: Any) -> bool:
     """Whether two values are equal, or name a file that lies elsewhere on another machine."""
     if isinstance(value, str) and isinstance(recorded, str):
         paths = Path(value), Path(recorded)
-        if all(path.is_absolute() for path in paths):
+        # of a model that is not here the name is as it was given
+        if any(path.is_absolute() for path in paths):
             return paths[0].name == paths[1].name
     return bool(value == recorded)
-
-
-def _in_process(comparison: Comparison, part: str) -> int:
-    """Run a part apart from the others, whose memory would count as its own; return its status."""
-    out = comparison.out
-    command = [sys.executable, "-m", "tli_engine", "compare", str(out / _SETTINGS)]
-    command += ["--out", str(out), "--only", part]
-    with stop_on_signals() as stop:
-        # in a session of its own: Ctrl-C reaches it through us, once
-        process = subprocess.Popen(command, start_new_session=True)
-        told = False
-        try:
-            while True:
-                try:
-                    status = process.wait(_LOOK_EVERY)
-                    break
-                except subprocess.TimeoutExpired:
-                    if stop.signal is not None and not told:
-                        process.send_signal(stop.signal)
-                        told = True
-        except BaseException:
-            process.kill()
-            process.wait()
-            raise
-    return 128 - status if status < 0 else status
 
 
 def _report(comparison: Comparison) -> None:
@@ -158,11 +152,11 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     train = read_texts(shared.data, "train")
     some = next(iter(parts.values())).result
     report["data"] = {
-        "model": shared.model,
-        "base_model": some["base_model"],
-        "texts": shared.data.texts,
-        "pairs": shared.data.pairs,
-        "test": texts.name,
+        "model": _shown_name(shared.model),
+        "base_model": _shown_name(some["base_model"]),
+        "texts": _shown_name(shared.data.texts),
+        "pairs": _shown_name(shared.data.pairs),
+        "test": _shown_name(texts.name),
         "hash": digest,
         "counts": {"train": len(train) if train else 0, "test": len(texts)},
         "selected_on_test": not has_articles(shared.data, "test"),
@@ -175,6 +169,11 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     missing = [p for p in comparison.parts if not comparison.is_done(p)]
     report["conclusions"] = conclusions(report, missing)
     return report
+
+
+def _shown_name(name: str | None) -> str | None:
+    """A name as a report shows it: where a file lies is this machine's business."""
+    return Path(name).name if name and Path(name).is_absolute() else name
 
 
 def _read_part(comparison: Comparison, part: str, digest: str) -> Part:

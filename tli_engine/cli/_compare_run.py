@@ -27,7 +27,7 @@ from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import read_metrics
 from tli_engine.train.provenance import versions
 from tli_engine.train.run_folder import write_json, write_text
-from tli_engine.train.sft_prepare import load_whole
+from tli_engine.train.sft_prepare import fuse_for_texts, load_whole
 
 # the part that trains nothing
 BASE = "base"
@@ -43,11 +43,13 @@ class Comparison:
         shared: What all runs share.
         settings: The ``compare`` section.
         out: Folder of the comparison; each part has one in it.
+        side_by_side: Parts that may run at the same time, this one among them.
     """
 
     shared: RunConfig
     settings: CompareConfig
     out: Path
+    side_by_side: int = 1
 
     @property
     def parts(self) -> list[str]:
@@ -106,7 +108,9 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     config, folder = comparison.shared, comparison.folder(BASE)
     files = open_model(config.model)
     summariser = _summariser(comparison, config, files, texts)
-    written = summariser.write(load_whole(files, config), "base model")
+    model = load_whole(files, config)
+    fuse_for_texts(model, config)
+    written = summariser.write(model, "base model")
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / PREDICTIONS, predictions_text(written.summaries))
     figures = {"test": _identity(texts), "generation": written.to_json(), "versions": versions()}
@@ -126,9 +130,11 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
             return status
         spent += sum(step["seconds"] for step in read_metrics(folder))
     after = energy_joules(device)
-    # a run that went on was not watched from its beginning
-    joules = after - energy if whole and after is not None and energy is not None else None
+    # a run that went on was not watched from its beginning, and a device's energy is not of one alone
+    own = whole and comparison.side_by_side == 1
+    joules = after - energy if own and after is not None and energy is not None else None
     figures = {"arm": arm, "seed": seed, "energy_joules": joules}
+    figures["side_by_side"] = comparison.side_by_side
     figures |= _training_figures(folders) | _measure(comparison, config, folders[-1], texts)
     write_json(folders[-1] / RESULT, figures)
     if not comparison.settings.keep_weights:
@@ -205,9 +211,8 @@ def _summariser(
 ) -> Summariser:
     settings = comparison.settings
     articles = [texts[i] for i in range(len(texts))]
-    return Summariser.prepare(
-        articles, files, config, settings.max_new_tokens, settings.batch_size, settings.beams
-    )
+    how = {"batch_size": settings.batch_size, "beams": settings.beams}
+    return Summariser.prepare(articles, files, config, settings.max_new_tokens, **how)
 
 
 def _trained_parameters(model: CausalModel, config: RunConfig) -> int:

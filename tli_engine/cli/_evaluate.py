@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
-from tli_engine.config import RunConfig, read_yaml, resolve_config
+from tli_engine.config import Pooling, RunConfig, read_yaml, resolve_config
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
@@ -54,13 +54,27 @@ def evaluate_run(
     strengths: Sequence[float],
     device: str | None,
     writing: Writing,
+    pooling: Pooling | None = None,
 ) -> None:
-    """Measure a finished run: what it does to word pairs, to summaries, or to both."""
+    """Measure a finished run: what it does to word pairs, to summaries, or to both.
+
+    ``pooling`` is of word pairs, in place of the run's.
+    """
     config = open_run(folder)
     if config.objective == "align" and writing.against is not None:
         raise UserError("--against: this run writes no summaries to hold against another's")
-    if config.objective == "align" or (config.objective == "joint" and config.method == "lora"):
-        _evaluate_pairs(folder, config, final_layer, texts, strengths, device)
+    if config.objective == "sft" and pooling is not None:
+        raise UserError("--pooling: this run has no word pairs")
+    if config.objective != "sft":
+        chosen = config.align.model_copy(update={"pooling": pooling or config.align.pooling})
+        of_pairs = config.model_copy(update={"align": chosen})
+        if config.method == "lora":
+            _evaluate_pairs(folder, of_pairs, final_layer, texts, strengths, device)
+        else:
+            # takes the whole model, twice
+            from tli_engine.cli._evaluate_full import evaluate_full
+
+            evaluate_full(folder, of_pairs, final_layer, texts, strengths, device)
     if config.objective == "sft" or (config.objective == "joint" and has_articles(config.data)):
         # takes what runs on word pairs do without
         from tli_engine.cli._evaluate_sft import evaluate_texts
@@ -77,10 +91,8 @@ def _evaluate_pairs(
     device: str | None,
 ) -> None:
     lines = {str(path): read_lines(path) for path in texts}
-    pairs = read_run_pairs(config.data)
-    _check_same_pairs(config, {name: p.digest() for name, p in pairs.items()})
     files = open_model(config.model)
-    splits = tokenize_splits(pairs, files.tokenizer, config.words)
+    splits = splits_of(config, files)
     whole = final_layer or bool(lines)
     total = files.config.num_hidden_layers
     where = choose_device(device or config.device)
@@ -103,6 +115,20 @@ def _evaluate_pairs(
     if final_layer:
         _curve(model, config, splits[-1], folder)
     costs = _text_costs(model, files, lines, strengths) if lines else None
+    report_again(measured, config, folder, costs)
+
+
+def splits_of(config: RunConfig, files: ModelFiles) -> list[Split]:
+    """The run's word pairs, tokenised; says so if they are others than it was trained on."""
+    pairs = read_run_pairs(config.data)
+    _check_same_pairs(config, {name: p.digest() for name, p in pairs.items()})
+    return tokenize_splits(pairs, files.tokenizer, config.words)
+
+
+def report_again(
+    measured: "Measured", config: RunConfig, folder: Path, costs: dict[str, Any] | None
+) -> None:
+    """Print and write what a finished run comes to; its training's warnings stand."""
     for line in problems(folder):
         warn(f"{line}: the run is not as its training left it")
     _report(measured, config, folder, _recorded(folder).get("warnings", []), costs)
@@ -142,12 +168,8 @@ def measure(
     final_layer: bool,
 ) -> Measured:
     """Encode before and after, and score."""
-    layer, pooling = config.align.layer, config.align.pooling
-    total = model.config.num_hidden_layers
-    layers = sorted({layer, total}) if final_layer else [layer]
-    presentation = config.words.presentation
-    rows: list[Row] = []
-    heads: list[Row] = []
+    pooling, total = config.align.pooling, model.config.num_hidden_layers
+    layers = sorted({config.align.layer, total}) if final_layer else [config.align.layer]
     words = sum(len(set(split.words)) for split in splits)
     start = time.perf_counter()
     with progress("evaluate", 2 * words * len(strengths)) as advance:
@@ -159,13 +181,27 @@ def measure(
             for strength in strengths
         ]
     seconds = time.perf_counter() - start
+    return scored(encoded, config, layers, strengths, 2 * words * len(strengths) / seconds)
+
+
+def scored(
+    encoded: Sequence[Sequence[Mapping[int, Vectors]]],
+    config: RunConfig,
+    layers: Sequence[int],
+    strengths: Sequence[float],
+    words_per_s: float,
+) -> Measured:
+    """Figures of vectors: at each strength, of each split, by layer."""
+    pooling, presentation = config.align.pooling, config.words.presentation
+    rows: list[Row] = []
+    heads: list[Row] = []
     for k in layers:
         for strength, by_split in zip(strengths, encoded, strict=True):
             vectors = [by_layer[k] for by_layer in by_split]
             rows += alignment_rows(vectors, k, pooling, presentation, strength)
         heads += linear_head_rows([v[k] for v in encoded[0]], k, pooling, presentation)
-    vectors = [by_layer[layer] for by_layer in encoded[-1]]
-    return Measured(rows, heads, vectors, 2 * words * len(strengths) / seconds)
+    vectors = [by_layer[config.align.layer] for by_layer in encoded[-1]]
+    return Measured(rows, heads, vectors, words_per_s)
 
 
 def _curve(model: EarlyModel, config: RunConfig, split: Split, folder: Path) -> None:

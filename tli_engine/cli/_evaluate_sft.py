@@ -40,9 +40,11 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
     rival = _rival(writing.against, len(texts))
     base = open_model(config.model)
     articles = [texts[i] for i in range(len(texts))]
-    summariser = Summariser.prepare(
-        articles, base, config, writing.max_new_tokens, writing.batch_size, writing.beams
-    )
+    how = {
+        name: getattr(writing, name)
+        for name in ("batch_size", "beams", "temperature", "top_p", "seed")
+    }
+    summariser = Summariser.prepare(articles, base, config, writing.max_new_tokens, **how)
     losses, written = _both(folder, config, base, texts, summariser, device)
     predictions = written["after"].summaries
     write_text(folder / PREDICTIONS, predictions_text(predictions))

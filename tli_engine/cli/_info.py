@@ -11,10 +11,10 @@ from tli_engine.models.document_attention import attentions
 from tli_engine.models.files import FAMILIES
 from tli_engine.train.provenance import versions
 
-# the joined form of word_attention runs its kernel; two ops are no part of what ops exports
+# the joined form of word_attention runs its kernel; three ops are no part of what ops exports
 _OPS = sorted(
     {op for op in ops.__all__ if hasattr(torch.ops.tli_engine, op)} - {"joined_word_attention"}
-    | {"flat_adamw", "cross_entropy_rows"}
+    | {"cached_attention", "cross_entropy_rows", "flat_adamw"}
 )
 _BLOCKS = (
     "on a CPU transformers' modules, on a GPU the engine's ops (train.engine): RMSNorm, RoPE, SwiGLU and "

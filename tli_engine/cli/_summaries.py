@@ -28,9 +28,12 @@ def stages(
     """
     model = load_whole(base, config, device)
     if config.method == "full":
+        fuse_for_texts(model, config)
         yield "before", model
         del model
-        yield "after", load_whole(open_model(str(folder / "model")), config, device)
+        trained = load_whole(open_model(str(folder / "model")), config, device)
+        fuse_for_texts(trained, config)
+        yield "after", trained
         return
     load_adapter(model.early, folder / "adapter")
     fuse_for_texts(model, config)
@@ -62,12 +65,11 @@ class Summariser:
         base: ModelFiles,
         config: RunConfig,
         max_new_tokens: int,
-        batch_size: int,
-        beams: int,
+        **how: Any,
     ) -> "Summariser":
-        """For the models of a run."""
+        """For the models of a run; ``how`` are :class:`GenerateOptions`, the end left out."""
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
-        options = GenerateOptions(max_new_tokens, examples.end, batch_size, beams=beams)
+        options = GenerateOptions(max_new_tokens, examples.end, **how)
         return cls(articles, base.tokenizer, examples, options)
 
     def write(self, model: CausalModel, title: str) -> Written:

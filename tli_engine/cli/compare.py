@@ -34,6 +34,14 @@ from tli_engine.evaluate.compare.config import split_config
 @click.option(
     "--gather", is_flag=True, help="Run nothing: report on the runs that have their figures."
 )
+@click.option(
+    "--jobs",
+    type=click.IntRange(1),
+    default=1,
+    show_default=True,
+    help="Runs at a time, each in a process of its own; the report says whose times are shared ones.",
+)
+@click.option("--side-by-side", type=click.IntRange(1), default=1, hidden=True)
 def command(
     config: Path | None,
     recipe: str | None,
@@ -41,13 +49,17 @@ def command(
     out: Path,
     only: tuple[str, ...],
     gather: bool,
+    jobs: int,
+    side_by_side: int,
 ) -> int:
     """Train each arm with each seed as CONFIG or a recipe says, test them alike, and report.
 
     The section compare of CONFIG has arms and seeds. Each is a run folder in --out; those that have
     their figures are not run again, and one that was interrupted goes on. With --only, runs can be
-    made one at a time and on several machines; copy their folders together, and --gather. Writes
-    report.html, report.json and a card.
+    made one at a time and on several machines; copy their folders together, and --gather. Small
+    models leave most of a GPU idle: --jobs runs several side by side. Memory is each run's own then,
+    times are not, and come from the runs that had the device to themselves if there are any. Writes
+    report.html, report.json and a card, with figures alone: no article and no summary.
     """
     if only and gather:
         raise ConfigError("--only and --gather do not go together")
@@ -55,4 +67,6 @@ def command(
     # torch and transformers are imported here so that --help and bad keys answer at once
     from tli_engine.cli._compare import run_comparison
 
-    return run_comparison(shared, settings, out, only, gather)
+    return run_comparison(
+        shared, settings, out, only, gather_only=gather, jobs=jobs, side_by_side=side_by_side
+    )

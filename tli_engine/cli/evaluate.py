@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from tli_engine.config import Pooling
 from tli_engine.errors import ConfigError
 
 
@@ -16,6 +17,9 @@ class Writing:
     max_new_tokens: int
     batch_size: int
     beams: int
+    temperature: float
+    top_p: float
+    seed: int
     against: Path | None
 
 
@@ -36,6 +40,11 @@ class Writing:
 @click.option(
     "--strength", default="1.0", show_default=True, help="Scale the adapter: 0.5, or 0.5,1.0."
 )
+@click.option(
+    "--pooling",
+    type=click.Choice(["paper", "content", "last", "weighted"]),
+    help="Pool word pairs this way; by default as the run was trained.",
+)
 @click.option("--device", help="Device to run on; by default the run's own choice.")
 @click.option(
     "--max-new-tokens",
@@ -55,6 +64,23 @@ class Writing:
     "--beams", type=click.IntRange(1), default=1, show_default=True, help="Beams; 1 is greedy."
 )
 @click.option(
+    "--temperature",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    show_default=True,
+    help="Draw tokens, 1 from the model's own distribution; 0 takes the likeliest.",
+)
+@click.option(
+    "--top-p",
+    type=click.FloatRange(0, 1, min_open=True),
+    default=1.0,
+    show_default=True,
+    help="Draw among the likeliest tokens that together have this probability.",
+)
+@click.option(
+    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+)
+@click.option(
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
@@ -65,10 +91,14 @@ def command(
     final_layer: bool,
     texts: tuple[Path, ...],
     strength: str,
+    pooling: Pooling | None,
     device: str | None,
     max_new_tokens: int,
     batch_size: int,
     beams: int,
+    temperature: float,
+    top_p: float,
+    seed: int,
     against: Path | None,
 ) -> None:
     """Measure what the training of RUN, a run folder, did.
@@ -92,5 +122,7 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    writing = Writing(max_new_tokens, batch_size, beams, against)
-    evaluate_run(run, final_layer, texts, strengths, device, writing)
+    if beams > 1 and temperature > 0:
+        raise ConfigError("--beams and --temperature do not go together: beams draw nothing")
+    writing = Writing(max_new_tokens, batch_size, beams, temperature, top_p, seed, against)
+    evaluate_run(run, final_layer, texts, strengths, device, writing, pooling)

@@ -11,7 +11,7 @@ from tli_engine.data.words import Pack, Word, pack
 from tli_engine.models.causal import CausalModel, soft_capped
 from tli_engine.models.document_attention import Documents
 from tli_engine.models.fused import Rows
-from tli_engine.models.kv_cache import CachedAttention, KVCache, Prefill, Step
+from tli_engine.models.kv_cache import CachedAttention, KVCache, Prefill
 from tli_engine.models.packed_attention import Attends
 
 # tokens of the prompts that are run at once, unless one alone has more
@@ -137,8 +137,7 @@ class Decoder:
         return self._logits(packed, layers, packed.offsets[1:] - 1)
 
     def _run_step(self, cache: KVCache, tokens: Tensor, seen: int) -> Tensor:
-        step = Step(cache, cache.next_slots(), seen)
-        layers = [CachedAttention(step, block) for block in range(self._model.early.depth)]
+        layers = [CachedAttention(cache, block, seen) for block in range(self._model.early.depth)]
         return self._logits(_one_each(tokens, cache.positions), layers, None)
 
     def _logits(self, packed: Pack, layers: Sequence[Attends], rows: Tensor | None) -> Tensor:

@@ -73,6 +73,7 @@ def generate(
     prompts: Sequence[tuple[int, ...]],
     options: GenerateOptions,
     advance: Callable[[int, str], None] = lambda texts, note: None,
+    decoder: Decoder | None = None,
 ) -> list[Generated]:
     """Continue each prompt up to its end, seeing nothing of the others.
 
@@ -81,6 +82,8 @@ def generate(
         prompts: Token ids as the model is to see them, a first token such as ``<s>`` included.
         options: How.
         advance: Called after each batch with the number of its texts, and the speed so far, a note.
+        decoder: Of an earlier call with this model, whose memory and graphs are used again; by
+            default a new one.
 
     Returns:
         One continuation a prompt, in the order of the prompts.
@@ -93,7 +96,7 @@ def generate(
             raise ValueError(f"prompt {number} has no tokens")
     # the first batch takes the memory, which is enough for all others
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-    decoder = Decoder(model, cuda_graph=options.cuda_graph)
+    decoder = decoder or Decoder(model, cuda_graph=options.cuda_graph)
     found: dict[int, Generated] = {}
     generator = torch.Generator().manual_seed(options.seed)
     size = (len(prompts), options.max_new_tokens)
@@ -164,8 +167,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
 
     Args:
         logits: ``[rows, V]``, fp32.
-        beams: Above 1, the continuation of the highest mean log-probability is searched among so many
-            open ones a text, each a row of the batch; as transformers' ``num_beams``.
         temperature: 0 takes the likeliest.
         top_p: Choose among the likeliest that together have this probability.
         draws: Where in the distribution to choose, ``[rows]``, in [0, 1).

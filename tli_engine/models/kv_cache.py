@@ -1,17 +1,12 @@
 """Keys and values of texts that are being continued, in static memory, and attention over them."""
 
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import scaled_dot_product_attention
 
 from tli_engine.models.document_attention import Documents
-
-# what takes a mask that rows share, on a GPU
-_WITH_A_MASK = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+from tli_engine.ops.cached_attention import cached_attention_
 
 
 class KVCache:
@@ -31,14 +26,13 @@ class KVCache:
 
     def __init__(self, keys: Tensor, values: Tensor) -> None:
         self.keys, self.values = keys, values
-        rows = torch.arange(self.rows, device=keys.device)
-        self.begin, self.slot = torch.zeros_like(rows), rows.new_zeros(1)
+        rows = torch.zeros(self.rows, dtype=torch.int64, device=keys.device)
+        self.begin, self.slot = rows, rows.new_zeros(1)
         self.prompt = self.filled = 0
-        self._first = rows * self.slots
 
     def restart(self, prompt: int, begin: Tensor) -> None:
         """Forget all texts; prompts of new ones, of ``prompt`` tokens at most, begin at slots ``begin``."""
-        # a slot that no one has written is weighted by 0, and 0 times NaN is none
+        # a slot that no one has written is weighted by 0 on a CPU, and 0 times NaN is none
         self.keys.zero_(), self.values.zero_()
         self.begin.copy_(begin)
         self.slot.fill_(prompt)
@@ -63,10 +57,6 @@ class KVCache:
         """Write keys and values, ``[T, Hkv, D]``, at slots counted over all rows, ``[T]``."""
         self.keys[block].flatten(0, 1).index_copy_(0, at, k)
         self.values[block].flatten(0, 1).index_copy_(0, at, v)
-
-    def next_slots(self) -> Tensor:
-        """The slots that the next step writes, counted over all rows, ``[rows]``."""
-        return self._first + self.slot
 
     def advance(self) -> None:
         """Take note that a step has written its slot."""
@@ -106,53 +96,23 @@ class Prefill:
 
 
 @dataclass(frozen=True)
-class Step:
-    """What all blocks share in a step: the cache, and what each row sees.
+class CachedAttention:
+    """Attends from one new token a row to all that is kept of the row, at one block.
 
     Attributes:
         cache: Of the texts.
-        at: Slots that are written.
-        seen: Slots that are read; a number, so that a CUDA graph has static shapes.
+        block: Number of the block.
+        seen: Slots that there may be something in; a number, so that a CUDA graph has static shapes.
     """
 
     cache: KVCache
-    at: Tensor
-    seen: int
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
-
-    def mask(self, window: int | None) -> Tensor:
-        """0 at slots that each row's new token sees, else minus infinity, ``[rows, 1, 1, seen]``."""
-        if window not in self._masks:
-            cache = self.cache
-            slots = torch.arange(self.seen, device=cache.slot.device)
-            first = cache.begin[:, None]
-            if window is not None:
-                first = first.maximum(cache.slot - (window - 1))
-            hidden = (slots < first) | (slots > cache.slot)
-            mask = cache.keys.new_zeros(hidden.shape).masked_fill_(hidden, -torch.inf)
-            self._masks[window] = mask[:, None, None]
-        return self._masks[window]
-
-
-@dataclass(frozen=True)
-class CachedAttention:
-    """Attends from one new token a row to all that is kept of the row, at one block."""
-
-    step: Step
     block: int
+    seen: int
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None) -> Tensor:
         """Keep ``k`` and ``v``, ``[rows, Hkv, D]``, and attend; arguments as :meth:`Documents.attend`."""
-        step, cache = self.step, self.step.cache
-        cache.store(self.block, step.at, k, v)
-        keys, values = (
-            held[self.block, :, : step.seen].transpose(1, 2) for held in (cache.keys, cache.values)
+        cache = self.cache
+        keys, values = (held[self.block, :, : self.seen] for held in (cache.keys, cache.values))
+        return cached_attention_(
+            q, k, v, keys, values, cache.begin, cache.slot, scale=scale, window=window
         )
-        # the queries of one key head are rows of one product: no key is repeated
-        grouped = q.reshape(len(q), k.shape[1], -1, q.shape[2])
-        if window is not None and window >= step.seen:
-            window = None
-        mask = step.mask(window).expand(-1, 1, grouped.shape[2], -1)
-        with sdpa_kernel(_WITH_A_MASK) if q.is_cuda else nullcontext():
-            out = scaled_dot_product_attention(grouped, keys, values, attn_mask=mask, scale=scale)
-        return out.flatten(1, 2)

@@ -47,12 +47,15 @@ class Prepared:
     warnings: list[str]
 
 
-def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
+def prepare(
+    config: RunConfig, say: Callable[[str], None], files: ModelFiles | None = None
+) -> Prepared:
     """Read pairs and model, fit the loss space, put the adapters on.
 
     Args:
         config: The run.
         say: Called with a line that the user may want to know.
+        files: Of the model, if they are opened already.
 
     Raises:
         UserError: Anything in the configuration, the pairs or the model that cannot work.
@@ -62,7 +65,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     pairs = read_run_pairs(config.data)
     device = choose_device(config.device)
     dtype = choose_dtype(config.dtype, device)
-    files = open_model(config.model)
+    files = files or open_model(config.model)
     splits = tokenize_splits(pairs, files.tokenizer, config.words)
     model = load_early(
         files,
@@ -77,15 +80,7 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
     )
     record = provenance(pairs, files, model)
     space = fit_loss_space(model, splits[0], config)
-    if config.lora.init is None:
-        add_lora(model, config.lora, config.align.layer, config.seed)
-    else:
-        record["lora_init_sha256"] = go_on_from(model, config, say)
-    if config.train.engine != "modules":
-        _fuse(model, config, say)
-    nbytes, copies = add_transposed_copies(model)
-    if copies:
-        say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
+    _adapt(model, config, record, say)
     chosen = {"device": str(device), "dtype": str(dtype).removeprefix("torch.")}
     return Prepared(
         config.model_copy(update=chosen),
@@ -96,6 +91,21 @@ def prepare(config: RunConfig, say: Callable[[str], None]) -> Prepared:
         record,
         leak_warnings(splits),
     )
+
+
+def _adapt(
+    model: EarlyModel, config: RunConfig, record: dict[str, Any], say: Callable[[str], None]
+) -> None:
+    """Put the adapters on, and the blocks on what runs them here."""
+    if config.lora.init is None:
+        add_lora(model, config.lora, config.align.layer, config.seed)
+    else:
+        record["lora_init_sha256"] = go_on_from(model, config, say)
+    if config.train.engine != "modules":
+        _fuse(model, config, say)
+    nbytes, copies = add_transposed_copies(model)
+    if copies:
+        say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
 
 
 def _fuse(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> None:

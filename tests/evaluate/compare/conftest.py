@@ -57,7 +57,8 @@ def alignment(change: float) -> dict[str, Any]:
     }  # fmt: skip
     curve = {"before": {"separation": 0.2, "mrr": 0.4}, "after": {"separation": 0.3, "mrr": 0.5}}
     layers = [{"layer": k, **curve} for k in range(3)]
-    return {"rows": [row], "layers": layers, "split": "control", "pairs": 40}
+    head = row | {"score": "cosine", "after": row["after"] | {"mrr": 0.7, "reverse": {"mrr": 0.7}}}
+    return {"rows": [row], "linear_head": [head], "layers": layers, "split": "control", "pairs": 40}
 
 
 @pytest.fixture
@@ -71,6 +72,7 @@ def part() -> MakePart:
             "tokens_per_s": 100.0, "peak_mib": 800.0 if full else 400.0,
             "wall_seconds": 60.0 + seed, "energy_joules": 50.0, "steps": 300,
             "generation": {"tokens_per_s": 10.0}, "device": "cuda", "warnings": [],
+            "seed": seed, "side_by_side": 1,
         } | changes  # fmt: skip
         steps = [{"step": i + 1, "loss": 3 - i / 300} for i in range(300)]
         steps[-1]["validation_loss"] = 2.0

@@ -11,7 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from matplotlib.image import imread
 
 from tli_engine.evaluate.compare.charts import Series, chart
 from tli_engine.evaluate.compare.conclusions import conclusions, too_small
@@ -65,6 +67,7 @@ def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     assert "1.00 times the energy" in cost
     retrieval = next(line for line in lines if line.startswith("Retrieval of 40 unseen pairs"))
     assert "0.400 before training; after it: full 0.500 (up)" in retrieval
+    assert retrieval.endswith("A linear head on the frozen model, fitted in seconds, has 0.700.")
     assert any("Another article's summary" in line and "above it" in line for line in lines)
     assert "they do not say how other seeds" in lines[-1]
     assert not any("CPU" in line for line in lines)
@@ -179,3 +182,44 @@ def test_a_browser_shows_the_page(
     assert shown["tables"] == 4
     assert shown["drawn"] == [True] * 6
     assert shown["first"].startswith("Too small to conclude")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")
+@pytest.mark.parametrize(("scheme", "number"), [("light", 1), ("dark", 0)])
+def test_a_screenshot_in_either_scheme(
+    report: Callable[..., Report], tmp_path: Path, scheme: str, number: int
+) -> None:
+    """The page's own colours: what most pixels are, and text and charts that stand out from it."""
+    found = report()
+    found["conclusions"] = conclusions(found)
+    page, picture = tmp_path / "report.html", tmp_path / "report.png"
+    page.write_text(report_html(plain_json(found)), encoding="utf-8")
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,2600"]
+    options += [f"--blink-settings=preferredColorScheme={number}", f"--screenshot={picture}"]
+    result = subprocess.run(
+        [str(CHROMIUM), *options, page.as_uri()],
+        capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    assert "CONSOLE" not in result.stderr
+    pixels = imread(picture)[..., :3]
+    assert pixels.shape[1] == 1200
+    brightness = pixels.mean(-1)
+    assert (np.median(brightness) > 0.9) == (scheme == "light")
+    assert (np.median(brightness) < 0.2) == (scheme == "dark")
+    apart = np.abs(brightness - np.median(brightness)) > 0.5
+    assert 0.005 < apart.mean() < 0.3
+
+
+def test_times_are_of_the_runs_that_had_the_device_to_themselves(part: Callable[..., Part]) -> None:
+    tested = articles_of(20)
+    settings = CompareConfig(arms=("full",), seeds=(0, 1))
+    shared = part("full", 0, tested, side_by_side=4, wall_seconds=500.0, energy_joules=None)
+    alone = part("full", 1, tested, wall_seconds=60.0)
+    (arm,) = gather(settings, [shared, alone], None, tested, None, resamples=100)["arms"]
+    assert (arm["wall_seconds"], arm["energy_joules"]) == (60.0, 50.0)
+    assert (arm["timed_seeds"], arm["side_by_side"]) == ([1], 1)
+    # quality is of all seeds
+    assert len(arm["text"]["rougeL"]["by_seed"]) == 2
+    (arm,) = gather(settings, [shared], None, tested, None, resamples=100)["arms"]
+    assert (arm["wall_seconds"], arm["timed_seeds"], arm["side_by_side"]) == (500.0, [0], 4)

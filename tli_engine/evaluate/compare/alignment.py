@@ -9,6 +9,7 @@ from tli_engine.align.encode import encode
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
 from tli_engine.evaluate.alignment import Vectors, alignment_rows, layer_curve
+from tli_engine.evaluate.linear_head import linear_head_rows
 from tli_engine.models.early import EarlyModel
 
 
@@ -34,12 +35,17 @@ def alignment_figures(
     after: Sequence[dict[int, Tensor]],
     config: RunConfig,
 ) -> dict[str, Any]:
-    """What a run did: rows as in ``evaluation.json``, and the curve over the layers, for JSON."""
+    """What a run did: rows as in ``evaluation.json``, and the curve over the layers, for JSON.
+
+    ``linear_head`` is the baseline, rows of the frozen model and of a linear map of its vectors.
+    """
     layer = config.align.layer
     vectors = [
         Vectors(s, b[layer], a[layer]) for s, b, a in zip(splits, before, after, strict=True)
     ]
-    rows = alignment_rows(vectors, layer, config.align.pooling, config.words.presentation)
+    shown = config.align.pooling, config.words.presentation
+    rows = alignment_rows(vectors, layer, *shown)
+    heads = linear_head_rows(vectors, layer, *shown)
     last = {k: Vectors(splits[-1], b, after[-1][k]) for k, b in before[-1].items()}
     curve = [
         {
@@ -56,6 +62,7 @@ def alignment_figures(
     ]
     return {
         "rows": [row.to_json() for row in rows],
+        "linear_head": [row.to_json() for row in heads],
         "split": splits[-1].name,
         "pairs": len(splits[-1].source),
         "layers": curve,

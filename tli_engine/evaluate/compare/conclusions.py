@@ -156,6 +156,12 @@ def _costs(report: Report) -> Iterator[str]:
         said.append(f"{name} {', '.join(parts)}")
     if said:
         yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
+    shared = [arm["name"] for arm in report["arms"] if arm["side_by_side"] > 1]
+    if shared:
+        yield (
+            f"{_listed(shared)} ran side by side with others on one device: times and tokens/s are what "
+            "was left to each, energy cannot be told, and no conclusion about speed follows."
+        )
     if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
         yield (
             "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "
@@ -176,11 +182,13 @@ def _alignment(report: Report) -> Iterator[str]:
         verdict = "up" if up else "down" if down else "no clear change"
         after = row["after"]["mrr"]
         said.append(f"{arm['name']} {after:.3f} ({verdict})")
+    head = next(r for r in found["linear_head"] if r["split"] == found["split"])
     unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
     yield (
         f"Retrieval of {found['pairs']} {unseen} at layer {row['layer']} (MRR, centred), "
         f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. Up or down is what "
-        "every seed's 95 % interval says."
+        "every seed's 95 % interval says. A linear head on the frozen model, fitted in seconds, has "
+        f"{head['after']['mrr']:.3f}."
     )
 
 

@@ -90,7 +90,9 @@ def gather(
 
 def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> dict[str, Any]:
     results = [part.result for part in parts]
-    energies = [r["energy_joules"] for r in results]
+    # times of runs that shared their device are for want of better ones
+    timed = [r for r in results if r["side_by_side"] == 1] or results
+    energies = [r["energy_joules"] for r in timed]
     return {
         "name": arm,
         "method": results[0]["method"],
@@ -101,12 +103,14 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "text": {m: _pooled([s[m] for s in scores.values()], resamples) for m in METRICS},
         "loss": _losses(results),
         "alignment": _alignment([r["alignment"] for r in results]),
-        "tokens_per_s": _mean([r["tokens_per_s"] for r in results]),
+        "tokens_per_s": _mean([r["tokens_per_s"] for r in timed]),
         "peak_mib": max(r["peak_mib"] for r in results),
-        "wall_seconds": _mean([r["wall_seconds"] for r in results]),
+        "wall_seconds": _mean([r["wall_seconds"] for r in timed]),
         "energy_joules": None if None in energies else _mean(energies),
         "steps": [r["steps"] for r in results],
-        "generation_tokens_per_s": _mean([r["generation"]["tokens_per_s"] for r in results]),
+        "generation_tokens_per_s": _mean([r["generation"]["tokens_per_s"] for r in timed]),
+        "timed_seeds": [r["seed"] for r in timed],
+        "side_by_side": max(r["side_by_side"] for r in timed),
         "devices": sorted({r["device"] for r in results}),
         "warnings": sorted({line for r in results for line in r["warnings"]}),
         "curves": [_curve(part) for part in parts],
@@ -133,12 +137,7 @@ def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds; of the change in MRR each seed's interval too."""
     rows = []
     for same in zip(*(f["rows"] for f in found), strict=True):
-        row = {k: same[0][k] for k in ("layer", "pooling", "presentation", "score", "split")}
-        for stage in ("before", "after"):
-            row[stage] = {
-                "separation": _mean([r[stage]["separation"] for r in same]),
-                "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
-            }
+        row = _mean_row(same)
         row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
         rows.append(row)
     layers = [
@@ -151,10 +150,22 @@ def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ]
     return {
         "rows": rows,
+        "linear_head": [_mean_row(s) for s in zip(*(f["linear_head"] for f in found), strict=True)],
         "layers": layers,
         "split": found[0]["split"],
         "pairs": found[0]["pairs"],
     }
+
+
+def _mean_row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of the same row of several seeds."""
+    row = {k: same[0][k] for k in ("layer", "pooling", "presentation", "score", "split")}
+    for stage in ("before", "after"):
+        row[stage] = {
+            "separation": _mean([r[stage]["separation"] for r in same]),
+            "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
+        }
+    return row
 
 
 def _curve(part: Part) -> dict[str, Any]:
