@@ -258,7 +258,7 @@ def test_measured_peaks(
     ("recipe", "shape", "recomputed"),
     [
         pytest.param("xlsum-swahili", "llama-3-8b", 0, id="8b"),
-        pytest.param("qwen2-72b-xlsum", "qwen2-72b", 42, id="72b"),
+        pytest.param("qwen2-72b-xlsum", "qwen2-72b", 41, id="72b"),
     ],
 )
 def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: int) -> None:

@@ -12,7 +12,14 @@ from tli_engine.models.survey import Survey
 from tli_engine.train.order import steps_per_epoch
 from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline, outline
-from tli_engine.train.plan_peak import CONTEXT, Step, fits, optimizer_bytes, step_of_words
+from tli_engine.train.plan_peak import (
+    CONTEXT,
+    Step,
+    context_of,
+    fits,
+    optimizer_bytes,
+    step_of_words,
+)
 from tli_engine.train.sft_prepare import check_context
 from tli_engine.train.step_times import measured_seconds
 
@@ -195,8 +202,9 @@ def _add_notes(
         some = step.recomputed_in_part
         notes.append(f"{line}, {some} of them in part" if some else line)
     if target.memory is not None:
-        room = f"{total / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
-        if fits(target, total):
+        peak = total - CONTEXT + context_of(target)
+        room = f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
+        if fits(target, peak):
             notes.append(f"fits: {room}")
         else:
             notes.append(

@@ -211,7 +211,7 @@ class Step:
             master = 0
         reserve = outline.causal.reserve()
         there = self._before + master + self._workspaces // 2 + reserve.states
-        free = memory - (0 if outline.target.limited else CONTEXT) - int(UNPLANNED * memory)
+        free = memory - context_of(outline.target) - int(UNPLANNED * memory)
         working = self._blocks.working()
         if not outline.fused:
             working = max(sum(part.kept for part in parts) for parts in self._parts)
@@ -225,6 +225,11 @@ def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int
     rows = padded(tokens) if outline.fused else tokens
     most = outline.run.train.chunk_tokens
     return Step(outline, rows if most is None else min(rows, most), persistent, optimizer)
+
+
+def context_of(target: Target) -> int:
+    """Bytes of the target's memory that CUDA takes: none of a share, which is the allocator's alone."""
+    return 0 if target.limited else CONTEXT
 
 
 def fits(target: Target, peak: int) -> bool:
