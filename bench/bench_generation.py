@@ -43,8 +43,9 @@ from tli_engine.models.device import choose_device
 
 PEERS = ["transformers", "bitsandbytes", "accelerate"]
 _TRACED = 8
-# of the norm of the logits; bf16 activations through the blocks, by other kernels
-_TOLERANCE = 5e-2
+# of the norm of the logits: bf16 through 32 blocks of random weights, by other kernels, came to 7e-2, with
+# weights rounded once more (fast) to 1.1e-1 (H100); what has nothing in common is off by 1.4
+_TOLERANCE = 0.15
 
 
 def seconds_of(write: Any, rounds: int) -> list[float]:
@@ -131,7 +132,7 @@ def print_row(row: Row) -> None:
         f"batch {row.shape['batch']:3} {row.provider:26} {row.notes['tokens_per_s']:9.1f} tokens/s "
         f"{row.ms:8.3f} ms a step {spread:18} {row.ratio_to_baseline:6.2f} x {gpu} {peak} {floor} "
         f"prompts {row.notes['prompts_ms']:.0f} ms, {row.notes['kernels']} kernels"
-        + ("" if off is None else f" THE LOGITS ARE OFF BY {off:.1e}"),
+        + ("" if off is None or off <= _TOLERANCE else f" THE LOGITS ARE OFF BY {off:.1e}"),
         flush=True,
     )
 
@@ -182,8 +183,7 @@ def main() -> None:
             continue
         found = held[1].logits(random_prompts(config, 1, args.prompt))
         off = off_by(found, logits.setdefault(provider.nf4, found))
-        if not off <= _TOLERANCE:
-            row.notes["logits_off_by"] = off
+        row.notes["logits_off_by"] = off
         rows = compared([*rows, row], bandwidth)
         print_row(rows[-1])
         write_results("generation", rows, PEERS, bytes_per_s=bandwidth, absent=absent)

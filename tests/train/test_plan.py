@@ -258,7 +258,7 @@ def test_measured_peaks(
     ("recipe", "shape", "recomputed"),
     [
         pytest.param("xlsum-swahili", "llama-3-8b", 0, id="8b"),
-        pytest.param("qwen2-72b-xlsum", "qwen2-72b", 41, id="72b"),
+        pytest.param("qwen2-72b-xlsum", "qwen2-72b", 43, id="72b"),
     ],
 )
 def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: int) -> None:
@@ -278,7 +278,7 @@ def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: i
 
 
 def test_times_are_those_of_the_committed_results() -> None:
-    assert llama(None).step_seconds == pytest.approx(0.47047)
+    assert llama(None).step_seconds == pytest.approx(0.46058)
     assert llama(12).step_seconds is None
     assert llama(None, train={"batch_size": 2}).step_seconds is None
     numerics = {"tli-engine": "exact", "tli-engine:fast": "fast"}

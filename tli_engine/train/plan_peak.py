@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Room, arrange, held
+from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, arrange, held
 from tli_engine.models.linear_cross_entropy import chunk_rows
-from tli_engine.models.recompute import UNPLANNED
+from tli_engine.models.recompute import UNPLANNED, with_gaps
 from tli_engine.train.pack_graphs import wants_graphs
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import Target
@@ -216,7 +216,7 @@ class Step:
         if not outline.fused:
             working = max(sum(part.kept for part in parts) for parts in self._parts)
         loss = reserve.loss + self.tokens * reserve.loss_of_token
-        room = Room(free - there, working, loss)
+        room = with_gaps(free - there, working, loss)
         return arrange(self._parts, self._first, self._blocks.input, room)
 
 
