@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from operator import is_
 from typing import Any
 
 import torch
@@ -14,27 +15,32 @@ _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 
 
 class ModelParts:
-    """Modules of a model in the order of the model, found once; see :meth:`are_of`.
+    """Modules of a model, found once; what a call asks of them takes some 50 us for a thousand.
 
     Attributes:
-        modules: All of them.
-        adapted: PEFT's layers among them.
+        adapted: What PEFT's layers among them hold, by name.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.modules = list(model.modules())
-        self.adapted = [m.__dict__ for m in self.modules if "_disable_adapters" in m.__dict__]
-        self._dicts = [m.__dict__ for m in self.modules]
+    def __init__(self, model: nn.Module, embedding: nn.Module) -> None:
+        """Find the modules of ``model``; hooks of itself and of ``embedding`` run at the call anyway."""
+        self._dicts = [m.__dict__ for m in model.modules()]
+        self.adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
-        self._children = [d["_modules"] for d in self._dicts]
-        self._held = [tuple(children.values()) for children in self._children]
+        self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
+        self._held = self._hold()
+        before, after = ("_forward_pre_hooks", "_backward_hooks"), "_forward_hooks"
+        at_call = [model, *embedding.modules()]
+        later = [d for d in self._dicts if all(d is not m.__dict__ for m in at_call)]
+        self._hooks = [d[name] for d in later for name in before]
+        self._after = [d[after] for d in later]
 
     def are_of(self) -> bool:
         """Whether the model still consists of these modules."""
-        return all(
-            len(children) == len(held) and all(map(_is, children.values(), held))
-            for children, held in zip(self._children, self._held, strict=True)
-        )
+        # tuples compare by identity first: modules have no equality of their own
+        return self._hold() == self._held
+
+    def _hold(self) -> list[tuple[object, ...]]:
+        return [tuple(children.values()) for children in self._children]
 
     def training(self) -> list[bool]:
         """Of each module, whether it is in training mode."""
@@ -45,9 +51,9 @@ class ModelParts:
         for d, flag in zip(self._dicts, flags, strict=True):
             d["training"] = flag
 
-    def adapters(self) -> tuple[object, ...]:
+    def adapters(self) -> list[tuple[object, ...]]:
         """Which adapters are on, and which are merged, layer by layer."""
-        return tuple(_adapter_state(layer) for layer in self.adapted)
+        return [_adapter_state(layer) for layer in self.adapted]
 
     def set_adapters(self, state: Sequence[Any]) -> None:
         """Turn on the adapters that :meth:`adapters` gave; merged ones stay as they are."""
@@ -57,23 +63,16 @@ class ModelParts:
 
     def has_hooks(self) -> bool:
         """Whether a module has a hook that would run, or not run, at another time than it expects."""
-        return any(
-            d["_forward_pre_hooks"]
-            or d["_backward_hooks"]
-            or (d["_forward_hooks"] and not all(map(_captures, d["_forward_hooks"].values())))
-            for d in self._dicts
-        )
+        if any(self._hooks):
+            return True
+        return any(not all(map(_captures, hooks.values())) for hooks in self._after if hooks)
 
     def parameters(self) -> list[Tensor]:
         """Every parameter there is now."""
         return [p for d in self._tensors for p in d.values() if p is not None]
 
 
-def _is(a: object, b: object) -> bool:
-    return a is b
-
-
-def _adapter_state(layer: dict[str, Any]) -> tuple[object, object, object]:
+def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
     active = layer["_active_adapter"]
     active = tuple(active) if isinstance(active, list) else active
     return layer["_disable_adapters"], active, tuple(layer["merged_adapters"])
@@ -95,21 +94,21 @@ class CallState:
         self._autocast_dtype = torch.get_autocast_dtype(self._device)
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self.training, self.adapters = parts.training(), parts.adapters()
-        self._inputs = [(t, _version(t)) for t in inputs]
-        self._weights = [(p, _version(p)) for p in parts.parameters()]
+        self._inputs = list(inputs)
+        self._weights = parts.parameters()
+        self._versions = _versions(self._weights), _versions(self._inputs)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What two calls must share, beside tokens and weights, to have one result."""
         precision = (self._autocast, self._autocast_dtype)
-        return (self.grad, self._inference, *precision, self.adapters)
+        return (self.grad, self._inference, *precision, *self.adapters)
 
     def same_weights(self, other: "CallState") -> bool:
         """Whether both calls saw the same parameters with the same values."""
-        return len(self._weights) == len(other._weights) and all(
-            p is q and v == w
-            for (p, v), (q, w) in zip(self._weights, other._weights, strict=True)
-        )
+        same = len(self._weights) == len(other._weights)
+        same = same and all(map(is_, self._weights, other._weights))
+        return same and self._versions[0] == other._versions[0]
 
     @contextmanager
     def again(self, what: str) -> Iterator[None]:
@@ -146,25 +145,31 @@ class CallState:
                 parts.set_adapters(adapters)
 
     def _check(self, what: str) -> None:
-        merged = [state[2] for state in self._parts.adapters()]  # type: ignore[index]
-        changed = merged != [state[2] for state in self.adapters]  # type: ignore[index]
-        now = self._parts.parameters()
-        changed = changed or len(now) != len(self._weights) or not self._parts.are_of()
-        changed = changed or any(
-            p is not q or _version(q) != v for (p, v), q in zip(self._weights, now, strict=True)
-        )
-        if changed:
+        parts, now = self._parts, self._parts.parameters()
+        same = parts.are_of() and len(now) == len(self._weights)
+        same = same and all(map(is_, now, self._weights))
+        same = same and _merged(parts.adapters()) == _merged(self.adapters)
+        if not (same and _versions(now) == self._versions[0]):
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"
             )
-        if any(_version(tensor) != version for tensor, version in self._inputs):
+        if _versions(self._inputs) != self._versions[1]:
             raise UserError(
                 f"{what} was not read before the call's inputs were written to; read it right "
                 f"after the call, or write to a copy"
             )
 
 
-def _version(tensor: Tensor) -> int:
-    # tensors of inference mode have none, and are not changed outside it
-    return -1 if tensor.is_inference() else tensor._version
+def _merged(adapters: Sequence[tuple[object, ...]]) -> list[object]:
+    return [state[-1] for state in adapters]
+
+
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return [tensor._version for tensor in tensors]
+        except RuntimeError:
+            # tensors of inference mode have none, and are not written to outside it
+            return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]

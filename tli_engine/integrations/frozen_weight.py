@@ -90,11 +90,9 @@ class FrozenWeight:
 
     def _look(self, parameter: Any) -> tuple[object, ...]:
         state = parameter.quant_state
-        # the object is kept, so that its number is not given to another
-        return (
-            parameter.data_ptr(),
-            parameter._version,
-            id(state),
-            state.absmax.data_ptr(),
-            state.absmax._version,
-        )
+        absmax = state.absmax
+        # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
+        with torch._C.DisableTorchFunctionSubclass():
+            bytes_ = (parameter.data_ptr(), parameter._version)
+        # the state is kept, so that its number is not given to another
+        return (*bytes_, id(state), absmax.data_ptr(), absmax._version)

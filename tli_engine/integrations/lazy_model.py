@@ -39,10 +39,10 @@ class LazySettings:
         self.memo: Memo | None = None
         self._parts: ModelParts | None = None
 
-    def parts_of(self, model: nn.Module) -> ModelParts:
+    def parts_of(self, model: Any, decoder: Any) -> ModelParts:
         """The model's modules, found anew when some were exchanged."""
         if self._parts is None or not self._parts.are_of():
-            self._parts = ModelParts(model)
+            self._parts = ModelParts(model, decoder.embed_tokens)
         return self._parts
 
 
@@ -141,7 +141,9 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
         # a run begins: stand-ins are there for the blocks
         return None
     settings: LazySettings = model.__dict__[_SETTINGS]
-    parts = settings.parts_of(model) if _asks_for_states(model.config, arguments) else None
+    decoder, parts = decoder_of(model, theirs), None
+    if _asks_for_states(model.config, arguments):
+        parts = settings.parts_of(model, decoder)
     if parts is None or parts.has_hooks() or _global_hooks():
         if settings.stop_at is not None:
             raise UserError(
@@ -151,7 +153,6 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
         return None
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
-    decoder = decoder_of(model, theirs)
 
     def make() -> LazyRun:
         forward = theirs.forward.__get__(model)

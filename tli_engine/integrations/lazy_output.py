@@ -136,8 +136,9 @@ class LazyOutput:
             key = list(self.keys())[key]  # type: ignore[attr-defined]
         if isinstance(key, str):
             self._settle(key)
-        else:
-            self._settle_all()
+            # transformers' own reads every item to find one
+            return OrderedDict.__getitem__(self, key)  # type: ignore[arg-type]
+        self._settle_all()
         return super().__getitem__(key)  # type: ignore[misc]
 
     def get(self, key: str, default: Any = None) -> Any:
