@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import copy
 from operator import is_
 from typing import Any
 
@@ -103,6 +104,13 @@ class CallState:
         """What two calls must share, beside tokens and weights, to have one result."""
         precision = (self._autocast, self._autocast_dtype)
         return (self.grad, self._inference, *precision, *self.adapters)
+
+    def of_inputs(self, inputs: Sequence[Tensor]) -> "CallState":
+        """The state of the same call on copies of its inputs."""
+        other = copy(self)
+        other._inputs = list(inputs)
+        other._versions = self._versions[0], _versions(inputs)
+        return other
 
     def same_weights(self, other: "CallState") -> bool:
         """Whether both calls saw the same parameters with the same values."""

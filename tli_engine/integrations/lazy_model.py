@@ -1,6 +1,7 @@
 """Models of transformers that give their hidden states when they are read."""
 
 import inspect
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache, wraps
 from typing import Any
@@ -11,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from tli_engine.errors import UserError
 from tli_engine.integrations.call_state import CallState, ModelParts
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
-from tli_engine.integrations.lazy_run import LazyRun
+from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.replace import mark, was
 
@@ -32,11 +33,14 @@ class LazySettings:
     Attributes:
         stop_at: The last hidden state that may be read, or None.
         memo: Holds the hidden states of words, if it is to.
+        counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
+            calls ran, and those that they would have run, ``of_blocks``.
     """
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
         self.memo: Memo | None = None
+        self.counts: Counter[str] = Counter()
         self._parts: ModelParts | None = None
 
     def parts_of(self, model: Any, decoder: Any) -> ModelParts:
@@ -141,6 +145,8 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
         # a run begins: stand-ins are there for the blocks
         return None
     settings: LazySettings = model.__dict__[_SETTINGS]
+    counts = settings.counts
+    counts["calls"] += 1
     decoder, parts = decoder_of(model, theirs), None
     if _asks_for_states(model.config, arguments):
         parts = settings.parts_of(model, decoder)
@@ -154,16 +160,16 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
 
-    def make() -> LazyRun:
-        forward = theirs.forward.__get__(model)
-        return LazyRun(forward, decoder, model, arguments, state, settings.stop_at)
-
-    found = settings.memo and settings.memo.find(arguments, state, make)
+    forward = theirs.forward.__get__(model)
+    call = Call(forward, decoder, model, arguments, state, settings.stop_at, counts)
+    found = settings.memo and settings.memo.find(call)
     if found:
         run, read = found
     else:
-        run = make()
+        run = LazyRun(call, *note_steps(call))
         read = run.hidden_state
+    counts["lazy"] += 1
+    counts["of_blocks"] += run.depth
     use_cache = arguments.get("use_cache")
     cached = model.config.use_cache if use_cache is None else use_cache
     labels = arguments.get("labels") is not None

@@ -6,8 +6,10 @@ model would have called it, and for logits and losses ``forward`` runs once more
 gave. Nothing of a family's code is repeated here.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,6 +17,50 @@ from torch import Tensor, nn
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.call_state import CallState
+
+_NO_MORE = {"output_hidden_states": False, "use_cache": False, "return_dict": True}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a model.
+
+    Attributes:
+        forward: The model's own ``forward``, bound.
+        decoder: The module that holds ``layers`` and ``norm``.
+        owner: The model whose ``forward`` it is; the decoder itself, or a causal LM over it.
+        arguments: By name.
+        state: When it was made.
+        stop_at: The last hidden state that may be read; None: all.
+        counts: Of blocks that ran, and the like.
+    """
+
+    forward: Callable[..., Any]
+    decoder: Any
+    owner: Any
+    arguments: Mapping[str, Any]
+    state: CallState
+    stop_at: int | None
+    counts: Counter[str]
+
+    def run(self, **changes: Any) -> Any:
+        """Return what ``forward`` does with other values of some arguments."""
+        return self.forward(**{**self.arguments, **changes})
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model calls one of its blocks."""
+
+    block: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        out = self.block(hidden, *self.args, **self.kwargs)
+        # a tuple in older versions of transformers
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
 
 
 class _NormReachedError(Exception):
@@ -24,11 +70,12 @@ class _NormReachedError(Exception):
 class _Noted:
     """Stands in for a block: notes how it is called."""
 
-    def __init__(self, block: Any, calls: list[Any]) -> None:
-        self._block, self._calls = block, calls
+    def __init__(self, block: Any, steps: list[Step], embedded: list[Tensor]) -> None:
+        self._block, self._steps, self._embedded = block, steps, embedded
 
     def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self._calls.append((self._block, hidden, args, kwargs))
+        self._steps.append(Step(self._block, args, kwargs))
+        self._embedded.append(hidden)
         return hidden
 
     def __getattr__(self, name: str) -> Any:
@@ -50,101 +97,98 @@ def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
             del module.__dict__[name]
 
 
+def note_steps(call: Call) -> tuple[list[Step], Tensor]:
+    """Find out how a model calls its blocks, and what it gives the first, ``[B, T, D]``."""
+    steps: list[Step] = []
+    embedded: list[Tensor] = []
+    layers = [_Noted(block, steps, embedded) for block in call.decoder.layers]
+    with _shadowed(call.decoder, layers=layers, norm=_stop):
+        try:
+            call.run(**_NO_MORE)
+        except _NormReachedError:
+            return steps, embedded[0]
+    raise AssertionError("forward did not reach the norm")
+
+
+RunStep = Callable[[int, Step, Tensor], Tensor]
+
+
+def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return step(hidden)
+
+
 class LazyRun:
-    """One call of a model, computed up to the last hidden state that was read.
+    """A call, computed up to the last hidden state that was read.
 
     Args:
-        forward: The model's own ``forward``, bound.
-        decoder: The module that holds ``layers`` and ``norm``.
-        owner: The model whose ``forward`` it is; the decoder itself, or a causal LM over it.
-        arguments: Of the call, by name.
-        state: Of the call.
-        stop_at: The last hidden state that may be read; None: all.
+        call: The call.
+        steps: Its blocks.
+        embedded: ``hidden_states[0]``, ``[B, T, D]``.
+        run: Runs one block.
+
+    Attributes:
+        states: Hidden states that are held, by number; the last computed is always among them.
+        reached: Its number.
     """
 
     def __init__(
-        self,
-        forward: Callable[..., Any],
-        decoder: Any,
-        owner: Any,
-        arguments: Mapping[str, Any],
-        state: CallState,
-        stop_at: int | None,
+        self, call: Call, steps: list[Step], embedded: Tensor, run: RunStep = run_step
     ) -> None:
-        self._forward, self._decoder, self._owner = forward, decoder, owner
-        self._arguments, self.state, self._stop_at = dict(arguments), state, stop_at
-        self._calls: list[Any] = []
-        layers = [_Noted(block, self._calls) for block in decoder.layers]
-        with _shadowed(decoder, layers=layers, norm=_stop):
-            try:
-                self._call()
-            except _NormReachedError:
-                pass
-            else:
-                raise AssertionError("forward did not reach the norm")
-        # states that are held, by number; the last computed is always among them
-        self.states: dict[int, Tensor] = {0: self._calls[0][1]}
-        self.reached = 0
-        self._hidden: Tensor = self._calls[0][1]
+        self._call, self._steps, self._embedded, self._run = call, steps, embedded, run
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start from the embeddings, again if need be: for a state that is no longer held."""
+        self.reached, self._hidden = 0, self._embedded
+        self.states: dict[int, Tensor] = {0: self._embedded}
 
     @property
     def depth(self) -> int:
         """Number of blocks; the last hidden state's number."""
-        return len(self._calls)
+        return len(self._steps)
 
     def hidden_state(self, k: int) -> Tensor:
         """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes."""
-        if self._stop_at is not None and k > self._stop_at:
+        stop_at = self._call.stop_at
+        if stop_at is not None and k > stop_at:
             raise UserError(
-                f"hidden_states[{k}] lies above stop_at={self._stop_at}, which the model was "
+                f"hidden_states[{k}] lies above stop_at={stop_at}, which the model was "
                 f"accelerated with"
             )
         if k > self.reached:
-            with self.state.again(f"hidden_states[{k}]"):
+            with self._call.state.again(f"hidden_states[{k}]"):
                 while self.reached < k:
                     self._advance()
         return self.states[k]
 
-    def rewind(self) -> None:
-        """Start from the embeddings again; for a state that is no longer held."""
-        self.reached, self._hidden = 0, self._calls[0][1]
-        self.states = {0: self._hidden}
-
     def finish(self) -> Any:
         """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
         last = self.hidden_state(self.depth)
-        if self._owner is self._decoder:
-            return SimpleNamespace(last_hidden_state=last)
         ran = SimpleNamespace(
             last_hidden_state=last, past_key_values=None, hidden_states=None, attentions=None
         )
-        with (
-            self.state.again("logits"),
-            _shadowed(self._owner, model=lambda *args, **kwargs: ran),
-        ):
-            return self._call()
+        call = self._call
+        if call.owner is call.decoder:
+            return ran
+        with call.state.again("logits"), _shadowed(call.owner, model=lambda *a, **k: ran):
+            return call.run(**_NO_MORE)
 
     def run_eagerly(self, **changes: Any) -> Any:
         """Return the output of the model's own ``forward``, all of it, as at the call."""
-        if self._stop_at is not None:
+        stop_at = self._call.stop_at
+        if stop_at is not None:
             raise UserError(
-                f"this reads more than hidden_states[{self._stop_at}], at which the model was "
-                f"told to stop (stop_at={self._stop_at})"
+                f"this reads more than hidden_states[{stop_at}], at which the model was "
+                f"told to stop (stop_at={stop_at})"
             )
-        with self.state.again("the output"):
-            return self._forward(**self._arguments | changes)
-
-    def _call(self) -> Any:
-        return self._forward(
-            **self._arguments
-            | {"output_hidden_states": False, "use_cache": False, "return_dict": True}
-        )
+        with self._call.state.again("the output"):
+            return self._call.run(**changes)
 
     def _advance(self) -> None:
-        block, _, args, kwargs = self._calls[self.reached]
-        out = block(self._hidden, *args, **kwargs)
-        self._hidden = out[0] if isinstance(out, tuple) else out
+        self._call.counts["blocks"] += 1
+        self._hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
         self.reached += 1
         # transformers gives the last one after the norm
         last = self.reached == self.depth
-        self.states[self.reached] = self._decoder.norm(self._hidden) if last else self._hidden
+        self.states[self.reached] = self._call.decoder.norm(self._hidden) if last else self._hidden

@@ -6,13 +6,15 @@ is handed out are copies, bit for bit what the call would compute: the same bloc
 
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from tli_engine.integrations.call_state import CallState
-from tli_engine.integrations.lazy_run import LazyRun
+from tli_engine.integrations.lazy_run import Call, LazyRun, Step, note_steps
+from tli_engine.integrations.replay import Replays
 from tli_engine.integrations.weight_writes import writes
 
 # a word and its presentation; a longer text is hardly called twice
@@ -23,6 +25,19 @@ _BYTES = 1 << 30
 _KNOWN = {"input_ids", "attention_mask", "output_hidden_states", "return_dict", "use_cache"}
 
 Key = tuple[object, ...]
+
+
+class _Word(NamedTuple):
+    """Token ids of a call on one short text, its mask, and where it runs."""
+
+    device: torch.device
+    ids: tuple[int, ...]
+    mask: tuple[object, ...] | None
+
+    @property
+    def whole(self) -> bool:
+        """Whether no token is masked."""
+        return self.mask is None or 0 not in self.mask[1:]
 
 
 class Memo:
@@ -37,29 +52,30 @@ class Memo:
         self._limit = limit
         self._runs: OrderedDict[Key, LazyRun] = OrderedDict()
         self._sizes: dict[Key, int] = {}
+        # how blocks are called, which for a whole word depends on its length alone
+        self._steps: dict[Key, list[Step] | None] = {}
+        self._replays: Replays | None = None
         self._seen: tuple[CallState, int] | None = None
 
     def __len__(self) -> int:
         return len(self._runs)
 
-    def find(
-        self, arguments: Mapping[str, Any], state: CallState, make: Callable[[], LazyRun]
-    ) -> tuple[LazyRun, Callable[[int], Tensor]] | None:
+    def find(self, call: Call) -> tuple[LazyRun, Callable[[int], Tensor]] | None:
         """The run of a call, an earlier one if there was, and what reads its hidden states.
 
         ``None`` for a call that is not of one word, is trained through, or drops out.
         """
-        tokens = None if state.grad or any(state.training) else _tokens(arguments)
-        if tokens is None:
+        state = call.state
+        word = None if state.grad or any(state.training) else _word(call.arguments)
+        if word is None:
             return None
-        if self._seen is None or self._seen[1] != writes() or not state.same_weights(self._seen[0]):
-            self._runs.clear()
-            self._sizes.clear()
-        self._seen = state, writes()
-        key = (*tokens, *state.key)
+        self._forget_if_changed(state)
+        key = (*word, *state.key)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = make()
+            run = self._runs[key] = self._run(call, word)
+        else:
+            call.counts["words"] += 1
         self._runs.move_to_end(key)
         read: dict[int, Tensor] = {}
 
@@ -70,6 +86,43 @@ class Memo:
             return read[k]
 
         return run, hidden_state
+
+    def _forget_if_changed(self, state: CallState) -> None:
+        seen = self._seen
+        if seen is None or seen[1] != writes() or not state.same_weights(seen[0]):
+            self._runs.clear()
+            self._sizes.clear()
+            self._steps.clear()
+            if self._replays is not None:
+                self._replays.clear()
+        self._seen = state, writes()
+
+    def _run(self, call: Call, word: _Word) -> LazyRun:
+        # a run outlives its call, whose tensors the caller may write to
+        arguments = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.arguments.items()}
+        state = call.state.of_inputs([v for v in arguments.values() if isinstance(v, Tensor)])
+        call = replace(call, arguments=arguments, state=state)
+        if not word.whole:
+            return LazyRun(call, *note_steps(call))
+        mask = None if word.mask is None else word.mask[0]
+        key = (word.device, len(word.ids), mask, *call.state.key)
+        embed = call.decoder.embed_tokens
+        if self._steps.get(key) is None:
+            steps, embedded = note_steps(call)
+            # in some families more is done to the embeddings than their module does
+            plain = key not in self._steps and torch.equal(embedded, embed(call.arguments["input_ids"]))
+            self._steps[key] = steps if plain else None
+            return LazyRun(call, steps, embedded)
+        if self._replays is None:
+            self._replays = Replays.on(word.device)
+        replays = self._replays
+
+        def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
+            return replays((*key, number), step, hidden)
+
+        found = self._steps[key]
+        assert found is not None
+        return LazyRun(call, found, embed(call.arguments["input_ids"]), run_step)
 
     def _read(self, key: Key, run: LazyRun, k: int) -> Tensor:
         if k <= run.reached and k not in run.states:
@@ -82,21 +135,19 @@ class Memo:
 
     def _make_room(self) -> None:
         held = sum(self._sizes.values())
-        for key in list(self._runs):
-            if held <= self._limit:
-                return
+        for key in list(self._sizes) if held > self._limit else ():
             run = self._runs[key]
-            if key in self._sizes and len(run.states) > 1:
-                run.states = {run.reached: run.states[run.reached]}
-                held -= self._sizes[key] - run.states[run.reached].nbytes
-                self._sizes[key] = run.states[run.reached].nbytes
+            held -= self._sizes[key]
+            run.states = {run.reached: run.states[run.reached]}
+            self._sizes[key] = run.states[run.reached].nbytes
+            held += self._sizes[key]
         while held > self._limit and len(self._runs) > 1:
             key, _ = self._runs.popitem(last=False)
             held -= self._sizes.pop(key, 0)
 
 
-def _tokens(arguments: Mapping[str, Any]) -> tuple[object, ...] | None:
-    """Token ids and mask of a call on one short text, and where it runs; else ``None``."""
+def _word(arguments: Mapping[str, Any]) -> _Word | None:
+    """The word that a call is of; ``None`` for any other call."""
     ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
     others = {name for name, value in arguments.items() if value is not None} - _KNOWN
     if others or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
@@ -104,9 +155,9 @@ def _tokens(arguments: Mapping[str, Any]) -> tuple[object, ...] | None:
     if not 1 <= ids.shape[1] <= _LONGEST:
         return None
     if mask is None:
-        return (ids.device, tuple(ids[0].tolist()), None)
+        return _Word(ids.device, tuple(ids[0].tolist()), None)
     if not isinstance(mask, Tensor) or mask.shape != ids.shape or mask.device != ids.device:
         return None
     # one wait for the device, not two
     both = torch.stack([ids[0].long(), mask[0].long()]).tolist()
-    return (ids.device, tuple(both[0]), (mask.dtype, *both[1]))
+    return _Word(ids.device, tuple(both[0]), (mask.dtype, *both[1]))
