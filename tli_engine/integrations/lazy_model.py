@@ -162,7 +162,7 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
 
     forward = theirs.forward.__get__(model)
     call = Call(forward, decoder, model, arguments, state, settings.stop_at, counts)
-    found = settings.memo and settings.memo.find(call)
+    found = None if settings.memo is None else settings.memo.find(call)
     if found:
         run, read = found
     else:

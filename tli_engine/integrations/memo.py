@@ -21,23 +21,31 @@ from tli_engine.integrations.weight_writes import writes
 _LONGEST = 64
 # hidden states held for all words of a model
 _BYTES = 1 << 30
-# arguments of a call that is served; of others nothing is known
-_KNOWN = {"input_ids", "attention_mask", "output_hidden_states", "return_dict", "use_cache"}
+# arguments of a call that is served, of others nothing is known; what tokenizers give, and what it is
+# for a word that is neither padded nor the second of two
+_TOKENS = {"attention_mask": 1, "token_type_ids": 0}
+_KNOWN = {"input_ids", *_TOKENS, "output_hidden_states", "return_dict", "use_cache"}
 
 Key = tuple[object, ...]
 
 
 class _Word(NamedTuple):
-    """Token ids of a call on one short text, its mask, and where it runs."""
+    """Token ids of a call on one short text, where it runs, and what else the tokenizer gave."""
 
     device: torch.device
     ids: tuple[int, ...]
-    mask: tuple[object, ...] | None
+    others: tuple[tuple[str, torch.dtype, tuple[int, ...]], ...]
 
     @property
-    def whole(self) -> bool:
-        """Whether no token is masked."""
-        return self.mask is None or 0 not in self.mask[1:]
+    def kind(self) -> Key:
+        """What the calls of its blocks depend on, if it :attr:`is_plain`."""
+        names = tuple((name, dtype) for name, dtype, _ in self.others)
+        return (self.device, len(self.ids), names)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether every token counts, and all alike."""
+        return all(set(values) == {_TOKENS[name]} for name, _, values in self.others)
 
 
 class Memo:
@@ -102,10 +110,9 @@ class Memo:
         arguments = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.arguments.items()}
         state = call.state.of_inputs([v for v in arguments.values() if isinstance(v, Tensor)])
         call = replace(call, arguments=arguments, state=state)
-        if not word.whole:
+        if not word.is_plain:
             return LazyRun(call, *note_steps(call))
-        mask = None if word.mask is None else word.mask[0]
-        key = (word.device, len(word.ids), mask, *call.state.key)
+        key = (*word.kind, *call.state.key)
         embed = call.decoder.embed_tokens
         if self._steps.get(key) is None:
             steps, embedded = note_steps(call)
@@ -148,16 +155,22 @@ class Memo:
 
 def _word(arguments: Mapping[str, Any]) -> _Word | None:
     """The word that a call is of; ``None`` for any other call."""
-    ids, mask = arguments.get("input_ids"), arguments.get("attention_mask")
-    others = {name for name, value in arguments.items() if value is not None} - _KNOWN
-    if others or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
+    given = {name: value for name, value in arguments.items() if value is not None}
+    ids = given.get("input_ids")
+    if given.keys() - _KNOWN or not isinstance(ids, Tensor) or ids.ndim != 2 or len(ids) != 1:
         return None
     if not 1 <= ids.shape[1] <= _LONGEST:
         return None
-    if mask is None:
-        return _Word(ids.device, tuple(ids[0].tolist()), None)
-    if not isinstance(mask, Tensor) or mask.shape != ids.shape or mask.device != ids.device:
-        return None
-    # one wait for the device, not two
-    both = torch.stack([ids[0].long(), mask[0].long()]).tolist()
-    return _Word(ids.device, tuple(both[0]), (mask.dtype, *both[1]))
+    others = {name: given[name] for name in _TOKENS if name in given}
+    for other in others.values():
+        if not isinstance(other, Tensor) or other.shape != ids.shape or other.device != ids.device:
+            return None
+        if other.is_floating_point():
+            return None
+    # one wait for the device, not one for each
+    first, *rest = torch.stack([t[0].long() for t in (ids, *others.values())]).tolist()
+    known = (
+        (name, other.dtype, tuple(values))
+        for (name, other), values in zip(others.items(), rest, strict=True)
+    )
+    return _Word(ids.device, tuple(first), tuple(known))

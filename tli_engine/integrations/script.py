@@ -3,13 +3,13 @@
 import runpy
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-from weakref import WeakSet
 
 from torch import nn
 
@@ -35,12 +35,7 @@ class ScriptRun:
 
     def __init__(self, say: Say) -> None:
         self._say = say
-        self._said: WeakSet[Any] = WeakSet()
-        self._settings: list[tuple[str, Any]] = []
-
-    @property
-    def counts(self) -> list[tuple[str, dict[str, int]]]:
-        return [(name, dict(settings.counts)) for name, settings in self._settings]
+        self.counts: list[tuple[str, Counter[str]]] = []
 
     def take(self, model: Any) -> None:
         """Accelerate a model that was loaded or adapted, and say what that changed."""
@@ -56,7 +51,7 @@ class ScriptRun:
             settings = settings_of(module)
             if settings is not None and settings.memo is None:
                 settings.memo = Memo()
-                self._settings.append((type(module).__name__, settings))
+                self.counts.append((type(module).__name__, settings.counts))
         for line in str(summary).splitlines():
             self._say(f"{name}: {line}")
 
