@@ -4,6 +4,7 @@ A layer becomes one of these by its ``__class__``, and stops being one the same 
 bitsandbytes' own, since code finds layers by it.
 """
 
+from contextlib import suppress
 from typing import Any
 
 import bitsandbytes as bnb
@@ -11,7 +12,7 @@ import torch
 from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor
 
-from tli_engine.integrations.frozen_weight import FrozenWeight
+from tli_engine.integrations.frozen_weight import FrozenWeight, NotReplacedError
 from tli_engine.ops.nf4_linear import check_input
 
 _FROZEN = "_tli_engine_weight"
@@ -55,25 +56,29 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
         setattr(self, _FROZEN, frozen)
         return frozen
 
-    def forget_weight(self) -> None:
-        """Read the parameter anew at the next call."""
+    def read_weight_anew(self) -> None:
+        """Lay the parameter out again; one that no kernel reads is an error at the next call."""
         self.__dict__.pop(_FROZEN, None)
+        with suppress(NotReplacedError):
+            setattr(self, _FROZEN, FrozenWeight(self.weight))
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name == "weight":
-            self.forget_weight()
         super().__setattr__(name, value)
+        if name == "weight":
+            # at once: what was compiled is to find it there
+            self.read_weight_anew()
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != _FROZEN}
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        self.forget_weight()
-        return super()._apply(*args, **kwargs)
+        result = super()._apply(*args, **kwargs)
+        self.read_weight_anew()
+        return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self.forget_weight()
         super()._load_from_state_dict(*args, **kwargs)
+        self.read_weight_anew()
 
 
 def unpack_from_cpu_kernels(layer: bnb.nn.Linear4bit) -> None:

@@ -45,6 +45,8 @@ def _bitsandbytes() -> Kind:
     from tli_engine.integrations import bnb_layers
 
     def check(layer: Any) -> None:
+        if not getattr(layer.weight, "bnb_quantized", False):
+            raise NotReplacedError("not quantised yet; move the model to its device first")
         bnb_layers.unpack_from_cpu_kernels(layer)
         bnb_layers.fix_4bit_weight_quant_state_from_module(layer)
         # as it will be read; an error now, not at the first call
@@ -115,9 +117,6 @@ def check_model(model: Any) -> None:
     """Raise ``UserError`` for what cannot be accelerated as a whole."""
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate takes a model, got {type(model).__name__}")
-    on_meta = next((n for n, t in model.named_parameters() if t.device.type == "meta"), None)
-    if on_meta is not None:
-        raise UserError(f"{on_meta} is on the meta device; load the weights first")
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
         if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
@@ -125,3 +124,6 @@ def check_model(model: Any) -> None:
                 f"{name or 'the model'} is offloaded by accelerate's hooks; load the model onto one "
                 f"device, with device_map={{'': 0}}"
             )
+    on_meta = next((n for n, t in model.named_parameters() if t.device.type == "meta"), None)
+    if on_meta is not None:
+        raise UserError(f"{on_meta} is on the meta device; load the weights first")
