@@ -29,7 +29,8 @@ def _count(*args: Any) -> None:
 @contextmanager
 def watched() -> Iterator[None]:
     """Count while inside."""
-    theirs: Any = torch._C.TensorBase.data
+    outer = torch.Tensor.__dict__.get("data")
+    theirs: Any = outer or torch._C.TensorBase.data
 
     def read(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):
@@ -48,5 +49,8 @@ def watched() -> Iterator[None]:
         yield
     finally:
         steps.remove()
-        # the class has none of its own: TensorBase's shows again
-        del torch.Tensor.data  # type: ignore[misc]
+        if outer is None:
+            # the class has none of its own: TensorBase's shows again
+            del torch.Tensor.data  # type: ignore[misc]
+        else:
+            torch.Tensor.data = outer  # type: ignore[assignment]
