@@ -81,7 +81,9 @@ def write_model(subject: Subject, folder: Path) -> None:
     model.config.dtype = subject.dtype
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    tensors = {n: t.detach().cpu().contiguous() for n, t in model.state_dict().items()}
+    # copies: layers share the table of NF4's values
+    state = model.state_dict()
+    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
     if model.config.tie_word_embeddings:
         del tensors["lm_head.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})

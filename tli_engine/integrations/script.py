@@ -128,7 +128,8 @@ def run_script(path: Path, arguments: Sequence[str], say: Say) -> tuple[int, Scr
         status = _status(exit_)
     except BaseException as error:
         # as the interpreter would show it, from the script's own first line on
-        sys.excepthook(type(error), error, _from_script(error, path))
+        error.__traceback__ = _from_script(error, path)
+        sys.excepthook(type(error), error, error.__traceback__)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         sys.argv, sys.path = argv, search
