@@ -63,9 +63,7 @@ class Timing:
 
 def tiny_subject(layers: int, dtype: torch.dtype, nf4: bool) -> Subject:
     """A model small enough for a test, on a CPU."""
-    config = tiny_config(
-        "llama", hidden_size=64, intermediate_size=128, num_hidden_layers=layers
-    )
+    config = tiny_config("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=layers)
     return random_subject("tiny", config, dtype, torch.device("cpu"), nf4)
 
 
@@ -116,10 +114,14 @@ def run_case(case: Case, way: Sequence[str], out: Path) -> Timing:
     found = re.search(r"in ([\d.]+) s$", result.stdout, re.MULTILINE)
     if result.returncode or found is None:
         raise SystemExit(f"{case.script}: {result.stdout}{result.stderr}")
-    with out.open(newline="") as file:
+    return Timing(float(found[1]), wall_s, numbers(out))
+
+
+def numbers(path: Path) -> list[float]:
+    """Every number in a CSV below its first line."""
+    with path.open(newline="") as file:
         rows = list(csv.reader(file))[1:]
-    numbers = [float(cell) for row in rows for cell in row if re.fullmatch(r"-?\d[\d.e-]*", cell)]
-    return Timing(float(found[1]), wall_s, numbers)
+    return [float(cell) for row in rows for cell in row if re.fullmatch(r"-?\d[\d.e-]*", cell)]
 
 
 def bench_script(case: Case, subject: Subject, layers: int, folder: Path, rounds: int) -> list[Row]:

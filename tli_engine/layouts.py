@@ -43,12 +43,10 @@ class PortableWeight:
 
     transposed_nbytes = 0
 
-    def __init__(self, weight: NF4Weight, *, in_place: bool = False) -> None:
-        """Lay out a weight; ``in_place`` keeps its own bytes, tiles or not."""
+    def __init__(self, weight: NF4Weight) -> None:
         self.N, self.K = weight.shape
         self.packed, self.absmax = weight.packed, weight.absmax_fp32()
-        fits = weight.device.type == "cuda" and weight.block_size == 64 and self.K % 128 == 0
-        self.tiled = fits and not in_place
+        self.tiled = weight.device.type == "cuda" and weight.block_size == 64 and self.K % 128 == 0
         if self.tiled:
             self.packed, self.absmax = tile(self.packed, self.absmax, self.N, self.K)
         # the only copy of the bytes is this one; of the statistics, what it lacks
@@ -245,14 +243,10 @@ def lora_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, sizes: Sequence
     return torch.cat([part @ b.T for part, b in parts], 1)
 
 
-def lay_out(weight: NF4Weight, *, in_place: bool = False) -> PortableWeight | RecordedWeight:
-    """Choose the layout of the fastest kernels that run here: records, where the extension does.
-
-    ``in_place`` asks for no second copy of the bytes where the kernels read them as they are:
-    records are a copy all the same, tiles are not made.
-    """
+def lay_out(weight: NF4Weight) -> PortableWeight | RecordedWeight:
+    """Choose the layout of the fastest kernels that run here: records, where the extension does."""
     N, K = weight.shape
     fits = weight.block_size == 64 and N % 64 == 0 and K % 64 == 0 and N > 0 and K > 0
     if fits and backends.has_extension(weight.device):
         return RecordedWeight(weight)
-    return PortableWeight(weight, in_place=in_place)
+    return PortableWeight(weight)

@@ -180,7 +180,9 @@ def test_memory_is_bounded(model: Any) -> None:
     memo = remember(model, limit=4096)
     for first in range(20):
         ids = torch.tensor([[256, first, 8, 9]])
-        assert torch.equal(states(model, {"input_ids": ids})[3], states(model, {"input_ids": ids})[3])
+        assert torch.equal(
+            states(model, {"input_ids": ids})[3], states(model, {"input_ids": ids})[3]
+        )
     assert 1 <= len(memo) <= 4
 
 

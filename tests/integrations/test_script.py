@@ -1,7 +1,7 @@
 """Scripts run as they are: results, what is said, exit statuses and tracebacks; and the bench of them."""
 
-import csv
 import json
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,7 +12,15 @@ import pytest
 import torch
 
 from bench import bench_drop_in
-from bench.bench_drop_in import SCRIPTS, cases, run_case, tiny_subject, write_model, write_pairs
+from bench.bench_drop_in import (
+    SCRIPTS,
+    Case,
+    cases,
+    numbers,
+    tiny_subject,
+    write_model,
+    write_pairs,
+)
 from tli_engine.cli import main
 from tli_engine.integrations.script import ScriptRun, accelerated_loading
 
@@ -41,23 +49,29 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def numbers(path: Path) -> list[list[str]]:
-    with path.open(newline="") as file:
-        return list(csv.reader(file))
+def results(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch, run: bool) -> list[float]:
+    """The numbers that a script writes, run here by Python or by ``run``."""
+    arguments = [str(SCRIPTS / case.script), *case.before, str(out), *case.after]
+    if run:
+        assert main(["run", *arguments]) == 0
+    else:
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+    return numbers(out)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dense", "nf4"])
-def test_scripts_of_the_published_kind_give_the_same(work: Path, kind: str) -> None:
+def test_scripts_of_the_published_kind_give_the_same(
+    work: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # bitsandbytes infers in bf16 on some CPUs, so its own results are coarse there
     tolerance = {"dense": 1e-5, "nf4": 3e-2}[kind]
-    ours, theirs = ["-m", "tli_engine", "run"], list[str]()
     for case in cases(work / kind, 3, 16, 4):
         out = work / f"{kind}.csv"
-        plain = run_case(case, theirs, out).numbers
-        run = run_case(case, ours, out).numbers
+        plain, run = (results(case, out, monkeypatch, run) for run in (False, True))
         # a row a layer, a step, a pair
-        assert len(run) == {"scan_layers.py": 10, "train_early.py": 4, "evaluate_pairs.py": 8}[case.script]
+        rows = {"scan_layers.py": 10, "train_early.py": 4, "evaluate_pairs.py": 8}
+        assert len(run) == rows[case.script]
         torch.testing.assert_close(run, plain, rtol=0, atol=tolerance)
 
 
@@ -72,7 +86,7 @@ def test_what_is_printed(work: Path, tmp_path: Path) -> None:
     # 8 pairs, 5 layers, one after another: each word goes through each block once
     line = next(line for line in result.stderr.splitlines() if line.split()[1:2] == ["80"])
     assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320"]
-    assert [row[0] for row in numbers(tmp_path / "out.csv")] == ["layer", *"01234"]
+    assert len(numbers(tmp_path / "out.csv")) == 10
 
 
 SCRIPT = """

@@ -44,7 +44,9 @@ class Summary:
         if self.repacked_nbytes:
             lines.append(f"repacked for the kernels: {self.repacked_nbytes / 2**20:,.0f} MiB")
         lines += [f"lazy hidden states: {name or 'the model'}" for name in self.lazy]
-        lines += [f"hidden states as before: {n or 'the model'}: {r}" for n, r in self.eager.items()]
+        lines += [
+            f"hidden states as before: {n or 'the model'}: {r}" for n, r in self.eager.items()
+        ]
         reasons = Counter(self.kept.values())
         first = {reason: name for name, reason in reversed(self.kept.items())}
         lines += [f"left as they are: {n} x: {r} ({first[r]} …)" for r, n in reasons.items()]
@@ -76,7 +78,9 @@ def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
         make_lazy(name, module, stop_at, summary.lazy, summary.eager)
     if stop_at is not None and not summary.lazy:
         reasons = "; ".join(summary.eager.values()) or "it holds no decoder of transformers"
-        raise UserError(f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {reasons}")
+        raise UserError(
+            f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {reasons}"
+        )
     above = _blocks_above(model, stop_at)
     for kind in kinds():
         for name, layer in _candidates(model, kind):
@@ -108,9 +112,9 @@ def restore(model: Any) -> None:
 
 
 def _candidates(model: nn.Module, kind: Kind) -> Iterator[tuple[str, nn.Module]]:
-    return (
-        (name, module) for name, module in model.named_modules() if isinstance(module, kind.theirs)
-    )
+    for name, module in model.named_modules():
+        if issubclass(type(module), kind.theirs):
+            yield name, module
 
 
 def _take(layer: nn.Module, name: str, kind: Kind, summary: Summary) -> None:

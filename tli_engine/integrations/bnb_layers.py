@@ -18,8 +18,10 @@ from tli_engine.ops.nf4_linear import check_input
 _FROZEN = "_tli_engine_weight"
 
 
-class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
+class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     """bitsandbytes' layer, its product computed by the engine."""
+
+    compute_type_is_set: bool
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype."""
@@ -81,7 +83,7 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc,unused-ignore]
         self.read_weight_anew()
 
 
-def unpack_from_cpu_kernels(layer: bnb.nn.Linear4bit) -> None:
+def unpack_from_cpu_kernels(layer: Any) -> None:
     """Give a layer that has run on some CPUs its own bytes back, as saving it does."""
     from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
 

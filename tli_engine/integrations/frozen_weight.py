@@ -77,10 +77,12 @@ class FrozenWeight:
 
     def __init__(self, parameter: Any) -> None:
         weight = nf4_weight(parameter)
-        self.stored: PortableWeight | RecordedWeight = lay_out(weight, in_place=True)
-        own = weight.nbytes
-        in_place = isinstance(self.stored, PortableWeight)
-        self.repacked_nbytes = self.stored.nbytes - (own if in_place else 0)
+        self.stored: PortableWeight | RecordedWeight = lay_out(weight)
+        own = {weight.packed.data_ptr(), weight.absmax.data_ptr()}
+        held = (getattr(self.stored, name, None) for name in ("packed", "absmax", "records"))
+        self.repacked_nbytes = sum(
+            tensor.nbytes for tensor in held if tensor is not None and tensor.data_ptr() not in own
+        )
         self._parameter, self._state = parameter, parameter.quant_state
         self._seen = self._look(parameter)
 

@@ -93,7 +93,7 @@ def _is_model(module: nn.Module) -> bool:
 
 def decoder_of(module: Any, theirs: type) -> Any:
     """The decoder in a model, the model itself if it is one; or why it stays as it was."""
-    family = _FAMILIES.get(getattr(module.config, "model_type", None))
+    family = _FAMILIES.get(str(getattr(module.config, "model_type", None)))
     if family is None:
         known = ", ".join(_FAMILIES)
         return f"model type {module.config.model_type!r}; known are {known}"

@@ -27,10 +27,10 @@ class _Unread:
         return getattr(self.tensor(), name)
 
     @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
-    ) -> Any:
-        read = _pytree.tree_map_only(_Unread, _Unread.tensor, (list(map(_plain, args)), kwargs or {}))
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        read = _pytree.tree_map_only(
+            _Unread, _Unread.tensor, (list(map(_plain, args)), kwargs or {})
+        )
         return func(*read[0], **read[1])
 
 
@@ -48,7 +48,7 @@ class LazyHiddenStates(tuple[Tensor, ...]):
         """``values`` are numbers for ``read``; without it, the result is a plain tuple of them."""
         if read is None:
             return tuple(values)
-        states = super().__new__(cls, (_Unread(read, k) for k in values))  # type: ignore[type-var]
+        states = super().__new__(cls, (_Unread(read, k) for k in values))  # type: ignore[misc]
         states._read = read
         return states
 
@@ -133,17 +133,18 @@ class LazyOutput:
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, int):
-            key = list(self.keys())[key]  # type: ignore[attr-defined]
+            key = list(self.keys())[key]
         if isinstance(key, str):
             self._settle(key)
             # transformers' own reads every item to find one
-            return OrderedDict.__getitem__(self, key)  # type: ignore[arg-type]
+            return OrderedDict.__getitem__(self, key)  # type: ignore[index]
         self._settle_all()
         return super().__getitem__(key)  # type: ignore[misc]
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dictionary."""
-        return self[key] if key in self else default  # type: ignore[operator]
+        known: Any = self.keys()
+        return self[key] if key in known else default
 
     def items(self) -> Any:
         """As of a dictionary; computes everything."""
@@ -211,4 +212,4 @@ def lazy_output(
 
 def is_compiling() -> bool:
     """Whether a call is traced, and has to be run as it is written."""
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None

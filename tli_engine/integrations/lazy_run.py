@@ -57,6 +57,7 @@ class Step:
     kwargs: Mapping[str, Any]
 
     def __call__(self, hidden: Tensor) -> Tensor:
+        """Run the block on ``[B, T, D]``."""
         out = self.block(hidden, *self.args, **self.kwargs)
         # a tuple in older versions of transformers
         result: Tensor = out[0] if isinstance(out, tuple) else out

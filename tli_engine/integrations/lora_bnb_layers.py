@@ -11,7 +11,7 @@ from tli_engine.integrations.lora_layers import plain_update
 from tli_engine.layouts import Adapter
 
 
-class Linear4bit(peft_bnb.Linear4bit):  # type: ignore[misc,name-defined,unused-ignore]
+class Linear4bit(peft_bnb.Linear4bit):  # type: ignore[misc]
     """PEFT's layer over a 4-bit one."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

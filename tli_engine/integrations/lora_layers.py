@@ -23,7 +23,7 @@ class Update(NamedTuple):
     scaling: float
 
 
-class Linear(lora.Linear):  # type: ignore[misc,unused-ignore]
+class Linear(lora.Linear):  # type: ignore[misc]
     """PEFT's layer over a dense one."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -107,7 +107,9 @@ class Memo:
 
     def _run(self, call: Call, word: _Word) -> LazyRun:
         # a run outlives its call, whose tensors the caller may write to
-        arguments = {n: v.clone() if isinstance(v, Tensor) else v for n, v in call.arguments.items()}
+        arguments = {
+            n: v.clone() if isinstance(v, Tensor) else v for n, v in call.arguments.items()
+        }
         state = call.state.of_inputs([v for v in arguments.values() if isinstance(v, Tensor)])
         call = replace(call, arguments=arguments, state=state)
         if not word.is_plain:
@@ -117,7 +119,9 @@ class Memo:
         if self._steps.get(key) is None:
             steps, embedded = note_steps(call)
             # in some families more is done to the embeddings than their module does
-            plain = key not in self._steps and torch.equal(embedded, embed(call.arguments["input_ids"]))
+            plain = key not in self._steps and torch.equal(
+                embedded, embed(call.arguments["input_ids"])
+            )
             self._steps[key] = steps if plain else None
             return LazyRun(call, steps, embedded)
         if self._replays is None:

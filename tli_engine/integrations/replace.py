@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tli_engine.errors import UserError
-from tli_engine.integrations.frozen_weight import NotReplacedError
+from tli_engine.integrations.frozen_weight import FrozenWeight, NotReplacedError
 
 
 class Kind:
@@ -41,6 +41,7 @@ def kinds() -> list[Kind]:
 
 def _bitsandbytes() -> Kind:
     import bitsandbytes as bnb
+    from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 
     from tli_engine.integrations import bnb_layers
 
@@ -48,9 +49,9 @@ def _bitsandbytes() -> Kind:
         if not getattr(layer.weight, "bnb_quantized", False):
             raise NotReplacedError("not quantised yet; move the model to its device first")
         bnb_layers.unpack_from_cpu_kernels(layer)
-        bnb_layers.fix_4bit_weight_quant_state_from_module(layer)
+        fix_4bit_weight_quant_state_from_module(layer)
         # as it will be read; an error now, not at the first call
-        bnb_layers.FrozenWeight(layer.weight)
+        FrozenWeight(layer.weight)
 
     theirs = (bnb.nn.Linear4bit, bnb.nn.LinearNF4)
     return Kind("bitsandbytes Linear4bit", theirs, bnb_layers.Linear4bit, check)

@@ -51,6 +51,6 @@ def watched() -> Iterator[None]:
         steps.remove()
         if outer is None:
             # the class has none of its own: TensorBase's shows again
-            del torch.Tensor.data  # type: ignore[misc]
+            del torch.Tensor.data
         else:
-            torch.Tensor.data = outer  # type: ignore[assignment]
+            torch.Tensor.data = outer
