@@ -28,17 +28,19 @@ def blocks_run(model: Any) -> Iterator[list[int]]:
     ran: list[int] = []
     kept = []
     for i, block in enumerate(model.get_decoder().layers):
-        was = type(block)
-        kept.append((block, was))
+        kept.append((block, block.__dict__.get("forward")))
 
-        def forward(self: Any, *args: Any, i: int = i, was: Any = was, **kw: Any) -> Any:
+        def forward(*args: Any, i: int = i, was: Any = block.forward, **kwargs: Any) -> Any:
             ran.append(i)
-            return was.forward(self, *args, **kw)
+            return was(*args, **kwargs)
 
-        block.__class__ = type(block.__class__.__name__, (type(block),), {"forward": forward})
+        block.forward = forward
     yield ran
     for block, was in kept:
-        block.__class__ = was
+        del block.forward
+        # transformers 4 leaves one there
+        if was is not None:
+            block.forward = was
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
 # of the norm of an adapter's tensor; TRL holds adapters over 4-bit weights in bf16
-TOLERANCE = {"trainer": 1e-3, "trl_sft": 3e-2, "sentence_transformers_loss": 1e-3}
+TOLERANCE = {"trainer": 1e-3, "trl_sft": 0.05, "sentence_transformers_loss": 1e-3}
 NEEDS = {
     "trainer": (),
     "trl_sft": ("trl", "datasets"),

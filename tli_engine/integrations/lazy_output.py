@@ -120,7 +120,7 @@ class LazyOutput:
                 OrderedDict.__delitem__(self, name)  # type: ignore[arg-type]
                 self.__dict__[name] = None
             else:
-                setattr(self, name, value)
+                self[name] = value  # type: ignore[index]
 
     def _settle_all(self) -> None:
         for name in list(self.__dict__.get(_PENDING, ())):
@@ -205,7 +205,7 @@ def lazy_output(
     output = lazy_class(theirs)()
     for name in pending:
         OrderedDict.__setitem__(output, name, None)
-    output.hidden_states = LazyHiddenStates(range(run.depth + 1), read=read)
+    output["hidden_states"] = LazyHiddenStates(range(run.depth + 1), read=read)
     output.__dict__[_PENDING] = pending
     return output
 

@@ -68,16 +68,24 @@ class _NormReachedError(Exception):
     """Ends the first run where the blocks have been passed."""
 
 
+class _Passed:
+    """What stands for a hidden state on its way past the blocks; older versions take its first item."""
+
+    def __getitem__(self, index: int) -> "_Passed":
+        return self
+
+
 class _Noted:
     """Stands in for a block: notes how it is called."""
 
     def __init__(self, block: Any, steps: list[Step], embedded: list[Tensor]) -> None:
         self._block, self._steps, self._embedded = block, steps, embedded
 
-    def __call__(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> _Passed:
         self._steps.append(Step(self._block, args, kwargs))
-        self._embedded.append(hidden)
-        return hidden
+        if not self._embedded:
+            self._embedded.append(hidden)
+        return _Passed()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._block, name)
