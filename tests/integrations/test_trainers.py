@@ -11,8 +11,9 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "docs" / "examples"
-# of the norm of an adapter's tensor; TRL holds adapters over 4-bit weights in bf16
-TOLERANCE = {"trainer": 1e-3, "trl_sft": 0.05, "sentence_transformers_loss": 1e-3}
+# of the norm of an adapter's tensor; TRL holds adapters over 4-bit weights in bf16, in which PEFT then
+# computes and the engine does not, and Adam's first steps go by a gradient's sign
+TOLERANCE = {"trainer": 1e-3, "trl_sft": 0.1, "sentence_transformers_loss": 1e-3}
 NEEDS = {
     "trainer": (),
     "trl_sft": ("trl", "datasets"),

@@ -85,10 +85,11 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
 
 def unpack_from_cpu_kernels(layer: Any) -> None:
     """Give a layer that has run on some CPUs its own bytes back, as saving it does."""
-    from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
-
     state = layer.weight.quant_state
     if getattr(state, "packing_format_for_cpu", False):
+        # versions that do not pack have no such function
+        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
+
         layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
             layer.weight.data, state
         )
