@@ -1,10 +1,10 @@
 """Accelerated models in ``DistributedDataParallel``: gradients are those of the model alone."""
 
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -16,7 +16,9 @@ Load = Callable[..., Any]
 
 
 @pytest.fixture
-def _one_process() -> Iterator[None]:
+def _one_process(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    # torch puts the rank before every later traceback
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()
