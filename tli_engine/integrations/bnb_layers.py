@@ -81,15 +81,3 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.read_weight_anew()
-
-
-def unpack_from_cpu_kernels(layer: Any) -> None:
-    """Give a layer that has run on some CPUs its own bytes back, as saving it does."""
-    state = layer.weight.quant_state
-    if getattr(state, "packing_format_for_cpu", False):
-        # versions that do not pack have no such function
-        from bitsandbytes.nn.modules import _convert_weight_packed_for_cpu_inverse
-
-        layer.weight.data, layer.weight.quant_state = _convert_weight_packed_for_cpu_inverse(
-            layer.weight.data, state
-        )

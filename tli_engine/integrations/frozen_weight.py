@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tli_engine.layouts import PortableWeight, RecordedWeight, lay_out
 from tli_engine.nf4 import BLOCK_SIZES, CODE, NestedAbsmax, NF4Weight
+from tli_engine.ops.nf4_dequantize import check_stored
 
 # values of bitsandbytes' tables that are equal on every device
 _NESTED_BLOCK_SIZE = 256
@@ -34,7 +35,10 @@ def nf4_weight(parameter: Any) -> NF4Weight:
     if state.quant_type != "nf4":
         raise NotReplacedError(f"holds {state.quant_type} data; the kernels read nf4")
     if getattr(state, "packing_format_for_cpu", False):
-        raise NotReplacedError("packed for bitsandbytes' CPU kernels; unpack it first")
+        raise NotReplacedError(
+            "bitsandbytes packed it for its CPU kernels when it inferred, which rounds the "
+            "statistics; accelerate a model before it infers"
+        )
     if state.blocksize not in BLOCK_SIZES:
         raise NotReplacedError(f"blocks of {state.blocksize}; the kernels read {BLOCK_SIZES}")
     if not torch.equal(state.code.detach().cpu().float(), CODE):
@@ -44,7 +48,7 @@ def nf4_weight(parameter: Any) -> NF4Weight:
     packed = parameter.detach().as_subclass(Tensor)
     if not packed.is_contiguous():
         raise NotReplacedError(f"bytes with strides {list(packed.stride())}")
-    return NF4Weight(
+    weight = NF4Weight(
         # bnb_4bit_quant_storage may name any dtype: the bytes are the same
         packed.view(torch.uint8).view(-1, 1),
         state.absmax.detach(),
@@ -53,6 +57,12 @@ def nf4_weight(parameter: Any) -> NF4Weight:
         state.blocksize,
         _nested(state),
     )
+    try:
+        # the kernels trust the sizes
+        check_stored(weight)
+    except ValueError as reason:
+        raise NotReplacedError(str(reason)) from None
+    return weight
 
 
 def _nested(state: Any) -> NestedAbsmax | None:

@@ -120,7 +120,7 @@ class LazyOutput:
                 OrderedDict.__delitem__(self, name)  # type: ignore[arg-type]
                 self.__dict__[name] = None
             else:
-                self[name] = value  # type: ignore[index]
+                self[name] = value
 
     def _settle_all(self) -> None:
         for name in list(self.__dict__.get(_PENDING, ())):

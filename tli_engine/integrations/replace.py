@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from tli_engine.errors import UserError
-from tli_engine.integrations.frozen_weight import FrozenWeight, NotReplacedError
+from tli_engine.integrations.frozen_weight import NotReplacedError, nf4_weight
 
 
 class Kind:
@@ -48,10 +48,9 @@ def _bitsandbytes() -> Kind:
     def check(layer: Any) -> None:
         if not getattr(layer.weight, "bnb_quantized", False):
             raise NotReplacedError("not quantised yet; move the model to its device first")
-        bnb_layers.unpack_from_cpu_kernels(layer)
         fix_4bit_weight_quant_state_from_module(layer)
         # as it will be read; an error now, not at the first call
-        FrozenWeight(layer.weight)
+        nf4_weight(layer.weight)
 
     theirs = (bnb.nn.Linear4bit, bnb.nn.LinearNF4)
     return Kind("bitsandbytes Linear4bit", theirs, bnb_layers.Linear4bit, check)
