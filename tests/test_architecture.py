@@ -32,7 +32,7 @@ MAY_IMPORT = {
     "data": set(),
     "models": {"data", "nn", "ops", "nf4", "nf4_checkpoint"},
     "align": {"models", "data", "nn", "ops"},
-    "integrations": {"align", "models", "data", "nn", "ops", "nf4", "nf4_checkpoint"},
+    "integrations": {"align", "models", "data", "nn", "layouts", "ops", "nf4", "nf4_checkpoint"},
     "train": {"integrations", "align", "models", "data", "nn", "ops"},
     "evaluate": {"integrations", "align", "models", "data", "nn", "ops"},
     "cli": {

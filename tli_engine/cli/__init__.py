@@ -19,6 +19,7 @@ _COMMANDS = {
     "verify": "check a run or a checkpoint against its manifest",
     "export": "write a run's adapter, or a whole model, for use elsewhere",
     "data": "look at word pairs before training on them",
+    "run": "run another code base's script on this engine",
     "info": "print versions, devices and which backend each op uses",
 }
 

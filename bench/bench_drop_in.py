@@ -1,0 +1,204 @@
+"""Scripts of the published kind, unmodified: with plain Python and with ``tli-engine run``.
+
+``bench/scripts`` has three: a layer scan that calls the model one word at a time for every layer, a
+training whose loss is at ``hidden_states[2]``, and an evaluation pair by pair with a base and a merged
+model. The model is a folder of random weights, in NF4, that both load; words are random letters. A
+script times itself, from the first call of the model on: ``ms`` is that, ``notes`` have the whole
+process's wall time and by how much the two ways' CSVs differ. Libraries set themselves up, kernels are
+built and graphs captured inside the time.
+
+``[--model NAME] [--layers N] [--pairs N] [--train-pairs N] [--evaluate-pairs N] [--rounds N]``
+"""
+
+import argparse
+import csv
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from bench.harness import RESULTS, Row, print_rows, quantiles_ms, write_results
+from bench.models import RANDOM, Subject, config_of, random_subject
+from tli_engine.models.device import choose_device
+from tli_engine.testing import byte_tokenizer, tiny_config
+
+PEERS = ["transformers", "peft", "bitsandbytes"]
+SCRIPTS = RESULTS.parent / "scripts"
+WAYS = {
+    "transformers+bitsandbytes": [],
+    "tli-engine": ["-m", "tli_engine", "run"],
+}
+# a cosine or a loss may differ by as much where only rounding differs
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A script, the arguments before its output file and after it, and how many pairs it takes."""
+
+    script: str
+    before: Sequence[str]
+    after: Sequence[str]
+    pairs: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds that a script gives for its work, and those of the process; numbers of its CSV."""
+
+    seconds: float
+    wall_s: float
+    numbers: list[float]
+
+
+def tiny_subject(layers: int, dtype: torch.dtype, nf4: bool) -> Subject:
+    """A model small enough for a test, on a CPU."""
+    config = tiny_config("llama", hidden_size=64, intermediate_size=128, num_hidden_layers=layers)
+    return random_subject("tiny", config, dtype, torch.device("cpu"), nf4)
+
+
+def write_model(subject: Subject, folder: Path) -> None:
+    """Write a model as transformers and bitsandbytes read it, and a tokenizer of bytes."""
+    from transformers import BitsAndBytesConfig
+
+    model = subject.causal_lm()
+    if subject.nf4:
+        model.config.quantization_config = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=subject.dtype
+        )
+    model.config.dtype = subject.dtype
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
+    # copies: layers share the table of NF4's values
+    state = model.state_dict()
+    tensors = {n: t.detach().to("cpu", copy=True).contiguous() for n, t in state.items()}
+    if model.config.tie_word_embeddings:
+        del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    byte_tokenizer().save_pretrained(folder)
+
+
+def write_pairs(path: Path, pairs: int) -> None:
+    """Write pairs of words of random letters, 2 to 7 each, the same at every call."""
+    draw = random.Random(0)
+
+    def word() -> str:
+        return "".join(draw.choice("abcdefghijklmnoprstuvwyz") for _ in range(draw.randint(2, 7)))
+
+    with path.open("w", newline="") as file:
+        csv.writer(file).writerows((word(), word()) for _ in range(pairs))
+
+
+def run_case(case: Case, way: Sequence[str], out: Path) -> Timing:
+    """Run a script one way.
+
+    Raises:
+        SystemExit: It failed; what it printed is shown.
+    """
+    arguments = [*case.before, str(out), *case.after]
+    command = [sys.executable, *way, str(SCRIPTS / case.script), *arguments]
+    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parents[1])}
+    start = time.perf_counter()
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    wall_s = time.perf_counter() - start
+    found = re.search(r"in ([\d.]+) s$", result.stdout, re.MULTILINE)
+    if result.returncode or found is None:
+        raise SystemExit(f"{case.script}: {result.stdout}{result.stderr}")
+    return Timing(float(found[1]), wall_s, numbers(out))
+
+
+def numbers(path: Path) -> list[float]:
+    """Every number in a CSV below its first line."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [float(cell) for row in rows for cell in row if re.fullmatch(r"-?\d[\d.e-]*", cell)]
+
+
+def bench_script(case: Case, subject: Subject, layers: int, folder: Path, rounds: int) -> list[Row]:
+    """Time a script both ways, in turns.
+
+    Raises:
+        SystemExit: Their results differ by more than rounding.
+    """
+    timings: dict[str, list[Timing]] = {way: [] for way in WAYS}
+    for _ in range(rounds):
+        for way, command in WAYS.items():
+            out = folder / f"{Path(case.script).stem}.csv"
+            timings[way].append(run_case(case, command, out))
+    theirs, ours = (runs[0].numbers for runs in timings.values())
+    difference = max(abs(a - b) for a, b in zip(theirs, ours, strict=True))
+    if difference > _TOLERANCE[subject.dtype]:
+        raise SystemExit(f"{case.script}: results differ by {difference:.2g}; not timed")
+    base = quantiles_ms([t.seconds for t in timings["transformers+bitsandbytes"]])[0]
+    rows = []
+    for way, runs in timings.items():
+        ms = quantiles_ms([t.seconds for t in runs])
+        notes: dict[str, Any] = {
+            "script": case.script,
+            "wall_s": round(min(t.wall_s for t in runs), 2),
+            "max_difference": difference,
+        }
+        shape = {"layers": layers, "pairs": case.pairs}
+        provider = way if subject.nf4 else way.removesuffix("+bitsandbytes")
+        label = f"{subject.label}: {Path(case.script).stem}"
+        rows.append(Row("script", shape, label, provider, *ms, base / ms[0], notes=notes))
+    print_rows(rows)
+    return rows
+
+
+def cases(folder: Path, pairs: int, train_pairs: int, evaluate_pairs: int) -> list[Case]:
+    """The three scripts on the model in ``folder``; the second writes what the third reads."""
+    model, adapter = str(folder / "model"), str(folder / "adapter")
+    files = []
+    for name, count in (("scan", pairs), ("train", train_pairs), ("evaluate", evaluate_pairs)):
+        path = folder / f"{name}-pairs.csv"
+        write_pairs(path, count)
+        files.append(str(path))
+    return [
+        Case("scan_layers.py", [model, files[0]], [], pairs),
+        Case("train_early.py", [model, files[1]], [adapter, "1"], train_pairs),
+        Case("evaluate_pairs.py", [model, adapter, files[2]], [], evaluate_pairs),
+    ]
+
+
+def main() -> None:
+    on_gpu = torch.cuda.is_available()
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    names = [*RANDOM, "tiny"]
+    parser.add_argument("--model", choices=names, default="llama-3-8b" if on_gpu else "tiny")
+    parser.add_argument("--layers", type=int, default=32, help="blocks of the model")
+    parser.add_argument("--pairs", type=int, default=8, help="of the scan")
+    parser.add_argument("--train-pairs", type=int, default=320, help="8 a step, one epoch")
+    parser.add_argument("--evaluate-pairs", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=1, help="runs of each script, each way")
+    args = parser.parse_args()
+    if args.model == "tiny":
+        # bitsandbytes infers in bf16 on some CPUs, whatever dtype it is told
+        subject = tiny_subject(args.layers, torch.float32, nf4=False)
+    else:
+        config = config_of(args.model)
+        config.num_hidden_layers = args.layers
+        subject = random_subject(args.model, config, torch.bfloat16, choose_device("auto"))
+    rows: list[Row] = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_model(subject, folder / "model")
+        if on_gpu:
+            torch.cuda.empty_cache()
+        for case in cases(folder, args.pairs, args.train_pairs, args.evaluate_pairs):
+            rows += bench_script(case, subject, args.layers, folder, args.rounds)
+    print(f"written: {write_results('drop_in', rows, PEERS)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Accelerated models on a GPU: against bitsandbytes and PEFT, lazy against eager, words from graphs."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tli_engine import accelerate, restore
+from tli_engine.integrations.lazy_model import settings_of
+from tli_engine.integrations.memo import Memo
+from tli_engine.integrations.weight_writes import watched
+from tli_engine.testing import assert_within_error_budget, save_tiny_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+pytest.importorskip("bitsandbytes")
+pytest.importorskip("peft")
+SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+Load = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny_model(tmp_path_factory.mktemp("llama"), "llama", **SIZES)
+
+
+@pytest.fixture
+def load(folder: Path) -> Load:
+    """A 4-bit model with LoRA on q and v, B not zero."""
+
+    def find(*, double_quant: bool = False, dtype: torch.dtype = torch.bfloat16) -> Any:
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, quantization_config=config, device_map={"": 0}, dtype=dtype
+        )
+        lora = LoraConfig(r=8, target_modules=["q_proj", "v_proj"], lora_dropout=0.0)
+        model = get_peft_model(model, lora)
+        generator = torch.Generator("cuda").manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_" in name:
+                    parameter.normal_(0, 0.05, generator=generator)
+        return model.train()
+
+    return find
+
+
+@pytest.fixture
+def tokens() -> dict[str, Tensor]:
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3], device="cuda")
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, 256, (2, 7), device="cuda", generator=generator)
+    return {"input_ids": ids * mask + 258 * (1 - mask), "attention_mask": mask}
+
+
+def run(model: Any, tokens: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    out = model(**tokens, labels=tokens["input_ids"])
+    out.loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return out.logits.detach(), found
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["nf4", "double"])
+def test_errs_no_more_than_bitsandbytes_and_peft(
+    load: Load, tokens: dict[str, Tensor], double_quant: bool
+) -> None:
+    logits, gradients = run(load(double_quant=double_quant, dtype=torch.float32), tokens)
+    model = load(double_quant=double_quant)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    places = {n: p.data_ptr() for n, p in model.named_parameters()}
+    theirs, their_gradients = run(model, tokens)
+    summary = accelerate(model)
+    assert len(summary.replaced) == 36
+    assert summary.repacked_nbytes > 0
+    ours, our_gradients = run(model, tokens)
+    assert_within_error_budget(ours, theirs, logits.double(), factor=3)
+    for name, gradient in gradients.items():
+        exact = gradient.double()
+        assert_within_error_budget(our_gradients[name], their_gradients[name], exact, factor=3)
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert {n: p.data_ptr() for n, p in model.named_parameters()} == places
+    restore(model)
+    again, _ = run(model, tokens)
+    assert_within_error_budget(again, theirs, logits.double(), factor=1.1)
+
+
+def test_lazy_states_are_the_eager_ones(load: Load, tokens: dict[str, Tensor]) -> None:
+    model = load()
+    accelerate(model)
+    eager = model(**tokens, output_hidden_states=True, use_cache=True)
+    lazy = model(**tokens, output_hidden_states=True)
+    for mine, theirs in zip(lazy.hidden_states, eager.hidden_states, strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch.equal(lazy.logits, eager.logits)
+
+
+def test_early_states_need_no_memory_for_the_rest(load: Load, tokens: dict[str, Tensor]) -> None:
+    model = load()
+    accelerate(model)
+    peaks = []
+    for read in (1, 4):
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        model(**tokens, output_hidden_states=True).hidden_states[read].sum().backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        model.zero_grad(set_to_none=True)
+    assert peaks[0] < peaks[1]
+
+
+def test_words_from_graphs_are_the_eager_ones(load: Load) -> None:
+    model = load().eval()
+    words = [
+        {
+            "input_ids": torch.tensor([[256, i, 8, 9]], device="cuda"),
+            "attention_mask": torch.ones(1, 4, dtype=torch.int64, device="cuda"),
+        }
+        for i in range(8)
+    ]
+    accelerate(model)
+    memo = Memo()
+    settings = settings_of(model.get_base_model())
+    assert settings is not None
+    with torch.no_grad(), watched():
+        expected = [model(**word, output_hidden_states=True, use_cache=True) for word in words]
+        settings.memo = memo
+        for k in range(5):
+            for word, eager in zip(words, expected, strict=True):
+                actual = model(**word, output_hidden_states=True).hidden_states[k]
+                assert torch.equal(actual, eager.hidden_states[k])
+        assert memo._replays is not None
+        assert len(memo._replays._graphs) == 4
+        # a changed adapter is seen
+        layer = model.get_base_model().model.layers[0].self_attn.q_proj
+        layer.lora_B["default"].weight.data.mul_(-3)
+        changed = model(**words[0], output_hidden_states=True).hidden_states[2]
+        eager = model(**words[0], output_hidden_states=True, use_cache=True).hidden_states[2]
+        assert torch.equal(changed, eager)
+        assert not torch.equal(changed, expected[0].hidden_states[2])
+
+
+def test_compiles(load: Load, tokens: dict[str, Tensor]) -> None:
+    model = load()
+    accelerate(model)
+    expected = model(**tokens).logits
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(**tokens).logits, expected, rtol=2e-2, atol=2e-2)

@@ -1,0 +1,187 @@
+"""Scripts run as they are: results, what is said, exit statuses and tracebacks; and the bench of them."""
+
+import json
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bench import bench_drop_in
+from bench.bench_drop_in import (
+    SCRIPTS,
+    Case,
+    cases,
+    numbers,
+    tiny_subject,
+    write_model,
+    write_pairs,
+)
+from tli_engine.cli import main
+from tli_engine.integrations.script import ScriptRun, accelerated_loading
+
+ROOT = Path(__file__).resolve().parents[2]
+Load = Callable[..., Any]
+
+
+def python(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *arguments],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={"PYTHONPATH": str(ROOT), "PATH": "", "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a dense and a 4-bit model, and pairs."""
+    folder = tmp_path_factory.mktemp("drop_in")
+    for name, nf4 in (("dense", False), ("nf4", True)):
+        write_model(tiny_subject(4, torch.float32, nf4), folder / name / "model")
+        write_pairs(folder / "pairs.csv", 8)
+    return folder
+
+
+def results(case: Case, out: Path, monkeypatch: pytest.MonkeyPatch, run: bool) -> list[float]:
+    """The numbers that a script writes, run here by Python or by ``run``."""
+    arguments = [str(SCRIPTS / case.script), *case.before, str(out), *case.after]
+    if run:
+        assert main(["run", *arguments]) == 0
+    else:
+        monkeypatch.setattr(sys, "argv", arguments)
+        runpy.run_path(arguments[0], run_name="__main__")
+    return numbers(out)
+
+
+@pytest.mark.parametrize("kind", ["dense", "nf4"])
+def test_scripts_of_the_published_kind_give_the_same(
+    work: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # bitsandbytes infers in bf16 on some CPUs, so its own results are coarse there
+    tolerance = {"dense": 1e-5, "nf4": 3e-2}[kind]
+    for case in cases(work / kind, 3, 16, 4):
+        out = work / f"{kind}.csv"
+        plain, run = (results(case, out, monkeypatch, run) for run in (False, True))
+        # a row a layer, a step, a pair
+        rows = {"scan_layers.py": 10, "train_early.py": 4, "evaluate_pairs.py": 8}
+        assert len(run) == rows[case.script]
+        torch.testing.assert_close(run, plain, rtol=0, atol=tolerance)
+
+
+def test_what_is_printed(work: Path, tmp_path: Path) -> None:
+    arguments = [str(work / "nf4" / "model"), str(work / "pairs.csv"), str(tmp_path / "out.csv")]
+    script = str(SCRIPTS / "scan_layers.py")
+    result = python("-m", "tli_engine", "run", "--profile", script, *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.startswith("scanned in ")
+    assert "LlamaForCausalLM: accelerated: 28 x bitsandbytes Linear4bit" in result.stderr
+    assert "lazy hidden states: the model" in result.stderr
+    # 8 pairs, 5 layers, one after another: each word goes through each block once
+    line = next(line for line in result.stderr.splitlines() if line.split()[1:2] == ["80"])
+    assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320"]
+    assert len(numbers(tmp_path / "out.csv")) == 10
+
+
+SCRIPT = """
+import os, sys
+from helper import shout
+shout(sys.argv, __name__, __file__)
+{end}
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "status", "shown"),
+    [
+        ("", 0, ""),
+        ("sys.exit(3)", 3, ""),
+        ("sys.exit('no pairs')", 1, "no pairs\n"),
+        ("raise SystemExit", 0, ""),
+        ("open('missing')", 1, "FileNotFoundError"),
+        ("raise RuntimeError('out of luck')", 1, "RuntimeError: out of luck"),
+        ("raise KeyboardInterrupt", 130, "KeyboardInterrupt"),
+        ("def f(:", 1, "SyntaxError"),
+    ],
+)
+def test_a_script_behaves_as_with_python(
+    tmp_path: Path, end: str, status: int, shown: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "helper.py").write_text("def shout(*args): print(args, flush=True)\n")
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(end=end))
+    plain = python(str(script), "--flag", "x", "--profile", cwd=tmp_path)
+    capfd.readouterr()
+    sys.modules.pop("helper", None)
+    argv, path = list(sys.argv), list(sys.path)
+    assert main(["run", str(script), "--flag", "x", "--profile"]) == status
+    sys.modules.pop("helper", None)
+    out, err = capfd.readouterr()
+    assert (sys.argv, sys.path) == (argv, path)
+    assert out == plain.stdout
+    assert shown in err
+    if status != 130:
+        # by a signal, as the shell sees it, python ends otherwise
+        assert plain.returncode == status
+    if "Traceback" in plain.stderr and "Keyboard" not in shown:
+        assert err[err.index("Traceback") :] == plain.stderr[plain.stderr.index("Traceback") :]
+
+
+def test_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "nowhere.py"]) == 2
+    assert capsys.readouterr().err == "tli-engine: error: nowhere.py: no such script\n"
+    assert main(["run"]) == 2
+
+
+def test_loading_is_as_it_was_afterwards(load: Load, tmp_path: Path) -> None:
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import PreTrainedModel
+
+    before = {o: dict(vars(o)) for o in (PreTrainedModel, PeftModel)}
+    said: list[str] = []
+    run = ScriptRun(said.append)
+    with accelerated_loading(run):
+        model = get_peft_model(load(), LoraConfig(target_modules=["q_proj"]))
+        model.add_adapter("more", LoraConfig(target_modules=["v_proj"]))
+        plain = load(nf4=False)
+        plain.add_adapter(LoraConfig(target_modules=["q_proj"]))
+    assert {o: dict(vars(o)) for o in (PreTrainedModel, PeftModel)} == before
+    assert "data" not in torch.Tensor.__dict__
+    assert "PeftModel: accelerated: 28 x bitsandbytes Linear4bit, 8 x LoRA over Linear4bit" in said
+    assert "LlamaForCausalLM: accelerated: 4 x LoRA over Linear" in said
+
+
+def test_what_cannot_be_accelerated_runs_as_it_is(load: Load) -> None:
+    from accelerate import cpu_offload
+
+    said: list[str] = []
+    model = load(nf4=False)
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    ScriptRun(said.append).take(model)
+    assert len(said) == 1
+    assert said[0].startswith("LlamaForCausalLM runs as it is: ")
+    assert "offloaded" in said[0]
+
+
+@pytest.mark.slow
+def test_the_bench_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    options = ["--layers", "4", "--pairs", "2", "--train-pairs", "8", "--evaluate-pairs", "2"]
+    monkeypatch.setattr(sys, "argv", ["drop_in", "--model", "tiny", *options])
+    # the others are run above
+    monkeypatch.setattr(bench_drop_in, "cases", lambda *args: cases(*args)[:1])
+    bench_drop_in.main()
+    result = json.loads((tmp_path / "cpu" / "drop_in.json").read_text())
+    assert {"device", "torch", "peers", "commit", "rows"} <= result.keys()
+    rows = result["rows"]
+    assert [row["provider"] for row in rows] == ["transformers", "tli-engine"]
+    for row in rows:
+        assert row["case"] == "script"
+        assert row["ms"] > 0
+        assert row["notes"]["max_difference"] < 1e-4

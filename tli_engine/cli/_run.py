@@ -1,0 +1,27 @@
+"""What ``tli-engine run`` does."""
+
+from pathlib import Path
+
+from tli_engine.cli.console import plain_table, say
+from tli_engine.integrations.script import ScriptRun, run_script
+
+
+def run(script: Path, arguments: tuple[str, ...], profile: bool) -> int:
+    """Run a script, and return its exit status."""
+    status, ran, seconds = run_script(script, arguments, lambda line: say(f"tli-engine: {line}"))
+    if profile:
+        _print_profile(ran, seconds)
+    return status
+
+
+def _print_profile(ran: ScriptRun, seconds: float) -> None:
+    from rich.console import Console
+
+    table = plain_table(f"{seconds:.1f} s")
+    table.add_column("model")
+    for column in ("calls", "lazy", "words found again", "blocks run", "of"):
+        table.add_column(column, justify="right")
+    for name, counts in ran.counts:
+        figures = (counts.get(n, 0) for n in ("calls", "lazy", "words", "blocks", "of_blocks"))
+        table.add_row(name, *(f"{figure:,}" for figure in figures))
+    Console(stderr=True, highlight=False).print(table)

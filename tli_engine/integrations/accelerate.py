@@ -1,0 +1,140 @@
+"""``accelerate``: a transformers model, adapters included, on this engine; ``restore`` undoes it."""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from tli_engine.errors import UserError
+from tli_engine.integrations.frozen_weight import NotReplacedError
+from tli_engine.integrations.lazy_model import make_lazy
+from tli_engine.integrations.replace import (
+    Kind,
+    check_model,
+    kinds,
+    put_back,
+    replace_layer,
+    was,
+)
+
+
+@dataclass
+class Summary:
+    """What :func:`accelerate` did.
+
+    Attributes:
+        replaced: What each replaced layer is, by its name in the model.
+        kept: Why a layer that looks like one of those was left as it is, by its name.
+        lazy: Models whose hidden states are computed as they are read, by their names.
+        eager: Why a model's are not, by its name.
+        repacked_nbytes: Memory held beside the model's own weights.
+    """
+
+    replaced: dict[str, str] = field(default_factory=dict)
+    kept: dict[str, str] = field(default_factory=dict)
+    lazy: list[str] = field(default_factory=list)
+    eager: dict[str, str] = field(default_factory=dict)
+    repacked_nbytes: int = 0
+
+    def __str__(self) -> str:
+        lines = [f"{count} x {kind}" for kind, count in Counter(self.replaced.values()).items()]
+        lines = [f"accelerated: {', '.join(lines) or 'no layer'}"]
+        if self.repacked_nbytes:
+            lines.append(f"repacked for the kernels: {self.repacked_nbytes / 2**20:,.0f} MiB")
+        lines += [f"lazy hidden states: {name or 'the model'}" for name in self.lazy]
+        lines += [
+            f"hidden states as before: {n or 'the model'}: {r}" for n, r in self.eager.items()
+        ]
+        reasons = Counter(self.kept.values())
+        first = {reason: name for name, reason in reversed(self.kept.items())}
+        lines += [f"left as they are: {n} x: {r} ({first[r]} …)" for r, n in reasons.items()]
+        return "\n".join(lines)
+
+
+def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
+    """Run a transformers model's layers on the engine, and its blocks only as far as they are read.
+
+    In place, on the same parameters: ``state_dict``, ``save_pretrained``, adapters, ``merge_and_unload``,
+    ``generate``, gradient checkpointing and ``torch.compile`` go on working. Called again, it takes
+    in what was added since, adapters say, and leaves the rest.
+
+    Args:
+        model: A causal LM or a decoder, wrapped by PEFT or not, its weights loaded.
+        stop_at: No more than ``hidden_states[stop_at]`` will be read: blocks above keep their
+            layers and never run, and reading more, logits included, is an error. None: all.
+
+    Returns:
+        What was replaced, and what was not, and why.
+
+    Raises:
+        UserError: Not a model, weights on the meta device, offloaded by hooks, or a ``stop_at``
+            that the model does not have or cannot keep to.
+    """
+    check_model(model)
+    summary = Summary()
+    for name, module in model.named_modules():
+        make_lazy(name, module, stop_at, summary.lazy, summary.eager)
+    if stop_at is not None and not summary.lazy:
+        reasons = "; ".join(summary.eager.values()) or "it holds no decoder of transformers"
+        raise UserError(
+            f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {reasons}"
+        )
+    above = _blocks_above(model, stop_at)
+    for kind in kinds():
+        for name, layer in _candidates(model, kind):
+            if any(name.startswith(prefix) for prefix in above):
+                summary.kept[name] = f"above stop_at={stop_at}"
+            else:
+                _take(layer, name, kind, summary)
+    summary.repacked_nbytes = sum(
+        layer.frozen_weight().repacked_nbytes
+        for layer in model.modules()
+        if was(layer) is not None and hasattr(layer, "frozen_weight")
+    )
+    return summary
+
+
+def restore(model: Any) -> None:
+    """Undo :func:`accelerate`: every module has the class that it had; parameters were never changed.
+
+    Raises:
+        UserError: The model is not accelerated.
+    """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"restore takes a model, got {type(model).__name__}")
+    replaced = [module for module in model.modules() if was(module) is not None]
+    if not replaced:
+        raise UserError("the model is not accelerated; there is nothing to restore")
+    for module in replaced:
+        put_back(module)
+
+
+def _candidates(model: nn.Module, kind: Kind) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if issubclass(type(module), kind.theirs):
+            yield name, module
+
+
+def _take(layer: nn.Module, name: str, kind: Kind, summary: Summary) -> None:
+    if type(layer) is not kind.ours:
+        try:
+            replace_layer(layer, kind)
+        except NotReplacedError as reason:
+            summary.kept[name] = str(reason)
+            return
+    summary.replaced[name] = kind.name
+
+
+def _blocks_above(model: nn.Module, stop_at: int | None) -> list[str]:
+    """Names of the blocks that ``hidden_states[stop_at]`` does not need, each with a dot."""
+    if stop_at is None:
+        return []
+    found = []
+    for name, module in model.named_modules():
+        layers = getattr(module, "layers", None)
+        if was(module) is not None and isinstance(layers, nn.ModuleList):
+            prefix = f"{name}.layers." if name else "layers."
+            found += [f"{prefix}{i}." for i in range(stop_at, len(layers))]
+    return found

@@ -1,0 +1,208 @@
+"""Models of transformers that give their hidden states when they are read."""
+
+import inspect
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache, wraps
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from tli_engine.errors import UserError
+from tli_engine.integrations.call_state import CallState, ModelParts
+from tli_engine.integrations.lazy_output import is_compiling, lazy_output
+from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
+from tli_engine.integrations.memo import Memo
+from tli_engine.integrations.replace import mark, was
+
+# model type in transformers, and the folder of its code
+_FAMILIES = {
+    "llama": "llama",
+    "mistral": "mistral",
+    "qwen2": "qwen2",
+    "qwen3": "qwen3",
+    "gemma3_text": "gemma3",
+}
+_SETTINGS = "_tli_engine_lazy"
+
+
+class LazySettings:
+    """What a lazy model remembers between calls.
+
+    Attributes:
+        stop_at: The last hidden state that may be read, or None.
+        memo: Holds the hidden states of words, if it is to.
+        counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
+            calls ran, and those that they would have run, ``of_blocks``.
+    """
+
+    def __init__(self, stop_at: int | None) -> None:
+        self.stop_at = stop_at
+        self.memo: Memo | None = None
+        self.counts: Counter[str] = Counter()
+        self._parts: ModelParts | None = None
+
+    def parts_of(self, model: Any, decoder: Any) -> ModelParts:
+        """The model's modules, found anew when some were exchanged."""
+        if self._parts is None or not self._parts.are_of():
+            self._parts = ModelParts(model, decoder.embed_tokens)
+        return self._parts
+
+
+def settings_of(model: nn.Module) -> LazySettings | None:
+    """What a lazy model remembers; ``None`` for another module."""
+    found: LazySettings | None = model.__dict__.get(_SETTINGS)
+    return found
+
+
+def make_lazy(
+    name: str, module: Any, stop_at: int | None, lazy: list[str], eager: dict[str, str]
+) -> None:
+    """Make a module lazy if it is a decoder or a causal LM, and note it, or why it is not.
+
+    Raises:
+        UserError: ``stop_at`` is no hidden state of it.
+    """
+    if not _is_model(module):
+        return
+    theirs = was(module) or type(module)
+    decoder = decoder_of(module, theirs)
+    if isinstance(decoder, str):
+        eager[name] = decoder
+        return
+    depth = module.config.num_hidden_layers
+    if stop_at is not None and not 0 <= stop_at <= depth:
+        raise UserError(f"stop_at must be 0 … {depth} for this model, got {stop_at}")
+    if was(module) is None:
+        mark(module, _lazy_class(theirs))
+        module.__dict__[_SETTINGS] = LazySettings(stop_at)
+    elif stop_at is not None:
+        module.__dict__[_SETTINGS].stop_at = stop_at
+    # a decoder inside a causal LM goes without saying
+    if not any(outer == "" or name.startswith(f"{outer}.") for outer in lazy):
+        lazy.append(name)
+
+
+def _is_model(module: nn.Module) -> bool:
+    """Whether a module is a model of transformers around blocks, or may be one."""
+    from transformers import PreTrainedModel
+
+    return isinstance(module, PreTrainedModel)
+
+
+def decoder_of(module: Any, theirs: type) -> Any:
+    """The decoder in a model, the model itself if it is one; or why it stays as it was."""
+    family = _FAMILIES.get(str(getattr(module.config, "model_type", None)))
+    if family is None:
+        known = ", ".join(_FAMILIES)
+        return f"model type {module.config.model_type!r}; known are {known}"
+    if theirs.__module__ != f"transformers.models.{family}.modeling_{family}":
+        return f"{theirs.__name__} is not transformers' own class"
+    if "forward" in module.__dict__:
+        return "its forward was replaced by another library"
+    decoder = getattr(module, "model", None) if hasattr(module, "lm_head") else module
+    if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm")):
+        return f"{theirs.__name__} is neither a decoder nor a causal LM"
+    return decoder
+
+
+@cache
+def _lazy_class(theirs: Any) -> Any:
+    names = list(inspect.signature(theirs.forward).parameters)[1:]
+
+    @wraps(theirs.forward)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if is_compiling():
+            return theirs.forward(self, *args, **kwargs)
+        output = _call(self, theirs, dict(zip(names, args, strict=False)) | kwargs)
+        return theirs.forward(self, *args, **kwargs) if output is None else output
+
+    def reduce(self: Any, protocol: Any) -> Any:
+        state = {n: v for n, v in self.__dict__.items() if not n.startswith("_tli_engine_")}
+        return _rebuild, (theirs, self.__dict__[_SETTINGS].stop_at), state
+
+    # everything that goes by the name of the class sees transformers' own
+    attributes = {
+        "__module__": theirs.__module__,
+        "__qualname__": theirs.__qualname__,
+        "__reduce_ex__": reduce,
+        "forward": forward,
+    }
+    return type(theirs.__name__, (theirs,), attributes)
+
+
+def _rebuild(theirs: Any, stop_at: int | None) -> Any:
+    model = theirs.__new__(theirs)
+    mark(model, _lazy_class(theirs))
+    model.__dict__[_SETTINGS] = LazySettings(stop_at)
+    return model
+
+
+def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
+    """The lazy output of a call, or ``None`` if it has to run as it always did."""
+    if "layers" in model.__dict__:
+        # a run begins: stand-ins are there for the blocks
+        return None
+    settings: LazySettings = model.__dict__[_SETTINGS]
+    counts = settings.counts
+    counts["calls"] += 1
+    decoder, parts = decoder_of(model, theirs), None
+    if _asks_for_states(model.config, arguments):
+        parts = settings.parts_of(model, decoder)
+    if parts is None or parts.has_hooks() or _global_hooks():
+        if settings.stop_at is not None:
+            raise UserError(
+                f"the model stops at hidden_states[{settings.stop_at}] (stop_at), so it is called "
+                f"with output_hidden_states=True, without a cache or hooks, and gives no more"
+            )
+        return None
+    tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
+    state = CallState(parts, tensors, tensors[0].device)
+
+    forward = theirs.forward.__get__(model)
+    call = Call(forward, decoder, model, arguments, state, settings.stop_at, counts)
+    found = None if settings.memo is None else settings.memo.find(call)
+    if found:
+        run, read = found
+    else:
+        run = LazyRun(call, *note_steps(call))
+        read = run.hidden_state
+    counts["lazy"] += 1
+    counts["of_blocks"] += run.depth
+    use_cache = arguments.get("use_cache")
+    cached = model.config.use_cache if use_cache is None else use_cache
+    labels = arguments.get("labels") is not None
+    return lazy_output(_output_class(theirs), run, read, labels=labels, cached=bool(cached))
+
+
+def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
+    """Whether a call wants hidden states, all of them, and nothing that they do not lead to."""
+
+    def given(name: str) -> Any:
+        value = arguments.get(name)
+        return getattr(config, name, None) if value is None else value
+
+    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    return (
+        given("output_hidden_states") is True
+        and not given("output_attentions")
+        and given("return_dict") is not False
+        # a cache that the caller has or asks for is filled at the call
+        and arguments.get("past_key_values") is None
+        and not arguments.get("use_cache")
+        and isinstance(embeds if ids is None else ids, Tensor)
+    )
+
+
+def _global_hooks() -> bool:
+    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
+    return any(getattr(torch_module, name) for name in names)
+
+
+@cache
+def _output_class(theirs: Any) -> Any:
+    """What a model returns: that of a causal LM, or of a decoder."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast if "ForCausalLM" in theirs.__name__ else BaseModelOutputWithPast

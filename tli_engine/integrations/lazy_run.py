@@ -1,0 +1,203 @@
+"""A decoder's blocks, run one after another as far as somebody reads.
+
+The model's own ``forward`` runs once at the call, with stand-ins for its blocks that note what each
+is given: masks, positions, rotary embeddings. The blocks then run from those notes, each as the
+model would have called it, and for logits and losses ``forward`` runs once more around what they
+gave. Nothing of a family's code is repeated here.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+from torch import Tensor, nn
+
+from tli_engine.errors import UserError
+from tli_engine.integrations.call_state import CallState
+
+_NO_MORE = {"output_hidden_states": False, "use_cache": False, "return_dict": True}
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a model.
+
+    Attributes:
+        forward: The model's own ``forward``, bound.
+        decoder: The module that holds ``layers`` and ``norm``.
+        owner: The model whose ``forward`` it is; the decoder itself, or a causal LM over it.
+        arguments: By name.
+        state: When it was made.
+        stop_at: The last hidden state that may be read; None: all.
+        counts: Of blocks that ran, and the like.
+    """
+
+    forward: Callable[..., Any]
+    decoder: Any
+    owner: Any
+    arguments: Mapping[str, Any]
+    state: CallState
+    stop_at: int | None
+    counts: Counter[str]
+
+    def run(self, **changes: Any) -> Any:
+        """Return what ``forward`` does with other values of some arguments."""
+        return self.forward(**{**self.arguments, **changes})
+
+
+@dataclass(frozen=True)
+class Step:
+    """How a model calls one of its blocks."""
+
+    block: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Run the block on ``[B, T, D]``."""
+        out = self.block(hidden, *self.args, **self.kwargs)
+        # a tuple in older versions of transformers
+        result: Tensor = out[0] if isinstance(out, tuple) else out
+        return result
+
+
+class _NormReachedError(Exception):
+    """Ends the first run where the blocks have been passed."""
+
+
+class _Passed:
+    """What stands for a hidden state on its way past the blocks; older versions take its first item."""
+
+    def __getitem__(self, index: int) -> "_Passed":
+        return self
+
+
+class _Noted:
+    """Stands in for a block: notes how it is called."""
+
+    def __init__(self, block: Any, steps: list[Step], embedded: list[Tensor]) -> None:
+        self._block, self._steps, self._embedded = block, steps, embedded
+
+    def __call__(self, hidden: Any, *args: Any, **kwargs: Any) -> _Passed:
+        self._steps.append(Step(self._block, args, kwargs))
+        if not self._embedded:
+            self._embedded.append(hidden)
+        return _Passed()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._block, name)
+
+
+def _stop(*args: Any, **kwargs: Any) -> None:
+    raise _NormReachedError
+
+
+@contextmanager
+def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
+    """Let attributes stand before a module's own for a while."""
+    module.__dict__.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            del module.__dict__[name]
+
+
+def note_steps(call: Call) -> tuple[list[Step], Tensor]:
+    """Find out how a model calls its blocks, and what it gives the first, ``[B, T, D]``."""
+    steps: list[Step] = []
+    embedded: list[Tensor] = []
+    layers = [_Noted(block, steps, embedded) for block in call.decoder.layers]
+    with _shadowed(call.decoder, layers=layers, norm=_stop):
+        try:
+            call.run(**_NO_MORE)
+        except _NormReachedError:
+            return steps, embedded[0]
+    raise AssertionError("forward did not reach the norm")
+
+
+RunStep = Callable[[int, Step, Tensor], Tensor]
+
+
+def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
+    """Run a block as it is."""
+    return step(hidden)
+
+
+class LazyRun:
+    """A call, computed up to the last hidden state that was read.
+
+    Args:
+        call: The call.
+        steps: Its blocks.
+        embedded: ``hidden_states[0]``, ``[B, T, D]``.
+        run: Runs one block.
+
+    Attributes:
+        states: Hidden states that are held, by number; the last computed is always among them.
+        reached: Its number.
+    """
+
+    def __init__(
+        self, call: Call, steps: list[Step], embedded: Tensor, run: RunStep = run_step
+    ) -> None:
+        self._call, self._steps, self._embedded, self._run = call, steps, embedded, run
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start from the embeddings, again if need be: for a state that is no longer held."""
+        self.reached, self._hidden = 0, self._embedded
+        self.states: dict[int, Tensor] = {0: self._embedded}
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks; the last hidden state's number."""
+        return len(self._steps)
+
+    def hidden_state(self, k: int) -> Tensor:
+        """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes."""
+        stop_at = self._call.stop_at
+        if stop_at is not None and k > stop_at:
+            raise UserError(
+                f"hidden_states[{k}] lies above stop_at={stop_at}, which the model was "
+                f"accelerated with"
+            )
+        if k > self.reached:
+            with self._call.state.again(f"hidden_states[{k}]"):
+                while self.reached < k:
+                    self._advance()
+        return self.states[k]
+
+    def finish(self) -> Any:
+        """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
+        last = self.hidden_state(self.depth)
+        ran = SimpleNamespace(
+            last_hidden_state=last, past_key_values=None, hidden_states=None, attentions=None
+        )
+        call = self._call
+        if call.owner is call.decoder:
+            return ran
+        with call.state.again("logits"), _shadowed(call.owner, model=lambda *a, **k: ran):
+            return call.run(**_NO_MORE)
+
+    def run_eagerly(self, **changes: Any) -> Any:
+        """Return the output of the model's own ``forward``, all of it, as at the call."""
+        stop_at = self._call.stop_at
+        if stop_at is not None:
+            raise UserError(
+                f"this reads more than hidden_states[{stop_at}], at which the model was "
+                f"told to stop (stop_at={stop_at})"
+            )
+        with self._call.state.again("the output"):
+            return self._call.run(**changes)
+
+    def _advance(self) -> None:
+        self._call.counts["blocks"] += 1
+        self._hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
+        self.reached += 1
+        # transformers gives the last one after the norm
+        last = self.reached == self.depth
+        self.states[self.reached] = self._call.decoder.norm(self._hidden) if last else self._hidden

@@ -1,0 +1,72 @@
+"""PEFT's LoRA over dense layers, without its round trip through the adapter's dtype.
+
+PEFT's own forward runs, over an accelerated base, wherever there is more to it than one plain
+adapter without dropout: several active at once, DoRA and other variants, a bias in the adapter,
+adapters by row, merged ones.
+"""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from peft.tuners import lora
+from torch import Tensor, nn
+
+from tli_engine.nn import dense_lora_linear
+
+
+class Update(NamedTuple):
+    """One plain adapter."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+
+
+class Linear(lora.Linear):  # type: ignore[misc]
+    """PEFT's layer over a dense one."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Return the adapted projection of ``x``."""
+        base = self.base_layer
+        if not args and not kwargs and type(base) is nn.Linear and base.weight.dtype == x.dtype:
+            update = plain_update(self)
+            hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
+            if update and not hooked and not torch.is_autocast_enabled(x.device.type):
+                sizes = [base.out_features]
+                rows = x.reshape(-1, base.in_features)
+                y = dense_lora_linear(rows, base.weight, base.bias, *update, sizes=sizes)
+                return y.view(*x.shape[:-1], base.out_features)
+        out: Tensor = super().forward(x, *args, **kwargs)
+        return out
+
+
+def plain_update(layer: Any) -> Update | None:
+    """What the layer adds to its base, if that is one product of two factors; else ``None``."""
+    if layer.disable_adapters or layer.merged:
+        return None
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if len(active) != 1 or not _is_plain(layer, active[0]):
+        return None
+    (name,) = active
+    A, B = layer.lora_A[name], layer.lora_B[name]
+    return Update(A.weight, B.weight, layer.scaling[name])
+
+
+def _is_plain(layer: Any, name: str) -> bool:
+    dropout = layer.lora_dropout[name]
+    drops = not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0
+    dora: Mapping[str, bool] = getattr(layer, "use_dora", {})
+    variant = name in getattr(layer, "lora_variant", {}) or dora.get(name, False)
+    if drops or variant or getattr(layer, "fan_in_fan_out", False):
+        return False
+    factors = (layer.lora_A[name], layer.lora_B[name])
+    if len({(factor.weight.dtype, factor.weight.device) for factor in factors}) > 1:
+        return False
+    return all(
+        type(factor) is nn.Linear
+        and factor.bias is None
+        and not factor._forward_hooks
+        and not factor._forward_pre_hooks
+        for factor in factors
+    )

@@ -1,0 +1,155 @@
+"""Runs another code base's script with its models accelerated as they load."""
+
+import runpy
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from tli_engine.errors import UserError
+from tli_engine.integrations.accelerate import accelerate
+from tli_engine.integrations.lazy_model import settings_of
+from tli_engine.integrations.memo import Memo
+from tli_engine.integrations.weight_writes import watched
+
+Say = Callable[[str], None]
+
+
+class ScriptRun:
+    """What happens while a script runs.
+
+    Args:
+        say: Prints a line for the user.
+
+    Attributes:
+        counts: What models did, in the order in which they were loaded: their class, and the
+            counts of :class:`~tli_engine.integrations.lazy_model.LazySettings`.
+    """
+
+    def __init__(self, say: Say) -> None:
+        self._say = say
+        self.counts: list[tuple[str, Counter[str]]] = []
+
+    def take(self, model: Any) -> None:
+        """Accelerate a model that was loaded or adapted, and say what that changed."""
+        if not isinstance(model, nn.Module):
+            return
+        name = type(model).__name__
+        try:
+            summary = accelerate(model)
+        except UserError as reason:
+            self._say(f"{name} runs as it is: {reason}")
+            return
+        for module in model.modules():
+            settings = settings_of(module)
+            if settings is not None and settings.memo is None:
+                settings.memo = Memo()
+                self.counts.append((type(module).__name__, settings.counts))
+        for line in str(summary).splitlines():
+            self._say(f"{name}: {line}")
+
+
+@contextmanager
+def accelerated_loading(run: ScriptRun) -> Iterator[None]:
+    """Have models accelerated as transformers and PEFT load them or put adapters on them."""
+    from transformers import PreTrainedModel
+
+    with ExitStack() as patches:
+        patches.enter_context(watched())
+        patches.enter_context(_after(PreTrainedModel, "from_pretrained", run.take))
+        for name in ("load_adapter", "add_adapter"):
+            patches.enter_context(_after(PreTrainedModel, name, run.take))
+        if find_spec("peft"):
+            from peft import PeftModel
+
+            for name in ("__init__", "load_adapter", "add_adapter"):
+                patches.enter_context(_after(PeftModel, name, run.take))
+        yield
+
+
+@contextmanager
+def _after(owner: Any, name: str, take: Callable[[Any], None]) -> Iterator[None]:
+    """Call ``take`` with the model that a method loads or changes, once the outermost call is over."""
+    own = owner.__dict__.get(name)
+    theirs: Any = getattr(owner, name) if own is None else own
+    of_class = isinstance(theirs, classmethod)
+    function = theirs.__func__ if of_class else theirs
+
+    @wraps(function)
+    def wrapper(first: Any, *args: Any, **kwargs: Any) -> Any:
+        result = function(first, *args, **kwargs)
+        # from_pretrained may give what it found beside the model
+        loaded = result[0] if isinstance(result, tuple) else result
+        take(loaded if of_class else first)
+        return result
+
+    setattr(owner, name, classmethod(wrapper) if of_class else wrapper)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(owner, name)
+        else:
+            setattr(owner, name, own)
+
+
+def run_script(path: Path, arguments: Sequence[str], say: Say) -> tuple[int, ScriptRun, float]:
+    """Run a script as ``python SCRIPT ARGS`` would, with models accelerated as they load.
+
+    Args:
+        path: The script.
+        arguments: Its ``sys.argv[1:]``.
+        say: Prints a line for the user.
+
+    Returns:
+        The exit status that the script would have; what happened; seconds.
+
+    Raises:
+        UserError: There is no such file.
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: no such script")
+    run = ScriptRun(say)
+    argv, search = sys.argv, sys.path
+    sys.argv, sys.path = [str(path), *arguments], [str(path.resolve().parent), *sys.path]
+    start = time.perf_counter()
+    try:
+        with accelerated_loading(run):
+            runpy.run_path(str(path), run_name="__main__")
+        status = 0
+    except SystemExit as exit_:
+        status = _status(exit_)
+    except BaseException as error:
+        # as the interpreter would show it, from the script's own first line on
+        error.__traceback__ = _from_script(error, path)
+        sys.excepthook(type(error), error, error.__traceback__)
+        status = 130 if isinstance(error, KeyboardInterrupt) else 1
+    finally:
+        sys.argv, sys.path = argv, search
+    return status, run, time.perf_counter() - start
+
+
+def _status(exit_: SystemExit) -> int:
+    if exit_.code is None:
+        return 0
+    if isinstance(exit_.code, int):
+        return exit_.code
+    print(exit_.code, file=sys.stderr)
+    return 1
+
+
+def _from_script(error: BaseException, path: Path) -> Any:
+    """The traceback without the frames of what runs the script."""
+    trace = error.__traceback__
+    inner = trace
+    while inner is not None and inner.tb_frame.f_code.co_filename != str(path):
+        inner = inner.tb_next
+    # a syntax error has no frame of its own
+    return inner if inner is not None or not isinstance(error, SyntaxError) else None
