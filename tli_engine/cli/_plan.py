@@ -12,7 +12,11 @@ _MIB = 2**20
 
 
 def run_plan(
-    config: RunConfig, device: str | None = None, memory: float | None = None, as_json: bool = False
+    config: RunConfig,
+    device: str | None = None,
+    memory: float | None = None,
+    as_json: bool = False,
+    gpus: int = 1,
 ) -> None:
     """Print the plan of a run."""
     target = limited(find_target(device, config.device), memory)

@@ -9,6 +9,7 @@ from typing import Any
 from tli_engine.cli._train_align import ADAPTER
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.config import RunConfig
+from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError
 from tli_engine.evaluate.plots import plot_losses
 from tli_engine.models.device import peak_mib
@@ -29,11 +30,13 @@ class SftJob:
     """A prepared run of the objective ``sft`` or ``joint``."""
 
     run: SftPrepared
+    world: World
+    steps_between_words = 1
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> "SftJob":
+    def prepare(cls, config: RunConfig, world: World) -> "SftJob":
         """Read and check everything."""
-        return cls(prepare_sft(config, say, progress))
+        return cls(prepare_sft(config, say, progress), world)
 
     def introduction(self) -> str:
         """A line on what is about to be trained."""
@@ -49,17 +52,28 @@ class SftJob:
         """A trainer at its first step."""
         run = self.run
         order = SftOrder(run.examples.lengths, run.config)
-        engine = SftStep(run.model, run.tensors, run.examples, order, run.config, run.pairs)
-        trainer = SftTrainer(
-            run.config, run.model, engine, order, run.validation, on_warning=on_warning
+        engine = SftStep(
+            run.model, run.tensors, run.examples, order, run.config, run.pairs, self.world
         )
-        trainer.on_best = partial(save_best, folder, trainer)
+        trainer = SftTrainer(
+            run.config,
+            run.model,
+            engine,
+            order,
+            run.validation,
+            on_warning=on_warning,
+            world=self.world,
+        )
+        if self.world.is_first:
+            trainer.on_best = partial(save_best, folder, trainer)
         return trainer
 
     def finish(
         self, trainer: SftTrainer, folder: Path, steps: list[dict[str, Any]], warnings: list[str]
     ) -> None:
         """Save the best adapter, or weights, and what they were measured to be worth."""
+        if not self.world.is_first:
+            return
         run, best = self.run, trainer.best
         if trainer.stopped_early:
             say(

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tli_engine.align.collapse import CollapseDetector
 from tli_engine.config import RunConfig
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
@@ -92,6 +93,7 @@ class SftTrainer:
         on_step: Called with the figures of each step; may be set later.
         on_best: Called when the loss on unseen articles is the lowest so far; may be set later.
         on_warning: Called with a line that the user should read.
+        world: The ranks that share each batch.
         step: Steps done.
         best: Of the measurements so far.
         seconds: That the steps took.
@@ -105,6 +107,7 @@ class SftTrainer:
     on_step: Callable[[SftMetrics], None] = lambda step: None
     on_best: Callable[[], None] = lambda: None
     on_warning: Callable[[str], None] = lambda line: None
+    world: World = ALONE
     step: int = field(default=0, init=False)
     best: Best = field(default_factory=Best, init=False)
     total_steps: int = field(default=0, init=False)
@@ -153,7 +156,8 @@ class SftTrainer:
     def validate(self) -> float:
         """Cross-entropy of the articles that are not trained on, nats a label."""
         assert self.validation is not None
-        return mean_loss(self.model, self.validation.examples, self.validation.batches)
+        unseen = self.validation
+        return mean_loss(self.model, unseen.examples, unseen.batches, self.world)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trained tensors, and the optimizer's."""
@@ -203,7 +207,8 @@ class SftTrainer:
     def _one_step(self) -> None:
         start, step = time.perf_counter(), self.step
         observed = self.engine.run(step)
-        seconds = time.perf_counter() - start
+        # the slowest's: all ranks end after the same step
+        (seconds,) = self.world.largest([time.perf_counter() - start])
         self.step += 1
         self.seconds += seconds
         figures, is_best = self._figures(observed), False

@@ -30,7 +30,8 @@ class Batch:
         weight: Weight of each row in its word's mean, ``[T]``, fp32; 0 for rows of no word.
         bounds: First row, and one past the last row, of each row's word, int32, ``[2, T]``.
         offsets: First row of each source, of each target, then one past the last; ``[2 N + 1]``, int64.
-        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64.
+        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64; where several ranks
+            share the pairs, of all.
         seeds: Of the dropout masks, ``[S]``, int64.
     """
 
@@ -46,9 +47,12 @@ class Batch:
 class BatchBuffer:
     """A batch's tensors on a device, and how they get there."""
 
-    def __init__(self, tokens: int, pairs: int, seeds: int, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, pairs: int, seeds: int, device: torch.device, everyone: int | None = None
+    ) -> None:
+        """Make room for some rows and pairs; ``everyone``: pairs of all ranks, if others have some."""
         self.tokens, self.pairs = tokens, pairs
-        self._parts = _lay_out(tokens, pairs, seeds)
+        self._parts = _lay_out(tokens, pairs, seeds, everyone or pairs)
         _, dtype, shape, start = self._parts[-1]
         size = start + torch.Size(shape).numel() * dtype.itemsize
         pinned = device.type == "cuda"
@@ -83,7 +87,7 @@ class BatchBuffer:
 
 
 def _lay_out(
-    tokens: int, pairs: int, seeds: int
+    tokens: int, pairs: int, seeds: int, everyone: int
 ) -> list[tuple[str, torch.dtype, tuple[int, ...], int]]:
     """Name, dtype, shape and place of each tensor."""
     sizes: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
@@ -92,7 +96,7 @@ def _lay_out(
         "weight": (torch.float32, (tokens,)),
         "bounds": (torch.int32, (2, tokens)),
         "offsets": (torch.int64, (2 * pairs + 1,)),
-        "groups": (torch.int64, (2, pairs)),
+        "groups": (torch.int64, (2, everyone)),
         "seeds": (torch.int64, (seeds,)),
     }
     parts, start = [], 0
