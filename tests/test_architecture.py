@@ -18,7 +18,8 @@ BASE = {"", "errors", "config"}
 # the parts of tli_engine that each part may import, besides itself and BASE
 MAY_IMPORT = {
     "errors": set(),
-    "config": set(),
+    "config": {"config_distributed"},
+    "config_distributed": set(),
     "": set(),
     "kernels": set(),
     "reference": {"nf4"},
@@ -34,7 +35,7 @@ MAY_IMPORT = {
     "align": {"models", "data", "nn", "ops"},
     "integrations": {"align", "models", "data", "nn", "ops", "nf4", "nf4_checkpoint"},
     "train": {"distributed", "integrations", "align", "models", "data", "nn", "ops"},
-    "distributed": set(),
+    "distributed": {"nn"},
     "evaluate": {"integrations", "align", "models", "data", "nn", "ops"},
     "cli": {
         *{

@@ -121,9 +121,9 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
             metrics = stack.enter_context(MetricsLog(folder, kept, train.tensorboard))
         stop = stack.enter_context(stop_on_signals())
         until = AgreedStop(stop, world, job.steps_between_words if world.size > 1 else 1)
-        _run_steps(trainer, metrics, folder, until)
+        _run_steps(trainer, metrics, folder, world, until)
         # the last step too: what follows may fail, and the steps are what took the time
-        path = _keep(trainer, metrics, folder)
+        path = _keep(trainer, metrics, folder, world)
     if until.settle():
         gpus = f" --gpus {world.size}" if PROMISED in os.environ else ""
         say(f"stopped after step {trainer.step}; kept {path}")
@@ -134,16 +134,19 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     return 0
 
 
-def _keep(trainer: RunTrainer, metrics: MetricsLog | None, folder: Path) -> Path | None:
-    """Write a checkpoint: the first process does."""
-    if metrics is None:
-        return None
-    metrics.sync()
-    return save_checkpoint(folder, trainer, trainer.config.train.keep_checkpoints)
+def _keep(trainer: RunTrainer, metrics: MetricsLog | None, folder: Path, world: World) -> Path:
+    """Write a checkpoint."""
+    if metrics is not None:
+        metrics.sync()
+    return save_checkpoint(folder, trainer, trainer.config.train.keep_checkpoints, world)
 
 
 def _run_steps(
-    trainer: RunTrainer, metrics: MetricsLog | None, folder: Path, stop: Callable[[], bool]
+    trainer: RunTrainer,
+    metrics: MetricsLog | None,
+    folder: Path,
+    world: World,
+    stop: Callable[[], bool],
 ) -> None:
     train = trainer.config.train
     with progress("train", trainer.total_steps) as advance:
@@ -153,7 +156,7 @@ def _run_steps(
             if metrics is not None:
                 metrics.append(step.to_json())
             if step.step % train.checkpoint_steps == 0:
-                _keep(trainer, metrics, folder)
+                _keep(trainer, metrics, folder, world)
             advance(1, f"loss {step.loss:.4f}")
 
         trainer.on_step = on_step

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from tli_engine.distributed.fully_sharded import is_sharded
 from tli_engine.distributed.world import World
 
 # bytes of gradients that are sent at once: adapters of a few blocks go as one
@@ -56,7 +57,8 @@ class FlatGradients:
         """Lay out the buffer.
 
         Args:
-            tensors: Of one dtype and device, by name.
+            tensors: Of one dtype and device, by name. Of sharded ones the gradients are summed as
+                they are shared out, and nothing is held or sent here.
             world: Who adds up. Alone, nothing is held or sent.
             bucket_bytes: Sent at once, or more if a tensor is larger.
 
@@ -66,7 +68,7 @@ class FlatGradients:
         self._buckets: list[_Bucket] = []
         self._waiting: list[_Bucket] = []
         self._overlaps = False
-        if world.size == 1:
+        if world.size == 1 or any(map(is_sharded, tensors.values())):
             return
         parameters = list(tensors.values())[::-1]
         if len({(p.dtype, p.device) for p in parameters}) > 1:
@@ -84,6 +86,11 @@ class FlatGradients:
             self._buckets.append(bucket)
             for parameter in part:
                 parameter.register_post_accumulate_grad_hook(partial(self._take, bucket))  # type: ignore[no-untyped-call]
+
+    @property
+    def sums(self) -> bool:
+        """Whether there is anything to send."""
+        return bool(self._buckets)
 
     def overlap(self) -> None:
         """Send gradients as the next backward pass makes them; it is the last before the update."""

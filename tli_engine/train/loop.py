@@ -119,6 +119,9 @@ class Trainer:
         adapter = {name: tensor.detach().cpu() for name, tensor in self.engine.tensors.items()}
         return adapter, self.engine.state()
 
+    def shards(self) -> None:
+        """None: each rank holds all that is trained."""
+
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides: nothing."""
         return {}

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from tli_engine.align.collapse import CollapseDetector
 from tli_engine.config import RunConfig
+from tli_engine.distributed.fully_sharded import is_sharded
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
+from tli_engine.train.checkpoint import Shards
 from tli_engine.train.memory import out_of_memory
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
@@ -164,6 +166,13 @@ class SftTrainer:
         tensors = self.engine.tensors.items()
         return {n: t.detach().to("cpu", copy=True) for n, t in tensors}, self.engine.updates.state()
 
+    def shards(self) -> Shards | None:
+        """What is trained, where each rank holds a share of it; None where each holds all."""
+        if not any(map(is_sharded, self.engine.tensors.values())):
+            return None
+        updates = self.engine.updates
+        return Shards(self.engine.tensors, updates.live() or updates.blank())
+
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides."""
         # JSON has no infinity and no NaN
@@ -183,7 +192,10 @@ class SftTrainer:
             RuntimeError: They are of another shape.
         """
         self.set_tensors(tensors)
-        self.engine.updates.restore(statistics)
+        # several GPUs keep no other copy than one in fp32
+        masters = [n for n in self.engine.updates.with_master if tensors[n].dtype == torch.float32]
+        copies = {f"{name}/master": tensors[name] for name in masters}
+        self.engine.updates.restore(copies | statistics)
         self.step = step
         self.best = Best(**(notes or {}).get("best", {}))
 

@@ -137,8 +137,12 @@ class SftStep:
         return loss, None if self._pairs is None else self._align(step, self._pairs)
 
     def _stop_others(self) -> None:
-        """Go on to where the other ranks wait, and tell them to stop."""
-        if self._world.size > 1 and self._pairs is None:
+        """Go on to where the other ranks wait, and tell them to stop.
+
+        Where ranks meet in the middle of a pass, they wait elsewhere, until this process has ended.
+        """
+        meets_within = self._pairs is not None or self._model.fetch is not None
+        if self._gradients.sums and not meets_within:
             self._gradients.finish()
             self._world.sum([0.0, 1.0])
 
