@@ -24,8 +24,8 @@ def shard_fully(
     """Spread a model's weights over the ranks, in fp32; blocks are computed with in ``dtype``.
 
     What a rank holds of weights, gradients and optimizer states is a share in fp32: the master copy.
-    A block is gathered in ``dtype`` before it runs, there and back; the rest of the model for the
-    whole of a pass. Gradients are summed over ranks in fp32, not averaged.
+    A block is gathered in ``dtype`` before it runs, there and back; the rest of the model for all of
+    the way there, and again for the way back. Gradients are summed over ranks in fp32, not averaged.
 
     Args:
         model: On the CPU; blocks are moved and split one at a time.
@@ -51,6 +51,8 @@ def shard_fully(
         "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
         "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy(),
     }
+    # the model too, not only its blocks: measured without a way back, it must not stay whole
+    options["reshard_after_forward"] = True
     for module in (*blocks, model):
         fully_shard(module.float(), **options)
         assert isinstance(module, FSDPModule)
