@@ -109,7 +109,7 @@ def test_two_nodes_on_the_loopback(
         ended(
             *TORCHRUN, "--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test",
-            "--local-addr", "127.0.0.1", "-m", "tli_engine", "train", path, "--run", two,
+            "--local-addr", "127.0.0.1", "-m", "tli_engine", "train", path, "--run-folder", two,
         )
         for number in range(2)
     ]  # fmt: skip
@@ -156,20 +156,24 @@ def test_a_signal_stops_all_and_one_process_goes_on(
     )
 
 
-@pytest.mark.parametrize("kind", ["raises", "killed", "hangs"])
+@pytest.mark.parametrize(
+    "kind", ["raises", "killed", pytest.param("hangs", marks=pytest.mark.slow)]
+)
 def test_a_rank_that_fails_ends_the_job(
     kind: str, config: Callable[..., Path], tmp_path: Path, ended: Ended
 ) -> None:
     """Within the timeout, its own error first; the last checkpoint is whole."""
     path, run = config(distributed={"timeout": 4}, train={"steps": 100}), tmp_path / "run"
-    command = (HERE / "run_with_fault.py", kind, "train", path, "--run", run)
+    command = (HERE / "run_with_fault.py", kind, "train", path, "--run-folder", run)
     process = ended(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *command)
     wait_for_steps(process, run, 5)
     start = time.monotonic()
     _, err = process.communicate(timeout=90)
     assert process.returncode == 1
-    # torchrun waits half a minute for those that it asks to end
-    assert time.monotonic() - start < 4 + 5 + 30
+    # the timeout, what a process waits before it ends for another's error, what torchrun gives one
+    # that does not end when it is asked to
+    grace = 30 if kind == "hangs" else 0
+    assert time.monotonic() - start < 4 + 5 + grace + 6
     lines = err.splitlines()
     if kind == "raises":
         first = next(i for i, line in enumerate(lines) if "Traceback" in line)

@@ -31,7 +31,12 @@ from tli_engine.errors import ConfigError
     help="Override a key, e.g. train.steps=100; may be repeated.",
 )
 @click.option(
-    "--run", type=click.Path(path_type=Path), help="Run folder; default runs/<recipe>-<UTC time>."
+    "--run",
+    # torchrun takes --run for one of its own
+    "--run-folder",
+    "run",
+    type=click.Path(path_type=Path),
+    help="Run folder; default runs/<recipe>-<UTC time>.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --run.")

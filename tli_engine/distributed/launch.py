@@ -41,6 +41,7 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     os.environ[PROMISED] = str(processes)
     # many processes' threads would wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
     config = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
@@ -50,7 +51,6 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
         rdzv_endpoint="localhost:0",
         local_addr="localhost",
         max_restarts=0,
-        shutdown_timeout=_GRACE,
     )
     try:
         elastic_launch(config, sys.executable)("-m", "tli_engine", *arguments)
