@@ -66,9 +66,7 @@ def command(
     """
     if resume:
         if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
-            raise ConfigError(
-                "--resume goes with --run DIR, and --gpus, alone; the run has its configuration"
-            )
+            raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
         config = run / "config.yaml"
         if not config.is_file():
             raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
