@@ -31,6 +31,14 @@ def test_too_few_gpus_are_named(
     assert "2 processes need 2 GPUs and 1 are here" in capfd.readouterr().err
 
 
+def test_gpus_is_not_for_one_of_several(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--recipe", "demo", "--gpus", "2"]) == 2
+    assert "torchrun has started this one" in capfd.readouterr().err
+
+
 def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)

@@ -16,6 +16,7 @@ from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
 from tli_engine.distributed.launch import PROMISED, joined
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
+from tli_engine.models.files import open_model
 from tli_engine.train.checkpoint import Found, find_checkpoint, load_checkpoint, save_checkpoint
 from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import MetricsLog, read_metrics
@@ -83,6 +84,9 @@ def _find(world: World, folder: Path) -> Found:
 
 def _prepare(config: RunConfig, world: World, device: str) -> Job:
     config = config.model_copy(update={"device": device})
+    # on each machine one process downloads and converts, the others find it done
+    fetches = world.size > 1 and os.environ.get("LOCAL_RANK") == "0"
+    world.together(lambda: open_model(config.model) if fetches else None)
     # either takes libraries that the other does without
     if config.objective == "align":
         from tli_engine.cli._train_align import AlignJob as Objective

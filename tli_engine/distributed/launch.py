@@ -16,6 +16,8 @@ from tli_engine.errors import UserError
 PROMISED = "TLI_ENGINE_PROCESSES"
 # seconds that processes have to keep a checkpoint after a signal
 _GRACE = 120
+# for what one process does and the others wait for, such as a download
+_PATIENCE = timedelta(days=2)
 
 
 def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
@@ -30,12 +32,14 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
         0, or the exit status of the first process that failed.
 
     Raises:
-        UserError: There are fewer GPUs, or PyTorch cannot start processes.
+        UserError: There are fewer GPUs, or this is one of several processes.
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--gpus starts processes, and torchrun has started this one; leave it out")
     if not on_cpu:
         check_gpus(processes, torch.cuda.device_count())
     os.environ[PROMISED] = str(processes)
@@ -102,13 +106,15 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
     )
-    world = World(dist.get_rank(), dist.get_world_size())
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    world = World(dist.get_rank(), dist.get_world_size(), patient)
     os.environ["TLI_ENGINE_RANK"] = str(world.rank)
     check_complete(world, size)
     if on_gpu:
         check_same_gpus(world, _gpu_name(local))
     yield world, device
     # not in a finally: with a partner lost, this would wait for it
+    world.together(lambda: None)
     dist.destroy_process_group()
     del os.environ["TLI_ENGINE_RANK"]
 

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
@@ -25,10 +25,13 @@ class World:
     Attributes:
         rank: Number of this process, from 0.
         size: Processes there are.
+        patient: Group for words that some may be long in coming to: a download, a checkpoint, an
+            evaluation. Others are waited for as long as the run's timeout says.
     """
 
     rank: int = 0
     size: int = 1
+    patient: Any = field(default=None, compare=False, repr=False)
 
     @property
     def is_first(self) -> bool:
@@ -56,11 +59,11 @@ class World:
         if self.size == 1:
             return [text]
         data = torch.frombuffer(bytearray(text.encode() + b"\0"), dtype=torch.uint8)
-        longest = int(self.largest([len(data)])[0])
+        longest = int(self._reduced([len(data)], dist.ReduceOp.MAX, self.patient)[0])
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: len(data)] = data
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(everyone, padded)
+        dist.all_gather(everyone, padded, group=self.patient)
         return [bytes(t.numpy()).partition(b"\0")[0].decode() for t in everyone]
 
     def copy_first(self, tensors: Sequence[Tensor]) -> None:
@@ -80,7 +83,9 @@ class World:
             result = work()
         except UserError as e:
             error = e
-        failed = self.largest([float(error is not None) * (self.size - self.rank)])[0]
+        own = [float(error is not None) * (self.size - self.rank)]
+        alone = self.size == 1
+        failed = (own if alone else self._reduced(own, dist.ReduceOp.MAX, self.patient))[0]
         if not failed:
             return result  # type: ignore[return-value]
         if error is not None and failed == self.size - self.rank:
@@ -111,9 +116,9 @@ class World:
                 raise
             raise StoppedElsewhere(1) from None
 
-    def _reduced(self, values: Sequence[float], op: Any) -> list[float]:
+    def _reduced(self, values: Sequence[float], op: Any, group: Any = None) -> list[float]:
         tensor = torch.tensor(list(values), dtype=torch.float64)
-        dist.all_reduce(tensor, op)
+        dist.all_reduce(tensor, op, group=group)
         return tensor.tolist()
 
 
