@@ -139,6 +139,14 @@ def test_fully_sharded_weights(offload: bool, folder: Path, one: World, tmp_path
         pytest.param({"quantize": "nf4"}, id="nf4"),
         pytest.param({"quantize": "nf4", "distributed": {"weights": "sharded"}}, id="sharded-nf4"),
         pytest.param({"method": "full", "train": {"engine": "modules"}}, id="full"),
+        pytest.param(
+            {
+                "method": "full",
+                "train": {"engine": "modules", "max_grad_norm": 1.0},
+                "distributed": {"offload": True},
+            },
+            id="full-offloaded",
+        ),
     ],
 )
 def test_two_gpus_train_as_one(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:

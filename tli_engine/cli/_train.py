@@ -93,6 +93,7 @@ def _prepare(config: RunConfig, world: World, device: str) -> Job:
     else:
         from tli_engine.cli._train_sft import SftJob as Objective  # type: ignore[assignment]
     job: Job = world.together(lambda: Objective.prepare(config, world))
+    world.check_alike("the configuration", config.model_dump_json(exclude={"device"}))
     world.check_alike("what the run is made from", json.dumps(job.run.provenance, sort_keys=True))
     return job
 

@@ -72,6 +72,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """What this rank holds of a tensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, each rank its shares, as safetensors with the place of each share.
 

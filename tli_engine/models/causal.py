@@ -48,6 +48,7 @@ class CausalModel(nn.Module):
         lm_head: Output embeddings, ``[V, D]``; None where they are the input's.
         attention: What attends within documents once the blocks are fused; see :meth:`fuse`.
         fetch: Called with a block's number before it runs, for weights that are not always there.
+        fetched_nbytes: Bytes that those take here, if they are not the layers' own.
         activations: Which blocks are run again on the way back; all save unless it is replaced.
     """
 
@@ -58,6 +59,7 @@ class CausalModel(nn.Module):
         self.early = early
         self.attention: Attention = "sdpa"
         self.fetch: Callable[[int], None] | None = None
+        self.fetched_nbytes: int | None = None
         self.activations = Activations("save")
         self.register_parameter("lm_head", lm_head)
         self.train(False)

@@ -84,6 +84,6 @@ def shard_base(model: CausalModel, world: World) -> ShardedNF4:
             "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
         )
     shards = ShardedNF4(blocks, world)
-    model.fetch = shards.fetch
+    model.fetch, model.fetched_nbytes = shards.fetch, shards.nbytes
     model.activations = Activations("recompute")
     return shards

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
-from tli_engine.distributed.fully_sharded import whole
+from tli_engine.distributed.fully_sharded import own_part, whole
 from tli_engine.errors import UserError
 from tli_engine.train.stochastic_adamw import StochasticAdamW
 
@@ -134,7 +134,7 @@ class Updates:
         grads = [t.grad for t in self._tensors.values() if t.grad is not None]
         held: list[Tensor] = [h for n, h in self._held.items() if h is not self._tensors[n]]
         held += [v for _, s in self._statistics() for v in s.values() if isinstance(v, Tensor)]
-        return sum(g.nbytes for g in grads), sum(h.nbytes for h in held)
+        return sum(own_part(g).nbytes for g in grads), sum(own_part(h).nbytes for h in held)
 
     def _statistics(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for part, optimizer in self._optimizers:
