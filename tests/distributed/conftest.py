@@ -93,5 +93,10 @@ def ended(environment: dict[str, str]) -> Iterator[Callable[..., Any]]:
 
     yield start
     for process in started:
-        process.kill()
-        process.communicate()
+        # its own processes go with it, if it is asked
+        process.terminate()
+        try:
+            process.communicate(timeout=40)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.communicate()

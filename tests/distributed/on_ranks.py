@@ -291,6 +291,21 @@ def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> 
         close(figures(second.steps), figures(expected.steps[2:]))
 
 
+def check_shards_resume_where_layers_are_joined(world: World, folder: Path) -> None:
+    """As on one GPU, whose fused blocks have one weight where several GPUs have q, k and v."""
+    changes: dict[str, Any] = {"method": "full", "train": {"learning_rate": 1e-3}}
+    config = config_of("sft", **changes)
+    first = Tuner(folder, config, world)
+    first.trainer.run(until=lambda: first.trainer.step == 2)
+    path = save_checkpoint(folder / "shards" / f"joined-{world.size}", first.trainer, 2, world)
+    fused = config_of("sft", **changes | {"train": changes["train"] | {"engine": "fused"}})
+    expected, second = Tuner(folder, config).run(), Tuner(folder, fused)
+    assert any("q_proj+k_proj" in name for name in second.model.trainable())
+    load_checkpoint(path, second.trainer)
+    second.run()
+    close(figures(second.steps), figures(expected.steps[2:]))
+
+
 def check_write_shards(world: World, folder: Path) -> None:
     """For other numbers of ranks to read: see test_on_ranks.py."""
     config = config_of("sft", method="full", train={"learning_rate": 1e-3})

@@ -89,6 +89,8 @@ SHARDED = {"weights": "sharded"}
         ({"distributed": SHARDED}, 1, "there is one process"),
         ({"distributed": SHARDED, "method": "full"}, 2, "is sharded anyhow"),
         ({"distributed": SHARDED, "objective": "joint"}, 2, "objective joint"),
+        ({"distributed": SHARDED, "objective": "align"}, 2, "objective align"),
+        ({"distributed": {"offload": True}, "objective": "align"}, 2, "goes with method: full"),
         ({"distributed": SHARDED, "weight_residency": "bf16"}, 2, "weight_residency: nf4"),
         ({"distributed": SHARDED, "sft": {"activations": "save"}}, 2, "recompute, or auto"),
         ({"distributed": {"offload": True}}, 2, "goes with method: full on several GPUs"),

@@ -17,6 +17,7 @@ from tli_engine.train.card import model_card
 from tli_engine.train.loop import Trainer
 from tli_engine.train.manifest import write_manifest
 from tli_engine.train.prepare import Prepared, prepare
+from tli_engine.train.sft_distribute import check_distributed
 
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md")
 
@@ -33,6 +34,7 @@ class AlignJob:
     @classmethod
     def prepare(cls, config: RunConfig, world: World) -> "AlignJob":
         """Read and check everything."""
+        check_distributed(config, world)
         return cls(prepare(config, say), world)
 
     def introduction(self) -> str:

@@ -17,6 +17,7 @@ from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
 from tli_engine.train.checkpoint import Shards
+from tli_engine.train.joined_names import join_parts
 from tli_engine.train.memory import out_of_memory
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
@@ -191,6 +192,8 @@ class SftTrainer:
             KeyError: The tensors are of another model or other adapters.
             RuntimeError: They are of another shape.
         """
+        names = self.engine.tensors
+        tensors, statistics = join_parts(tensors, names), join_parts(statistics, names)
         self.set_tensors(tensors)
         # several GPUs keep no other copy than one in fp32
         masters = [n for n in self.engine.updates.with_master if tensors[n].dtype == torch.float32]
