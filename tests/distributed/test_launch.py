@@ -39,6 +39,16 @@ def test_gpus_is_not_for_one_of_several(
     assert "torchrun has started this one" in capfd.readouterr().err
 
 
+def test_only_training_is_for_several(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert main(["compare", "--recipe", "compare-demo"]) == 2
+    assert "compare takes one process; start it without torchrun" in capfd.readouterr().err
+    assert main(["train", "--recipe", "demo", "--print-config"]) == 0
+
+
 def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)

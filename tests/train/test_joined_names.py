@@ -2,7 +2,7 @@
 
 import torch
 
-from tli_engine.train.joined_names import join_parts, parts_of
+from tli_engine.train.joined_names import join_parts, joined_keys, parts_of
 
 GATE_UP = "layers.0.mlp.gate_proj+up_proj.weight"
 GATE, UP = "layers.0.mlp.gate_proj.weight", "layers.0.mlp.up_proj.weight"
@@ -15,6 +15,14 @@ def test_parts_of_a_name() -> None:
     assert parts_of("layers.1.self_attn.q_proj+k_proj+v_proj.bias")[2] == (
         "layers.1.self_attn.v_proj.bias"
     )
+
+
+def test_joined_keys_have_those_of_their_parts() -> None:
+    keys = [GATE_UP, f"{GATE_UP}/step", DOWN, f"{DOWN}/step"]
+    assert joined_keys(keys) == {
+        GATE_UP: [GATE, UP],
+        f"{GATE_UP}/step": [f"{GATE}/step", f"{UP}/step"],
+    }
 
 
 def test_rows_are_put_end_to_end() -> None:

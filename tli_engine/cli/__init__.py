@@ -49,6 +49,10 @@ class _Lazy(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def group(debug: bool) -> None:
     """Align two languages in the early layers of an LLM, and measure it honestly."""
+    command = click.get_current_context().invoked_subcommand
+    started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if started and command != "train":
+        raise UserError(f"{command} takes one process; start it without torchrun")
     # read by main(), which alone knows how an error is shown
     os.environ["TLI_ENGINE_DEBUG"] = "1" if debug else ""
 

@@ -77,6 +77,23 @@ def own_part(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+@torch.no_grad()
+def fill(tensor: Tensor, values: Tensor) -> None:
+    """Overwrite what this rank holds of a tensor, given all of it, on any device.
+
+    Raises:
+        RuntimeError: They are of another shape.
+    """
+    if tensor.shape != values.shape:
+        raise RuntimeError(f"a tensor must be {list(tensor.shape)}, got {list(values.shape)}")
+    if isinstance(tensor, DTensor):
+        # as FSDP2 cuts the rows, the last ranks' shares being shorter, or empty
+        rank, size = tensor.device_mesh.get_local_rank(), tensor.device_mesh.size()
+        rows = -(-len(values) // size)
+        values = values[rank * rows : (rank + 1) * rows]
+    own_part(tensor).copy_(values)
+
+
 def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
     """Write tensors, each rank its shares, as safetensors with the place of each share.
 

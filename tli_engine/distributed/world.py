@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
 from torch import distributed as dist
 
 from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
@@ -65,11 +64,6 @@ class World:
         everyone = [torch.empty_like(padded) for _ in range(self.size)]
         dist.all_gather(everyone, padded, group=self.patient)
         return [bytes(t.numpy()).partition(b"\0")[0].decode() for t in everyone]
-
-    def copy_first(self, tensors: Sequence[Tensor]) -> None:
-        """Overwrite tensors with those of the first process."""
-        for tensor in tensors if self.size > 1 else ():
-            dist.broadcast(tensor, 0)
 
     def together(self, work: Callable[[], T]) -> T:
         """Do something that may be wrong on some of them alone; then it fails on all.

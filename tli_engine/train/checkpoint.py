@@ -15,9 +15,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from tli_engine.distributed.fully_sharded import load_shards, save_shards, stored
+from tli_engine.distributed.fully_sharded import fill, load_shards, save_shards, stored
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
+from tli_engine.train.joined_names import joined_keys
 from tli_engine.train.manifest import problems, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -230,11 +231,7 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     shards = trainer.shards()
     try:
         if shards is not None:
-            there = stored(path)
-            # of 16-bit tensors that one GPU trained, the fp32 copies
-            masters = {n: f"{n}/master" for n in shards.tensors if f"{n}/master" in there}
-            weights = {masters.get(n, n): t for n, t in shards.tensors.items()}
-            load_shards(path, {**weights, **shards.statistics})
+            _fill(path, shards)
             tensors, optimizer = dict(shards.tensors), shards.statistics
         elif (path / _FILES[0]).is_file():
             tensors, optimizer = (load_file(path / name) for name in _FILES[:2])
@@ -243,6 +240,34 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+
+
+def _fill(path: Path, shards: Shards) -> None:
+    """Overwrite shares with what any number of ranks wrote, layers joined or not.
+
+    Raises:
+        KeyError: It is of other tensors.
+        RuntimeError: Of another shape.
+    """
+    there = stored(path)
+    joined = joined_keys(there)
+    known = {*there, *(part for parts in joined.values() for part in parts)}
+    # of 16-bit tensors that one GPU trained, the fp32 copies
+    masters = {n: f"{n}/master" for n in shards.tensors if f"{n}/master" in known}
+    wanted = {masters.get(n, n): t for n, t in shards.tensors.items()} | shards.statistics
+    for key, parts in joined.items():
+        if parts[0] not in wanted:
+            continue
+        targets = [wanted.pop(part) for part in parts]
+        size, dtype = there[key]
+        rows = torch.zeros(size, dtype=dtype)
+        load_shards(path, {key: rows})
+        # a count of steps is the same for all
+        counts = [len(t) for t in targets] if rows.ndim else []
+        pieces = torch.split(rows, counts) if counts else [rows] * len(targets)
+        for target, piece in zip(targets, pieces, strict=True):
+            fill(target, piece)
+    load_shards(path, wanted)
 
 
 def _joined_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

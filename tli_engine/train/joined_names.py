@@ -19,6 +19,16 @@ def parts_of(name: str) -> list[str]:
     return [".".join([*words[:at], layer, *words[at + 1 :]]) for layer in words[at].split("+")]
 
 
+def joined_keys(keys: Iterable[str]) -> dict[str, list[str]]:
+    """Joined tensors, and statistics of such, among ``keys``, with the keys of their parts."""
+    found = {}
+    for key in keys:
+        name, slash, statistic = key.partition("/")
+        if len(parts := parts_of(name)) > 1:
+            found[key] = [part + slash + statistic for part in parts]
+    return found
+
+
 def join_parts(found: Mapping[str, Tensor], wanted: Iterable[str]) -> dict[str, Tensor]:
     """Tensors by the names that are wanted.
 
