@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import sys
 import time
@@ -98,7 +99,6 @@ def test_gpus_starts_as_many_processes(
     assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
 
 
-@pytest.mark.slow
 def test_two_nodes_on_the_loopback(
     config: Callable[..., Path], tmp_path: Path, ended: Ended, free_port: Callable[[], int]
 ) -> None:
@@ -118,6 +118,31 @@ def test_two_nodes_on_the_loopback(
         assert node.returncode == 0, err
     assert main(["train", str(path), "--run", str(one)]) == 0
     same_result(two, one)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_is_resumed_and_written(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """By FSDP2: the model is that of one process, also where the last step had to be run again."""
+    train = {"learning_rate": 1e-3, "engine": "modules"}
+    path, one, two = config(method="full", train=train), tmp_path / "one", tmp_path / "two"
+    models = []
+    for options in (("train", path, "--run", two), ("train", "--resume", "--run", two)):
+        process = ended(*TLI_ENGINE, *options, "--gpus", 2)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        models.append(load_file(two / "model" / "model.safetensors"))
+        # as if it had been killed in its last step
+        (two / "manifest.json").unlink()
+        shutil.rmtree(two / "checkpoints" / "step-000007")
+    assert "resuming after step 6 of 7" in err
+    assert main(["train", str(path), "--run", str(one)]) == 0
+    expected = load_file(one / "model" / "model.safetensors")
+    for found in models:
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
 
 
 def wait_for_steps(process: Any, run: Path, count: int) -> None:

@@ -43,15 +43,19 @@ def resume_training(config: RunConfig, folder: Path) -> int:
         found = _find(world, folder)
         job = _prepare(config, world, device)
         recorded = config.provenance or {}
-        for key in _RECORDED:
-            if recorded.get(key) != job.run.provenance.get(key):
-                raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
+        world.together(lambda: _check_recorded(recorded, job.run.provenance, folder))
         if recorded.get("versions") != job.run.provenance["versions"]:
             warn("versions are not those the run began with; results may differ in the last bits")
         _introduce(job)
         if found.path is None:
             say(f"{folder}: no whole checkpoint; training from the beginning")
         return _train(job, folder, found)
+
+
+def _check_recorded(recorded: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+    for key in _RECORDED:
+        if recorded.get(key) != found.get(key):
+            raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
 
 
 def _of_first(world: World, work: Callable[[], None]) -> None:
@@ -113,8 +117,8 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
 
     world, trainer = job.world, job.make_trainer(folder, on_warning)
     kept: list[dict[str, Any]] = []
-    if checkpoint.path is not None:
-        load_checkpoint(checkpoint.path, trainer)
+    if (path := checkpoint.path) is not None:
+        world.together(lambda: load_checkpoint(path, trainer))
         kept = [step for step in read_metrics(folder) if step["step"] <= trainer.step]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
@@ -128,10 +132,10 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         until = AgreedStop(stop, world, job.steps_between_words if world.size > 1 else 1)
         _run_steps(trainer, metrics, folder, world, until)
         # the last step too: what follows may fail, and the steps are what took the time
-        path = _keep(trainer, metrics, folder, world)
+        last = _keep(trainer, metrics, folder, world)
     if until.settle():
         gpus = f" --gpus {world.size}" if PROMISED in os.environ else ""
-        say(f"stopped after step {trainer.step}; kept {path}")
+        say(f"stopped after step {trainer.step}; kept {last}")
         say(f"resume with: tli-engine train --resume --run {shlex.quote(str(folder))}{gpus}")
         return stop.exit_status
     say(f"trained {trainer.step - first} steps in {time.perf_counter() - start:.1f} s")

@@ -42,26 +42,30 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
         raise UserError("--gpus starts processes, and torchrun has started this one; leave it out")
     if not on_cpu:
         check_gpus(processes, torch.cuda.device_count())
-    os.environ[PROMISED] = str(processes)
     # many processes' threads would wait for one another
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_GRACE))
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=f"tli-engine-{os.getpid()}",
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",
-        max_restarts=0,
-    )
+    usual = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE)}
+    before = dict(os.environ)
+    os.environ.update(usual | before | {PROMISED: str(processes)})
     try:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"tli-engine-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+        )
         elastic_launch(config, sys.executable)("-m", "tli_engine", *arguments)
     except ChildFailedError as e:
-        return int(e.get_first_failure()[1].exitcode) % 256
+        code = int(e.get_first_failure()[1].exitcode)
+        return code if code >= 0 else 128 - code
     except SignalException as e:
         return 128 + e.sigval
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
     return 0
 
 
