@@ -18,7 +18,8 @@ BASE = {"", "errors", "config"}
 # the parts of tli_engine that each part may import, besides itself and BASE
 MAY_IMPORT = {
     "errors": set(),
-    "config": set(),
+    "config": {"config_distributed"},
+    "config_distributed": set(),
     "": set(),
     "kernels": set(),
     "reference": {"nf4"},
@@ -33,10 +34,21 @@ MAY_IMPORT = {
     "models": {"data", "nn", "ops", "nf4", "nf4_checkpoint"},
     "align": {"models", "data", "nn", "ops"},
     "integrations": {"align", "models", "data", "nn", "layouts", "ops", "nf4", "nf4_checkpoint"},
-    "train": {"integrations", "align", "models", "data", "nn", "ops"},
+    "train": {"distributed", "integrations", "align", "models", "data", "nn", "ops"},
+    "distributed": {"nn"},
     "evaluate": {"integrations", "align", "models", "data", "nn", "ops"},
     "cli": {
-        *{"train", "evaluate", "integrations", "align", "models", "data", "nn", "ops"},
+        *{
+            "train",
+            "distributed",
+            "evaluate",
+            "integrations",
+            "align",
+            "models",
+            "data",
+            "nn",
+            "ops",
+        },
         *{"backends", "extension", "nf4", "nf4_checkpoint"},
     },
     "__main__": {"cli"},

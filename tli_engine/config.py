@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tli_engine.config_distributed import DistributedConfig
 from tli_engine.errors import ConfigError
 
 Pooling = Literal["paper", "content", "last", "weighted"]
@@ -225,6 +226,7 @@ class RunConfig(_Section):
     prompt: PromptConfig = PromptConfig()
     sft: SftConfig = SftConfig()
     train: TrainConfig = TrainConfig()
+    distributed: DistributedConfig = DistributedConfig()
     provenance: dict[str, Any] | None = None
 
     @model_validator(mode="after")
@@ -390,11 +392,7 @@ def with_absolute_paths(config: RunConfig) -> RunConfig:
         return str(Path(name).absolute()) if name and Path(name).exists() else name
 
     names = ("pairs", "control", "texts", "validation", "test")
-    data = {name: absolute(getattr(config.data, name)) for name in names}
-    return config.model_copy(
-        update={
-            "model": absolute(config.model),
-            "data": config.data.model_copy(update=data),
-            "lora": config.lora.model_copy(update={"init": absolute(config.lora.init)}),
-        }
-    )
+    paths = {name: absolute(getattr(config.data, name)) for name in names}
+    data = config.data.model_copy(update=paths)
+    lora = config.lora.model_copy(update={"init": absolute(config.lora.init)})
+    return config.model_copy(update={"model": absolute(config.model), "data": data, "lora": lora})

@@ -11,3 +11,11 @@ class ConfigError(UserError):
 
 class TrainingError(RuntimeError):
     """Training cannot go on: a tensor without gradient, a non-finite loss."""
+
+
+class StoppedElsewhere(Exception):
+    """Another process of this run has an error, and says it; this one ends with its exit status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__("another process of the run has failed")
+        self.status = status

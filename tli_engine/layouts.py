@@ -90,6 +90,16 @@ class PortableWeight:
     def add_transposed_copy(self) -> None:
         """Do nothing: these kernels read one copy in both directions."""
 
+    def tensors(self) -> list[Tensor]:
+        """What the kernels read."""
+        return [self.packed, self.absmax]
+
+    def set_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Read the same bytes elsewhere, and give up the own ones."""
+        self.packed, self.absmax = tensors
+        absmax = self.absmax if self._source.nested is None else self._source.absmax
+        self._source = replace(self._source, packed=self.packed, absmax=absmax)
+
 
 class RecordedWeight:
     """Records for the CUDA C++ kernel, and on demand those of the transpose for the way back.
@@ -154,6 +164,15 @@ class RecordedWeight:
             self.transposed = to_records(packed, absmax, self.N, self.K, True)
             self._settle()
 
+    def tensors(self) -> list[Tensor]:
+        """What the kernels read."""
+        return [self.records, *([] if self.transposed is None else [self.transposed])]
+
+    def set_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Read the same bytes elsewhere, and give up the own ones."""
+        self.records, self.transposed = tensors[0], (*tensors[1:], None)[0]
+        self._settle()
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Take over a copy's state."""
         self.__dict__.update(state)
@@ -212,6 +231,13 @@ class RowsOf:
 
     def add_transposed_copy(self) -> None:
         """Do nothing: the joined weight has its own."""
+
+    def tensors(self) -> list[Tensor]:
+        """None: they are the joined weight's."""
+        return []
+
+    def set_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Do nothing, as there are none."""
 
 
 @contextmanager

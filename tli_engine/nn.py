@@ -153,6 +153,14 @@ class NF4Linear(nn.Module):
         if not isinstance(joined._stored, RowsOf):
             self._stored = RowsOf(joined._stored, first, self.weight)
 
+    def stored_tensors(self) -> list[Tensor]:
+        """The weight as the kernels read it: contiguous, of any dtypes; none where it lies elsewhere."""
+        return self._stored.tensors()
+
+    def set_stored_tensors(self, tensors: Sequence[Tensor]) -> None:
+        """Read the weight from other tensors, of :meth:`stored_tensors`' bytes, dtypes and shapes."""
+        self._stored.set_tensors(tensors)
+
     def extra_repr(self) -> str:
         """Sizes, for ``print(model)``."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}"

@@ -91,3 +91,19 @@ def test_a_device_that_is_not_known_is_one_line(cli: Cli, config_file: Path) -> 
     status, out, err = cli("plan", config_file, "--device", "abacus")
     assert (status, out) == (2, "")
     assert err.startswith("tli-engine: error: --device abacus: not known; there are cpu, h100")
+
+
+def test_of_several_gpus_the_bytes_are_those_of_each(cli: Cli, config_file: Path) -> None:
+    plans = [
+        json.loads(cli("plan", config_file, "--device", "h100", "--gpus", n, "--json").out)
+        for n in (1, 2)
+    ]
+    assert [plan["gpus"] for plan in plans] == [1, 2]
+    # half of the pairs; the model and its adapters whole
+    assert plans[1]["gpu_bytes"]["activations"] < plans[0]["gpu_bytes"]["activations"]
+    for name in ("weights", "embeddings", "adapters"):
+        assert plans[1]["gpu_bytes"][name] == plans[0]["gpu_bytes"][name]
+    shown = cli("plan", config_file, "--device", "h100", "--gpus", 2)
+    assert "each GPU" in shown.out
+    status, _, err = cli("plan", config_file, "--device", "h100", "--gpus", 0)
+    assert (status, "--gpus" in err) == (2, True)

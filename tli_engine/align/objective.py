@@ -1,6 +1,6 @@
 """The loss of one batch of word pairs."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -71,12 +71,20 @@ class BatchLoss:
 
 
 def batch_loss(
-    model: EarlyModel, batch: PairBatch, space: PairSpace, config: AlignConfig
+    model: EarlyModel,
+    batch: PairBatch,
+    space: PairSpace,
+    config: AlignConfig,
+    gather: Callable[[Tensor], Tensor] = lambda vectors: vectors,
 ) -> BatchLoss:
-    """Run both languages of a batch up to ``hidden_states[layer]`` in one pass, and compare."""
+    """Run both languages of a batch up to ``hidden_states[layer]`` in one pass, and compare.
+
+    ``gather`` puts this process's vectors among those of the others, in the order of
+    ``batch.is_negative``.
+    """
     hidden = model(batch.words, config.layer)
     vectors = pool(hidden, batch.words, config.pooling)
-    source, target = vectors.chunk(2)
+    source, target = map(gather, vectors.chunk(2))
     cosine = cosine_similarity(space.source(source), space.target(target))
     loss = alignment_loss(cosine, batch.is_negative, config)
     with torch.no_grad():

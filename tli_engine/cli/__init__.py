@@ -3,13 +3,17 @@
 import importlib
 import os
 import sys
+import time
+import traceback
 from typing import Any
 
 import click
 
 from tli_engine import __version__
-from tli_engine.errors import TrainingError, UserError
+from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 
+# seconds that a process waits for the one whose error it is to speak, and to end
+_LAST_WORDS = 5.0
 _COMMANDS = {
     "scan": "measure the alignment of two languages at every layer",
     "train": "train adapters on a few early layers",
@@ -46,12 +50,30 @@ class _Lazy(click.Group):
 @click.option("--debug", is_flag=True, help="Show the traceback of an error.")
 def group(debug: bool) -> None:
     """Align two languages in the early layers of an LLM, and measure it honestly."""
+    command = click.get_current_context().invoked_subcommand
+    started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if started and command != "train":
+        raise UserError(f"{command} takes one process; start it without torchrun")
     # read by main(), which alone knows how an error is shown
     os.environ["TLI_ENGINE_DEBUG"] = "1" if debug else ""
 
 
 def main(args: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for the user's mistake, 130 for Ctrl-C."""
+    try:
+        status = _run(args)
+    except Exception as e:
+        if _rank() is None:
+            raise
+        status = _failed_among_others(e)
+    if status and _rank() is not None:
+        # what waits for the other processes must not keep this one
+        sys.stdout.flush()
+        os._exit(status)
+    return status
+
+
+def _run(args: list[str] | None) -> int:
     try:
         result: Any = group.main(args, prog_name="tli-engine", standalone_mode=False)
         return result if isinstance(result, int) else 0
@@ -87,5 +109,29 @@ def _failed(error: Exception, status: int) -> int:
     return status
 
 
+def _failed_among_others(error: Exception) -> int:
+    """End one process of several: with its traceback, unless the error is another's."""
+    from tli_engine.distributed.launch import is_lost_partner
+
+    if isinstance(error, StoppedElsewhere):
+        # whoever has the error ends first, and so do all
+        time.sleep(_LAST_WORDS)
+        return error.status
+    if is_lost_partner(error):
+        time.sleep(_LAST_WORDS)
+        _say(f"stopped: another process of the run is gone ({str(error).splitlines()[0][:200]})")
+        return 1
+    lines = traceback.format_exc().splitlines()
+    print("\n".join(f"rank {_rank()}: {line}" for line in lines), file=sys.stderr, flush=True)
+    return 1
+
+
+def _rank() -> str | None:
+    """This process's number among those of a run; None of one that is alone."""
+    return os.environ.get("TLI_ENGINE_RANK")
+
+
 def _say(line: str) -> None:
-    print(f"tli-engine: {line}", file=sys.stderr, flush=True)
+    rank = _rank()
+    where = f"rank {rank}: " if rank not in (None, "0") else ""
+    print(f"tli-engine: {where}{line}", file=sys.stderr, flush=True)

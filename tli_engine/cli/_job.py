@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+from tli_engine.distributed.world import World
 from tli_engine.train.loop import Trainer
 from tli_engine.train.prepare import Prepared
 from tli_engine.train.sft_loop import SftTrainer
@@ -31,6 +32,13 @@ class Job(Protocol):
     @property
     def run(self) -> Prepared | SftPrepared: ...
 
+    @property
+    def world(self) -> World: ...
+
+    @property
+    def steps_between_words(self) -> int:
+        """Steps after which the processes of a run ask one another whether to stop."""
+
     def introduction(self) -> str:
         """A line on what is about to be trained."""
 
@@ -40,4 +48,4 @@ class Job(Protocol):
     def finish(
         self, trainer: Any, folder: Path, steps: list[dict[str, Any]], warnings: list[str]
     ) -> None:
-        """Write the result, its manifest, and what it measures."""
+        """Write the result, its manifest, and what it measures; called by every process."""

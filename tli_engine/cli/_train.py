@@ -1,15 +1,22 @@
 """The work of ``tli-engine train``."""
 
+import json
+import os
 import shlex
 import time
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from tli_engine.cli._job import Job, RunTrainer, StepFigures
 from tli_engine.cli.console import progress, say, warn
-from tli_engine.cli.signals import Stop, stop_on_signals
+from tli_engine.cli.signals import AgreedStop, stop_on_signals
 from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
+from tli_engine.distributed.launch import PROMISED, joined
+from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
+from tli_engine.models.files import open_model
 from tli_engine.train.checkpoint import Found, find_checkpoint, load_checkpoint, save_checkpoint
 from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import MetricsLog, read_metrics
@@ -21,47 +28,78 @@ _RECORDED = ("base_sha256", "pairs", "texts", "lora_init_sha256")
 
 def run_training(config: RunConfig, name: str, folder: Path | None, overwrite: bool) -> int:
     """Train, save the result, measure it; everything is checked before the folder is made."""
-    folder = folder or default_folder(name)
-    check_free(folder, overwrite)
-    job = _prepare(config)
-    _introduce(job)
+    with joined(config.device, config.distributed.timeout) as (world, device):
+        chosen = Path(world.share(str(folder or default_folder(name))))
+        _of_first(world, lambda: check_free(chosen, overwrite))
+        job = _prepare(config, world, device)
+        _introduce(job)
+        _of_first(world, lambda: _begin(job, chosen, overwrite))
+        return _train(job, chosen, Found(None, []))
+
+
+def resume_training(config: RunConfig, folder: Path) -> int:
+    """Go on from the newest whole checkpoint of a run, or from its beginning."""
+    with joined(config.device, config.distributed.timeout) as (world, device):
+        found = _find(world, folder)
+        job = _prepare(config, world, device)
+        recorded = config.provenance or {}
+        world.together(lambda: _check_recorded(recorded, job.run.provenance, folder))
+        if recorded.get("versions") != job.run.provenance["versions"]:
+            warn("versions are not those the run began with; results may differ in the last bits")
+        _introduce(job)
+        if found.path is None:
+            say(f"{folder}: no whole checkpoint; training from the beginning")
+        return _train(job, folder, found)
+
+
+def _check_recorded(recorded: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
+    for key in _RECORDED:
+        if recorded.get(key) != found.get(key):
+            raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
+
+
+def _of_first(world: World, work: Callable[[], None]) -> None:
+    """What the first process does alone; where it may not, all end."""
+    world.together(work if world.is_first else lambda: None)
+
+
+def _begin(job: Job, folder: Path, overwrite: bool) -> None:
     create(folder, overwrite)
     record = with_absolute_paths(job.run.config).model_copy(
         update={"provenance": job.run.provenance}
     )
     write_text(folder / "config.yaml", to_yaml(record))
-    return _train(job, folder, Found(None, []))
 
 
-def resume_training(config: RunConfig, folder: Path) -> int:
-    """Go on from the newest whole checkpoint of a run, or from its beginning."""
-    if not problems(folder):
-        raise UserError(f"{folder}: has finished; measure it with tli-engine evaluate {folder}")
+def _find(world: World, folder: Path) -> Found:
+    """The checkpoint that the first process sees."""
+
+    def check() -> None:
+        if not problems(folder):
+            raise UserError(f"{folder}: has finished; measure it with tli-engine evaluate {folder}")
+
+    _of_first(world, check)
     found = find_checkpoint(folder)
     for reason in found.skipped:
         warn(f"checkpoint skipped: {reason}")
-    job = _prepare(config)
-    recorded = config.provenance or {}
-    for key in _RECORDED:
-        if recorded.get(key) != job.run.provenance.get(key):
-            raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
-    if recorded.get("versions") != job.run.provenance["versions"]:
-        warn("versions are not those the run began with; results may differ in the last bits")
-    _introduce(job)
-    if found.path is None:
-        say(f"{folder}: no whole checkpoint; training from the beginning")
-    return _train(job, folder, found)
+    path = world.share(None if found.path is None else str(found.path))
+    return Found(None if path is None else Path(path), found.skipped)
 
 
-def _prepare(config: RunConfig) -> Job:
+def _prepare(config: RunConfig, world: World, device: str) -> Job:
+    config = config.model_copy(update={"device": device})
+    # on each machine one process downloads and converts, the others find it done
+    fetches = world.size > 1 and os.environ.get("LOCAL_RANK") == "0"
+    world.together(lambda: open_model(config.model) if fetches else None)
     # either takes libraries that the other does without
     if config.objective == "align":
-        from tli_engine.cli._train_align import AlignJob
-
-        return AlignJob.prepare(config)
-    from tli_engine.cli._train_sft import SftJob
-
-    return SftJob.prepare(config)
+        from tli_engine.cli._train_align import AlignJob as Objective
+    else:
+        from tli_engine.cli._train_sft import SftJob as Objective  # type: ignore[assignment]
+    job: Job = world.together(lambda: Objective.prepare(config, world))
+    world.check_alike("the configuration", config.model_dump_json(exclude={"device"}))
+    world.check_alike("what the run is made from", json.dumps(job.run.provenance, sort_keys=True))
+    return job
 
 
 def _introduce(job: Job) -> None:
@@ -77,39 +115,57 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         warnings.append(line)
         warn(line)
 
-    trainer = job.make_trainer(folder, on_warning)
+    world, trainer = job.world, job.make_trainer(folder, on_warning)
     kept: list[dict[str, Any]] = []
-    if checkpoint.path is not None:
-        load_checkpoint(checkpoint.path, trainer)
+    if (path := checkpoint.path) is not None:
+        world.together(lambda: load_checkpoint(path, trainer))
         kept = [step for step in read_metrics(folder) if step["step"] <= trainer.step]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
     start, first = time.perf_counter(), trainer.step
     train = job.run.config.train
-    with MetricsLog(folder, kept, train.tensorboard) as metrics, stop_on_signals() as stop:
-        _run_steps(trainer, metrics, folder, stop)
-        metrics.sync()
+    with ExitStack() as stack:
+        metrics = None
+        if world.is_first:
+            metrics = stack.enter_context(MetricsLog(folder, kept, train.tensorboard))
+        stop = stack.enter_context(stop_on_signals())
+        until = AgreedStop(stop, world, job.steps_between_words if world.size > 1 else 1)
+        _run_steps(trainer, metrics, folder, world, until)
         # the last step too: what follows may fail, and the steps are what took the time
-        path = save_checkpoint(folder, trainer, train.keep_checkpoints)
-    if stop():
-        say(f"stopped after step {trainer.step}; kept {path}")
-        say(f"resume with: tli-engine train --resume --run {shlex.quote(str(folder))}")
+        last = _keep(trainer, metrics, folder, world)
+    if until.settle():
+        gpus = f" --gpus {world.size}" if PROMISED in os.environ else ""
+        say(f"stopped after step {trainer.step}; kept {last}")
+        say(f"resume with: tli-engine train --resume --run {shlex.quote(str(folder))}{gpus}")
         return stop.exit_status
     say(f"trained {trainer.step - first} steps in {time.perf_counter() - start:.1f} s")
-    job.finish(trainer, folder, metrics.steps, warnings)
+    job.finish(trainer, folder, [] if metrics is None else metrics.steps, warnings)
     return 0
 
 
-def _run_steps(trainer: RunTrainer, metrics: MetricsLog, folder: Path, stop: Stop) -> None:
+def _keep(trainer: RunTrainer, metrics: MetricsLog | None, folder: Path, world: World) -> Path:
+    """Write a checkpoint."""
+    if metrics is not None:
+        metrics.sync()
+    return save_checkpoint(folder, trainer, trainer.config.train.keep_checkpoints, world)
+
+
+def _run_steps(
+    trainer: RunTrainer,
+    metrics: MetricsLog | None,
+    folder: Path,
+    world: World,
+    stop: Callable[[], bool],
+) -> None:
     train = trainer.config.train
     with progress("train", trainer.total_steps) as advance:
         advance(trainer.step, "")
 
         def on_step(step: StepFigures) -> None:
-            metrics.append(step.to_json())
+            if metrics is not None:
+                metrics.append(step.to_json())
             if step.step % train.checkpoint_steps == 0:
-                metrics.sync()
-                save_checkpoint(folder, trainer, train.keep_checkpoints)
+                _keep(trainer, metrics, folder, world)
             advance(1, f"loss {step.loss:.4f}")
 
         trainer.on_step = on_step

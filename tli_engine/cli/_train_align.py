@@ -8,6 +8,7 @@ from typing import Any
 from tli_engine.cli._evaluate import report_alignment
 from tli_engine.cli.console import say
 from tli_engine.config import RunConfig
+from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError
 from tli_engine.evaluate.plots import plot_training
 from tli_engine.models.adapters import adapter_tensors
@@ -16,6 +17,7 @@ from tli_engine.train.card import model_card
 from tli_engine.train.loop import Trainer
 from tli_engine.train.manifest import write_manifest
 from tli_engine.train.prepare import Prepared, prepare
+from tli_engine.train.sft_distribute import check_distributed
 
 ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/README.md")
 
@@ -25,11 +27,15 @@ class AlignJob:
     """A prepared run of the align objective."""
 
     run: Prepared
+    world: World
+    # a step may take less than a word between processes
+    steps_between_words = 16
 
     @classmethod
-    def prepare(cls, config: RunConfig) -> "AlignJob":
+    def prepare(cls, config: RunConfig, world: World) -> "AlignJob":
         """Read and check everything."""
-        return cls(prepare(config, say))
+        check_distributed(config, world)
+        return cls(prepare(config, say), world)
 
     def introduction(self) -> str:
         """A line on what is about to be trained."""
@@ -44,12 +50,15 @@ class AlignJob:
     def make_trainer(self, folder: Path, on_warning: Callable[[str], None]) -> Trainer:
         """A trainer at its first step."""
         run = self.run
-        return Trainer(run.model, run.config, run.splits[0], run.space, on_warning=on_warning)
+        pairs, space = run.splits[0], run.space
+        return Trainer(run.model, run.config, pairs, space, on_warning=on_warning, world=self.world)
 
     def finish(
         self, trainer: Trainer, folder: Path, steps: list[dict[str, Any]], warnings: list[str]
     ) -> None:
         """Save the adapter and measure it."""
+        if not self.world.is_first:
+            return
         run = self.run
         if run.model.base_digest() != run.provenance["base_sha256"]:
             raise TrainingError("the frozen weights are not what they were before training")

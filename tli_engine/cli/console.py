@@ -1,5 +1,6 @@
 """What the commands print: progress, tables, warnings."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -21,8 +22,14 @@ _WIDEST = 240
 
 
 def say(line: str) -> None:
-    """Print a line of progress on stderr."""
-    print(line, file=sys.stderr, flush=True)
+    """Print a line of progress on stderr; of several processes of a run, the first does."""
+    if speaks():
+        print(line, file=sys.stderr, flush=True)
+
+
+def speaks() -> bool:
+    """Whether this process is the first of its run, or the only one."""
+    return os.environ.get("TLI_ENGINE_RANK", "0") == "0"
 
 
 def warn(line: str) -> None:
@@ -37,7 +44,7 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     Yields:
         ``advance(amount, note)``.
     """
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and speaks():
         columns = (
             TextColumn("{task.description}"),
             BarColumn(),

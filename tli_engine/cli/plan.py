@@ -26,6 +26,9 @@ from tli_engine.cli.train import resolve_run
     type=click.FloatRange(min=0, min_open=True),
     help="GiB of the GPU's memory that the run may take; all by default.",
 )
+@click.option(
+    "--gpus", type=click.IntRange(min=1), default=1, help="GPUs that share the run; 1 by default."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON.")
 def command(
     config: Path | None,
@@ -33,6 +36,7 @@ def command(
     overrides: tuple[str, ...],
     device: str | None,
     memory: float | None,
+    gpus: int,
     as_json: bool,
 ) -> None:
     """Say what training as CONFIG or a recipe says would take: downloads, disk, memory, time.
@@ -43,4 +47,4 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._plan import run_plan
 
-    run_plan(resolved, device, memory, as_json)
+    run_plan(resolved, device, memory, as_json, gpus)

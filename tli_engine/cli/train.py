@@ -1,5 +1,6 @@
 """``tli-engine train``: train adapters on a few early layers."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +31,20 @@ from tli_engine.errors import ConfigError
     help="Override a key, e.g. train.steps=100; may be repeated.",
 )
 @click.option(
-    "--run", type=click.Path(path_type=Path), help="Run folder; default runs/<recipe>-<UTC time>."
+    "--run",
+    # torchrun takes --run for one of its own
+    "--run-folder",
+    "run",
+    type=click.Path(path_type=Path),
+    help="Run folder; default runs/<recipe>-<UTC time>.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace an earlier run in the run folder.")
 @click.option("--resume", is_flag=True, help="Go on with the interrupted run in --run.")
+@click.option(
+    "--gpus",
+    type=click.IntRange(min=1),
+    help="Train on so many GPUs of this machine, as torchrun --nproc-per-node would.",
+)
 @click.option("--print-config", is_flag=True, help="Print the resolved configuration and stop.")
 @click.option(
     "--dry-run", is_flag=True, help="Print what the run would take, as plan does, and stop."
@@ -45,6 +56,7 @@ def command(
     run: Path | None,
     overwrite: bool,
     resume: bool,
+    gpus: int | None,
     print_config: bool,
     dry_run: bool,
 ) -> int:
@@ -55,7 +67,15 @@ def command(
     if resume:
         if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
             raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
-        return _resume(run)
+        config = run / "config.yaml"
+        if not config.is_file():
+            raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
+        resolved = resolve_config(read_yaml(config), str(config))
+        if gpus is not None:
+            return _start(gpus, resolved, ("--resume", "--run", str(run)))
+        from tli_engine.cli._train import resume_training
+
+        return resume_training(resolved, run)
     resolved, name = resolve_run(config, recipe, overrides)
     if print_config:
         print(to_yaml(resolved), end="")
@@ -64,8 +84,13 @@ def command(
     if dry_run:
         from tli_engine.cli._plan import run_plan
 
-        run_plan(resolved)
+        run_plan(resolved, gpus=gpus or 1)
         return 0
+    if gpus is not None:
+        source = ["--recipe", recipe] if recipe else [str(config)]
+        sets = [part for override in overrides for part in ("--set", override)]
+        folder = ["--run", str(run)] if run else []
+        return _start(gpus, resolved, (*source, *sets, *folder, *["--overwrite"] * overwrite))
     from tli_engine.cli._train import run_training
 
     return run_training(resolved, name, run, overwrite)
@@ -100,11 +125,9 @@ def read_values(
     return apply_overrides(values, list(overrides)), where
 
 
-def _resume(run: Path) -> int:
-    path = run / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
-    config = resolve_config(read_yaml(path), str(path))
-    from tli_engine.cli._train import resume_training
+def _start(gpus: int, config: RunConfig, options: tuple[str, ...]) -> int:
+    from tli_engine.distributed.launch import start
 
-    return resume_training(config, run)
+    debug = ["--debug"] if os.environ.get("TLI_ENGINE_DEBUG") else []
+    arguments = (*debug, "train", *options)
+    return start(gpus, arguments, on_cpu=config.device == "cpu")

@@ -96,6 +96,11 @@ class TextPack:
         )
 
 
+def without_labels(pack: TextPack) -> TextPack:
+    """The same tokens, none of which is to be predicted."""
+    return TextPack(pack.words, pack.predicting[:0], pack.targets[:0])
+
+
 def text_pack(examples: Sequence[Example]) -> TextPack:
     """Lay examples end to end; a position predicts the next one of its own example.
 

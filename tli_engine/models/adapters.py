@@ -147,6 +147,15 @@ def gradient_passes(name: str, block: int, first: int) -> bool:
     return block > first or (block == first and not _READS_INPUT.search(name))
 
 
+def nf4_blocks(model: EarlyModel) -> list[list[NF4Linear]]:
+    """The layers of each block that hold NF4 weights: joined ones where the blocks are fused."""
+    layers = _nf4_layers(model)
+    return [
+        [layer for name, layer in layers.items() if name.startswith(f"layers.{i}.")]
+        for i in range(len(model.blocks))
+    ]
+
+
 def _nf4_layers(model: EarlyModel) -> dict[str, NF4Linear]:
     """The layers that hold NF4 weights, by name: joined ones where the blocks are fused."""
     if model.fused is None:

@@ -1,6 +1,6 @@
 """A whole causal language model: all blocks and the output layer, its loss on packed documents."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
@@ -48,6 +48,8 @@ class CausalModel(nn.Module):
         early: The decoder.
         lm_head: Output embeddings, ``[V, D]``; None where they are the input's.
         attention: What attends within documents once the blocks are fused; see :meth:`fuse`.
+        fetch: Called with a block's number before it runs, for weights that are not always there.
+        fetched_nbytes: Bytes that those take here, if they are not the layers' own.
         activations: Which blocks are run again on the way back; all save unless it is replaced.
     """
 
@@ -57,6 +59,8 @@ class CausalModel(nn.Module):
         super().__init__()
         self.early = early
         self.attention: Attention = "sdpa"
+        self.fetch: Callable[[int], None] | None = None
+        self.fetched_nbytes: int | None = None
         self.activations = Activations("save")
         self.register_parameter("lm_head", lm_head)
         self.train(False)
@@ -151,6 +155,13 @@ class CausalModel(nn.Module):
 
     def _blocks(self, pack: Laid, seeds: Tensor) -> list[Block]:
         """What runs each block on a pack."""
+        blocks, fetch = self._resident_blocks(pack, seeds), self.fetch
+        if fetch is None:
+            return blocks
+        # the last layer too is run again: its weight will not have stayed
+        return [Block((partial(_fetched, fetch, i, block),)) for i, block in enumerate(blocks)]
+
+    def _resident_blocks(self, pack: Laid, seeds: Tensor) -> list[Block]:
         early = self.early
         if early.fused is None:
             assert isinstance(pack, Pack)
@@ -249,6 +260,13 @@ def _run_modules(
     early: EarlyModel, number: int, pack: Pack, rotary: Rotary | Rows, x: Tensor, _: Tensor | None
 ) -> tuple[Tensor, None]:
     return early.run_block(number, x, pack, rotary), None
+
+
+def _fetched(
+    fetch: Callable[[int], None], number: int, block: Block, x: Tensor, residual: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    fetch(number)
+    return block(x, residual)
 
 
 def _fused(block: FusedBlock, rows: Rows, seeds: list[Tensor], pack: Laid) -> Block:

@@ -36,6 +36,7 @@ class EarlyModel(nn.Module):
         depth: Number of blocks built; ``hidden_states[0 … depth]`` can be had.
         fused: The blocks on the engine's ops, once :meth:`fuse` was called; they then run instead of
             transformers' modules.
+        computes_on: Device of what goes through it, where the weights lie on another.
     """
 
     row_of: Tensor | None
@@ -57,6 +58,7 @@ class EarlyModel(nn.Module):
         # row of each token where only some were read, [V], int64; -1 has none
         self.register_buffer("row_of", None, persistent=False)
         self.fused: FusedBlocks | None = None
+        self.computes_on: torch.device | None = None
         self.requires_grad_(False)
         self.train(False)
 
@@ -68,9 +70,9 @@ class EarlyModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where the weights are."""
+        """Where it computes."""
         device: torch.device = self.decoder.embed_tokens.weight.device
-        return device
+        return self.computes_on or device
 
     def hidden_states(self, pack: Pack) -> Iterator[tuple[int, Tensor]]:
         """Run a pack upwards, one block a step.

@@ -4,21 +4,39 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tli_engine.distributed.fully_sharded import fill, load_shards, save_shards, stored
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
+from tli_engine.train.joined_names import joined_keys
 from tli_engine.train.manifest import problems, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
 _BEST = "best"
 _FILES = ("adapter_model.safetensors", "optimizer.safetensors", "state.json")
+
+
+@dataclass(frozen=True)
+class Shards:
+    """What is trained, of which each rank holds a share.
+
+    Attributes:
+        tensors: By name; loading overwrites them.
+        statistics: Of the optimizer, as ``<tensor>/<statistic>``; likewise.
+    """
+
+    tensors: Mapping[str, Tensor]
+    statistics: dict[str, Tensor]
 
 
 class Resumable(Protocol):
@@ -28,6 +46,9 @@ class Resumable(Protocol):
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trained tensors, and the optimizer's."""
+
+    def shards(self) -> Shards | None:
+        """Both as shares, where each rank has one; None where each has all."""
 
     def notes(self) -> dict[str, Any]:
         """What else it has to remember, as JSON."""
@@ -50,41 +71,61 @@ class Found:
     skipped: list[str]
 
 
-def save_checkpoint(run: Path, trainer: Resumable, keep: int) -> Path:
+def save_checkpoint(run: Path, trainer: Resumable, keep: int, world: World = ALONE) -> Path:
     """Write ``checkpoints/step-N``; of the earlier ones the last ``keep - 1`` stay.
 
     The files are written to a hidden folder, synced, listed in a manifest, and the folder renamed:
     a crash at any moment leaves the earlier checkpoints and no half one under this name. Those of
     later steps, which an interrupted run wrote before it was resumed from an earlier one, go.
 
+    All ranks call it; where each holds all, the first one writes.
+
     Raises:
         UserError: The disk is full, or cannot be written.
     """
     parent = run / "checkpoints"
     final = parent / f"step-{trainer.step:06d}"
-    if final.is_dir() and not problems(final):
+    shards = trainer.shards()
+    if shards is None and not world.is_first:
         return final
-    tensors, optimizer = trainer.state()
+    there = final.is_dir() and not problems(final)
+    # a partner that was slow to look must not see it written
+    if there if shards is None else world.share(there):
+        return final
     state = {"step": trainer.step, **trainer.notes()}
-    _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
+    if shards is None:
+        tensors, optimizer = trainer.state()
+        _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
+    else:
+        _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
+    if not world.is_first:
+        return final
     found = _checkpoints(run)
     for old in (*found[: found.index(final)], *found[found.index(final) + keep :]):
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
-def save_best(run: Path, trainer: Resumable) -> None:
+def save_best(run: Path, trainer: Resumable, world: World = ALONE) -> None:
     """Write ``best``: the trained tensors as they are now, in place of earlier ones.
+
+    All ranks call it, as :func:`save_checkpoint`.
 
     Raises:
         UserError: As :func:`save_checkpoint`.
     """
-    tensors, _ = trainer.state()
-    _write(run / _BEST, {_FILES[0]: tensors}, {"step": trainer.step})
+    shards, state = trainer.shards(), {"step": trainer.step}
+    if shards is not None:
+        _write_shards(run / _BEST, shards.tensors, state, world)
+    elif world.is_first:
+        tensors, _ = trainer.state()
+        _write(run / _BEST, {_FILES[0]: tensors}, state)
 
 
-def load_best(run: Path) -> dict[str, Tensor] | None:
+def load_best(run: Path, trainer: Resumable) -> Mapping[str, Tensor] | None:
     """The tensors that :func:`save_best` wrote; ``None`` where it did not.
+
+    Where ranks hold shares, the trainer's own tensors, overwritten.
 
     Raises:
         UserError: They are not whole.
@@ -94,32 +135,79 @@ def load_best(run: Path) -> dict[str, Tensor] | None:
         return None
     if wrong := problems(folder):
         raise UserError(f"{wrong[0]}; the best checkpoint is lost, the last one is whole")
-    return load_file(folder / _FILES[0])
+    if (shards := trainer.shards()) is None:
+        return load_file(folder / _FILES[0])
+    load_shards(folder, shards.tensors)
+    return shards.tensors
 
 
 def _write(final: Path, tensors: Mapping[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
     """Write a folder of tensors and a ``state.json``, whole or not at all."""
-    part = final.parent / f".{final.name}.part"
-    try:
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+    part = _part_of(final)
+    with _whole_or_not(final):
+        _begin(part)
         for name, of_file in tensors.items():
             save_file(of_file, part / name)
-        (part / _FILES[2]).write_text(json.dumps(state) + "\n")
-        names = [*tensors, _FILES[2]]
-        for name in names:
-            _sync(part / name)
-        write_manifest(part, names)
-        _sync(part)
-        # a broken one of this name, or an earlier best
-        shutil.rmtree(final, ignore_errors=True)
-        part.rename(final)
-        _sync(final.parent)
+        _complete(part, final, state)
+
+
+def _write_shards(
+    final: Path, tensors: Mapping[str, Tensor], state: dict[str, Any], world: World
+) -> None:
+    """Write a folder of every rank's shares and a ``state.json``, whole or not at all."""
+    part = _part_of(final)
+
+    def first(work: Callable[[], None]) -> None:
+        def guarded() -> None:
+            if world.is_first:
+                with _whole_or_not(final, keep_part=True):
+                    work()
+
+        world.together(guarded)
+
+    first(lambda: _begin(part))
+
+    def write() -> None:
+        with _whole_or_not(final, keep_part=True):
+            save_shards(part, tensors)
+
+    world.together(write)
+    first(lambda: _complete(part, final, state))
+
+
+def _part_of(final: Path) -> Path:
+    return final.parent / f".{final.name}.part"
+
+
+def _begin(part: Path) -> None:
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+
+
+def _complete(part: Path, final: Path, state: dict[str, Any]) -> None:
+    """Write the state and the manifest of what is in ``part``, and give it its name."""
+    (part / _FILES[2]).write_text(json.dumps(state) + "\n")
+    names = sorted(path.name for path in part.iterdir())
+    for name in names:
+        _sync(part / name)
+    write_manifest(part, names)
+    _sync(part)
+    # a broken one of this name, or an earlier best
+    shutil.rmtree(final, ignore_errors=True)
+    part.rename(final)
+    _sync(final.parent)
+
+
+@contextmanager
+def _whole_or_not(final: Path, *, keep_part: bool = False) -> Iterator[None]:
+    try:
+        yield
     except (OSError, SafetensorError) as e:
         reason = getattr(e, "strerror", None) or e
         raise UserError(f"{final}: cannot be written: {reason}; earlier ones are whole") from None
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        if not keep_part:
+            shutil.rmtree(_part_of(final), ignore_errors=True)
 
 
 def find_checkpoint(run: Path) -> Found:
@@ -139,12 +227,55 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     Raises:
         UserError: The checkpoint is of another model or other adapters.
     """
-    tensors, optimizer = (load_file(path / name) for name in _FILES[:2])
     notes = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    shards = trainer.shards()
     try:
+        if shards is not None:
+            _fill(path, shards)
+            tensors, optimizer = dict(shards.tensors), shards.statistics
+        elif (path / _FILES[0]).is_file():
+            tensors, optimizer = (load_file(path / name) for name in _FILES[:2])
+        else:
+            tensors, optimizer = _joined_shards(path)
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+
+
+def _fill(path: Path, shards: Shards) -> None:
+    """Overwrite shares with what any number of ranks wrote, layers joined or not.
+
+    Raises:
+        KeyError: It is of other tensors.
+        RuntimeError: Of another shape.
+    """
+    there = stored(path)
+    joined = joined_keys(there)
+    known = {*there, *(part for parts in joined.values() for part in parts)}
+    # of 16-bit tensors that one GPU trained, the fp32 copies
+    masters = {n: f"{n}/master" for n in shards.tensors if f"{n}/master" in known}
+    wanted = {masters.get(n, n): t for n, t in shards.tensors.items()} | shards.statistics
+    for key, parts in joined.items():
+        if parts[0] not in wanted:
+            continue
+        targets = [wanted.pop(part) for part in parts]
+        size, dtype = there[key]
+        rows = torch.zeros(size, dtype=dtype)
+        load_shards(path, {key: rows})
+        # a count of steps is the same for all
+        counts = [len(t) for t in targets] if rows.ndim else []
+        pieces = torch.split(rows, counts) if counts else [rows] * len(targets)
+        for target, piece in zip(targets, pieces, strict=True):
+            fill(target, piece)
+    load_shards(path, wanted)
+
+
+def _joined_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Tensors and statistics that several ranks wrote, whole, on the CPU."""
+    found = {name: torch.zeros(size, dtype=dtype) for name, (size, dtype) in stored(path).items()}
+    load_shards(path, found)
+    tensors = {name: t for name, t in found.items() if "/" not in name}
+    return tensors, {name: t for name, t in found.items() if "/" in name}
 
 
 def _checkpoints(run: Path) -> list[Path]:

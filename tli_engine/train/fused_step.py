@@ -14,6 +14,7 @@ from itertools import accumulate
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
 
 from tli_engine.align.encode import stage
 from tli_engine.align.losses import alignment_loss
@@ -22,6 +23,8 @@ from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
 from tli_engine.data.words import Word
+from tli_engine.distributed.gathered import gather_rows, share_of
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.fused import Rows
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
@@ -80,11 +83,19 @@ class FusedStep:
     """
 
     def __init__(
-        self, model: EarlyModel, config: RunConfig, pairs: Split, space: PairSpace, total_steps: int
+        self,
+        model: EarlyModel,
+        config: RunConfig,
+        pairs: Split,
+        space: PairSpace,
+        total_steps: int,
+        world: World = ALONE,
     ) -> None:
-        self._model, self._config, self._space = model, config, space
+        self._model, self._config, self._space, self._world = model, config, space, world
         self._blocks = model.fuse()
-        self._graphs = config.train.cuda_graph is not False and model.device.type == "cuda"
+        # what ranks send to one another is launched, not replayed
+        asked = config.train.cuda_graph is not False and world.size == 1
+        self._graphs = asked and model.device.type == "cuda"
         self._pairs = len(pairs.source)
         source_groups, target_groups = pairs.groups
         self._groups = np.array([source_groups, target_groups])
@@ -107,7 +118,7 @@ class FusedStep:
         )
         self._inputs, self._words = self._table_of(pairs)
         self._angles = self._table_of_angles(pairs.words)
-        self._shapes: dict[tuple[int, int], _Captured] = {}
+        self._shapes: dict[tuple[int, ...], _Captured] = {}
         self._pending: deque[_Pending] = deque()
         self._recorder = GraphRecorder(model.device) if self._graphs else None
 
@@ -124,17 +135,21 @@ class FusedStep:
         """Begin a step; returns while the device computes."""
         config = self._config
         rows = np.array(batch_rows(self._pairs, config.train.batch_size, config.seed, step))
-        chosen = np.concatenate([rows, rows + self._pairs])
+        own = share_of(len(rows), self._world)
+        # a rank without a share encodes a pair that is then left out
+        mine = rows[own.start : own.stop] if len(own) else rows[:1]
+        chosen = np.concatenate([mine, mine + self._pairs])
         tokens = int(self._words.lengths[chosen].sum())
-        shape = self._shape(padded(tokens), len(rows))
+        shape = self._shape(padded(tokens), len(mine), len(rows))
         batch = shape.buffer.fill()
         self._words.write(chosen, batch)
         batch.groups.numpy()[:] = self._groups[:, rows]
-        seed = step_seed(config.seed, step)
+        seed = step_seed(config.seed, step, self._world.rank)
         batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
         shape.buffer.send()
         observed = self._run(shape, self._words.lengths[chosen])
-        self._pending.append(_Pending(step, tokens, Readback(observed)))
+        total = int(self._words.lengths[np.concatenate([rows, rows + self._pairs])].sum())
+        self._pending.append(_Pending(step, total, Readback(observed)))
 
     def collect(self, wait: bool) -> Iterator[Observed]:
         """Give the steps that are done."""
@@ -144,7 +159,8 @@ class FusedStep:
                 return
             self._pending.popleft()
             loss, true, random, grad_norm, *_ = first.values.wait()
-            check_finite(first.step, loss, grad_norm)
+            with self._world.speaking_once():
+                check_finite(first.step, loss, grad_norm)
             yield Observed(first.step, first.tokens, loss, grad_norm, true, random)
 
     def state(self) -> dict[str, Tensor]:
@@ -186,7 +202,11 @@ class FusedStep:
     def _compute(self, batch: Batch) -> Tensor:
         """A step: loss, mean cosines, gradient norm, learning rate, whether skipped; ``[6]``."""
         hidden = self._hidden(batch, slice(0, len(batch.rows)), batch.seeds)
-        loss, *cosines = self._loss(hidden, batch.weight, batch.offsets, batch)
+        if self._world.size == 1:
+            loss, *cosines = self._loss(hidden, batch.weight, batch.offsets, batch)
+        else:
+            vectors = segment_mean(hidden, batch.weight, batch.offsets)
+            loss, *cosines = self._loss_of_vectors(vectors, batch)
         self._optimizer.write_gradients(torch.autograd.grad(loss, self._leaves))
         return self._update(loss, cosines)
 
@@ -198,8 +218,7 @@ class FusedStep:
         with torch.no_grad():
             encoded = [self._vectors(batch, part, i) for i, part in enumerate(parts)]
         vectors = torch.cat(encoded).requires_grad_()
-        alone = torch.arange(len(vectors) + 1, device=vectors.device)
-        loss, *cosines = self._loss(vectors, torch.ones_like(vectors[:, 0]), alone, batch)
+        loss, *cosines = self._loss_of_vectors(vectors, batch)
         (gradient,) = torch.autograd.grad(loss, vectors)
         sums = list(self._optimizer.gradients.values())
         self._optimizer.zero_grad()
@@ -209,7 +228,18 @@ class FusedStep:
             torch._foreach_add_(sums, gradients)
         return self._update(loss, cosines)
 
+    def _loss_of_vectors(self, vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss of pooled words, ``[2 R, D]``, among those of the other ranks."""
+        if self._world.size > 1:
+            count = batch.groups.shape[1]
+            sides = (gather_rows(side, count, self._world) for side in vectors.chunk(2))
+            vectors = torch.cat(list(sides))
+        alone = torch.arange(len(vectors) + 1, device=vectors.device)
+        return self._loss(vectors, torch.ones_like(vectors[:, 0]), alone, batch)
+
     def _update(self, loss: Tensor, cosines: list[Tensor]) -> Tensor:
+        if self._world.size > 1:
+            dist.all_reduce(self._optimizer.grad)
         return torch.stack([loss.detach(), *cosines, *self._optimizer.step().unbind()])
 
     def _hidden(self, batch: Batch, tokens: slice, seeds: Tensor) -> Tensor:
@@ -253,11 +283,11 @@ class FusedStep:
         raw = cosine_similarity(source.detach(), target.detach())
         return loss, raw.diagonal().mean(), (raw * negative).sum() / negative.sum()
 
-    def _shape(self, tokens: int, pairs: int) -> _Captured:
-        key = (tokens, pairs)
+    def _shape(self, tokens: int, pairs: int, everyone: int) -> _Captured:
+        key = (tokens, pairs, everyone)
         if key not in self._shapes:
             drops = sum(projection.drops for projection in self._adapted)
-            buffer = BatchBuffer(tokens, pairs, drops, self._model.device)
+            buffer = BatchBuffer(tokens, pairs, drops, self._model.device, everyone)
             self._shapes[key] = _Captured(buffer)
         return self._shapes[key]
 

@@ -12,6 +12,7 @@ from tli_engine.align.collapse import CollapseDetector
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.device import peak_mib
 from tli_engine.models.early import EarlyModel
 from tli_engine.train.engine import Engine, Observed
@@ -58,6 +59,7 @@ class Trainer:
         step: Steps begun. Where ``on_step`` is called for a step at which a checkpoint is due, all
             are done, and the state is that step's.
         seconds: That the steps took.
+        world: The ranks that share each batch.
     """
 
     model: EarlyModel
@@ -66,6 +68,7 @@ class Trainer:
     space: PairSpace
     on_step: Callable[[StepMetrics], None] = lambda step: None
     on_warning: Callable[[str], None] = lambda line: None
+    world: World = ALONE
     step: int = field(default=0, init=False)
     total_steps: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
@@ -91,7 +94,7 @@ class Trainer:
         try:
             # dropout draws from torch's global generator, which is the caller's
             with torch.random.fork_rng():
-                while self.step < self.total_steps and not self.is_spent and not until():
+                while self.step < self.total_steps and not self._spent() and not until():
                     self.engine.launch(self.step)
                     self.step += 1
                     due = self.step % self.config.train.checkpoint_steps == 0
@@ -107,10 +110,17 @@ class Trainer:
         limit = self.config.train.seconds
         return limit is not None and self.seconds >= limit
 
+    def _spent(self) -> bool:
+        """:attr:`is_spent` on any rank; each has a clock of its own."""
+        return self.config.train.seconds is not None and self.world.any(self.is_spent)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapter tensors, and the optimizer's as ``<tensor>/<statistic>``."""
         adapter = {name: tensor.detach().cpu() for name, tensor in self.engine.tensors.items()}
         return adapter, self.engine.state()
+
+    def shards(self) -> None:
+        """None: each rank holds all that is trained."""
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides: nothing."""
@@ -145,7 +155,8 @@ class Trainer:
         return lines
 
     def _choose_engine(self) -> Engine:
-        arguments = (self.model, self.config, self.pairs, self.space, self.total_steps)
+        model, total = self.model, self.total_steps
+        arguments = (model, self.config, self.pairs, self.space, total, self.world)
         # blocks that were put on the engine's ops do not go back
         fused = self.model.fused is not None or self.config.train.engine == "fused"
         return FusedStep(*arguments) if fused else ModuleStep(*arguments)

@@ -2,6 +2,7 @@
 
 import torch
 
+from tli_engine.distributed.fully_sharded import own_part
 from tli_engine.models.causal import CausalModel
 from tli_engine.nn import NF4Linear
 from tli_engine.train.updates import Updates
@@ -28,5 +29,7 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
 
 def _nbytes(model: CausalModel) -> int:
     """Bytes of the weights, adapters included, as they are held."""
-    nf4 = sum(m.nbytes for m in model.modules() if isinstance(m, NF4Linear))
-    return nf4 + sum(p.nbytes for p in model.parameters())
+    nf4 = model.fetched_nbytes
+    if nf4 is None:
+        nf4 = sum(m.nbytes for m in model.modules() if isinstance(m, NF4Linear))
+    return nf4 + sum(own_part(p).nbytes for p in model.parameters())

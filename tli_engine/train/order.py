@@ -18,9 +18,10 @@ def batch_rows(rows: int, batch_size: int, seed: int, step: int) -> list[int]:
     return order[number * batch_size : None if last else (number + 1) * batch_size]
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of the random numbers of one step, such as its dropout masks."""
-    return _mix(seed, step + 2**32)
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """Seed of the random numbers of one step, such as its dropout masks; each rank has its own."""
+    of_step = _mix(seed, step + 2**32)
+    return _mix(of_step, rank) if rank else of_step
 
 
 def _mix(seed: int, number: int) -> int:

@@ -22,14 +22,16 @@ from tli_engine.train.graph_recorder import GraphRecorder
 _MOST_SHAPES = 48
 
 
-def captures(config: RunConfig, model: CausalModel, say: Callable[[str], None]) -> bool:
+def captures(
+    config: RunConfig, model: CausalModel, say: Callable[[str], None], ranks: int = 1
+) -> bool:
     """Whether the packs of a run are to be replayed from graphs; says why not where they cannot be.
 
     Graphs are asked for, by ``train.cuda_graph: true``; no GPU has measured from where on they are worth it.
     """
     if model.early.device.type != "cuda" or not wants_graphs(config):
         return False
-    reason = why_not_captured(config, model)
+    reason = why_not_captured(config, model, ranks)
     if reason is not None:
         say(f"train.cuda_graph: a step's kernels are launched one by one: {reason}")
     return reason is None
@@ -40,8 +42,12 @@ def wants_graphs(config: RunConfig) -> bool:
     return config.train.cuda_graph is True
 
 
-def why_not_captured(config: RunConfig, model: CausalModel) -> str | None:
+def why_not_captured(config: RunConfig, model: CausalModel, ranks: int = 1) -> str | None:
     """What keeps a forward and backward pass from being captured."""
+    if ranks > 1:
+        return "several processes add up gradients while the backward pass goes on"
+    if model.fetch is not None:
+        return "weights are gathered block by block"
     if model.early.fused is None:
         return "transformers' modules wait for the GPU"
     if model.attention == "sdpa":

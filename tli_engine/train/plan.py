@@ -42,6 +42,7 @@ class Plan:
         step_seconds: Of a step; None where nothing was measured.
         notes: What the figures rest on, and whether they fit.
         recomputed: Blocks that are run again on the way back.
+        gpus: That share the run; ``gpu_bytes`` are those of each.
     """
 
     download_bytes: int
@@ -51,6 +52,7 @@ class Plan:
     step_seconds: float | None
     notes: list[str]
     recomputed: int = 0
+    gpus: int = 1
 
     def to_json(self) -> dict[str, Any]:
         """With the totals."""

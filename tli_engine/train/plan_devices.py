@@ -56,6 +56,8 @@ _TARGETS = [
     _gpu("3090", 23.6),
 ]
 NAMES = [target.name for target in _TARGETS]
+# those that large models are trained on
+LARGE = ("a100", "h100", "h200", "b200")
 
 
 def find_target(name: str | None, configured: str) -> Target:

@@ -11,9 +11,13 @@ from torch import Tensor
 
 from tli_engine.align.collapse import CollapseDetector
 from tli_engine.config import RunConfig
+from tli_engine.distributed.fully_sharded import is_sharded
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
+from tli_engine.train.checkpoint import Shards
+from tli_engine.train.joined_names import join_parts
 from tli_engine.train.memory import out_of_memory
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
@@ -92,6 +96,7 @@ class SftTrainer:
         on_step: Called with the figures of each step; may be set later.
         on_best: Called when the loss on unseen articles is the lowest so far; may be set later.
         on_warning: Called with a line that the user should read.
+        world: The ranks that share each batch.
         step: Steps done.
         best: Of the measurements so far.
         seconds: That the steps took.
@@ -105,6 +110,7 @@ class SftTrainer:
     on_step: Callable[[SftMetrics], None] = lambda step: None
     on_best: Callable[[], None] = lambda: None
     on_warning: Callable[[str], None] = lambda line: None
+    world: World = ALONE
     step: int = field(default=0, init=False)
     best: Best = field(default_factory=Best, init=False)
     total_steps: int = field(default=0, init=False)
@@ -154,12 +160,20 @@ class SftTrainer:
     def validate(self) -> float:
         """Cross-entropy of the articles that are not trained on, nats a label."""
         assert self.validation is not None
-        return mean_loss(self.model, self.validation.examples, self.validation.batches)
+        unseen = self.validation
+        return mean_loss(self.model, unseen.examples, unseen.batches, self.world)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trained tensors, and the optimizer's."""
         tensors = self.engine.tensors.items()
         return {n: t.detach().to("cpu", copy=True) for n, t in tensors}, self.engine.updates.state()
+
+    def shards(self) -> Shards | None:
+        """What is trained, where each rank holds a share of it; None where each holds all."""
+        if not any(map(is_sharded, self.engine.tensors.values())):
+            return None
+        updates = self.engine.updates
+        return Shards(self.engine.tensors, updates.live() or updates.blank())
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides."""
@@ -179,8 +193,13 @@ class SftTrainer:
             KeyError: The tensors are of another model or other adapters.
             RuntimeError: They are of another shape.
         """
+        names = self.engine.tensors
+        tensors, statistics = join_parts(tensors, names), join_parts(statistics, names)
         self.set_tensors(tensors)
-        self.engine.updates.restore(statistics)
+        # several GPUs keep no other copy than one in fp32
+        masters = [n for n in self.engine.updates.with_master if tensors[n].dtype == torch.float32]
+        copies = {f"{name}/master": tensors[name] for name in masters}
+        self.engine.updates.restore(copies | statistics)
         self.step = step
         self.best = Best(**(notes or {}).get("best", {}))
 
@@ -204,7 +223,8 @@ class SftTrainer:
     def _one_step(self) -> None:
         start, step = time.perf_counter(), self.step
         observed = self.engine.run(step)
-        seconds = time.perf_counter() - start
+        # the slowest's: all ranks end after the same step
+        (seconds,) = self.world.largest([time.perf_counter() - start])
         self.step += 1
         self.seconds += seconds
         figures, is_best = self._figures(observed), False

@@ -5,9 +5,29 @@ from typing import Any
 
 from tli_engine.config import RunConfig
 from tli_engine.data.packing import rows_of_epoch
+from tli_engine.distributed.world import World
 
 # examples of a row, rows of a batch, batches of a step
 Batch = list[list[int]]
+
+
+def batches_of_rank(batches: list[Batch], batch_size: int, world: World) -> list[Batch]:
+    """A rank's share of the rows of a step, or of a measurement.
+
+    Each row is in one rank's share; all ranks have the same number of batches, so that they meet in
+    each. An empty one is of a rank that has no row left.
+
+    Args:
+        batches: Of all ranks.
+        batch_size: Rows that a rank takes at once.
+        world: The ranks; alone, the batches are as they were.
+    """
+    if world.size == 1:
+        return batches
+    rows = [row for batch in batches for row in batch]
+    own = rows[world.rank :: world.size]
+    count = -(-len(rows) // (world.size * batch_size))
+    return [own[i * batch_size : (i + 1) * batch_size] for i in range(count)]
 
 
 class SftOrder:

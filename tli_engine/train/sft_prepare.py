@@ -11,6 +11,7 @@ from tli_engine.data.examples import ExampleStore, ExampleTokenizer, tokenise
 from tli_engine.data.packing import rows_of_epoch
 from tli_engine.data.splits import read_run_pairs, tokenize_splits
 from tli_engine.data.texts import Texts, read_texts
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import add_lora
 from tli_engine.models.causal import CausalModel, load_causal
@@ -21,6 +22,7 @@ from tli_engine.models.recompute import Activations
 from tli_engine.train.metrics import check_tensorboard
 from tli_engine.train.prepare import fit_loss_space, go_on_from, leak_warnings
 from tli_engine.train.provenance import provenance
+from tli_engine.train.sft_distribute import check_distributed, loads_on_cpu
 from tli_engine.train.sft_loop import Validation
 from tli_engine.train.sft_step import Pairs
 from tli_engine.train.updates import optimizer_of
@@ -56,7 +58,9 @@ class SftPrepared:
     warnings: list[str]
 
 
-def prepare_sft(config: RunConfig, say: Callable[[str], None], progress: Progress) -> SftPrepared:
+def prepare_sft(
+    config: RunConfig, say: Callable[[str], None], progress: Progress, world: World = ALONE
+) -> SftPrepared:
     """Read articles, pairs and model, put the adapters on or free the weights.
 
     Raises:
@@ -65,6 +69,7 @@ def prepare_sft(config: RunConfig, say: Callable[[str], None], progress: Progres
     if config.train.tensorboard:
         check_tensorboard()
     device = choose_device(config.device)
+    check_distributed(config, world)
     optimizer_of(config.train, device)
     texts = {split: read_texts(config.data, split) for split in ("train", "validation")}
     train = texts["train"]
@@ -76,7 +81,7 @@ def prepare_sft(config: RunConfig, say: Callable[[str], None], progress: Progres
     files = open_model(config.model)
     check_context(config, files.config)
     stores = {split: _tokenise(t, files, config, progress) for split, t in texts.items() if t}
-    model = load_whole(files, config)
+    model = load_whole(files, config, "cpu" if loads_on_cpu(config, world) else None)
     pairs, record, warnings = _pairs(config, files, model)
     record["texts"] = {
         split: {"count": len(t), "sha256": t.digest()} for split, t in texts.items() if t

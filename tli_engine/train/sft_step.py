@@ -2,24 +2,29 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from tli_engine.align.objective import batch_loss, pair_batch
+from tli_engine.align.objective import batch_loss
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.examples import Example
-from tli_engine.data.packing import TextPack, text_pack
+from tli_engine.data.packing import TextPack, text_pack, without_labels
 from tli_engine.data.splits import Split
+from tli_engine.distributed.flat_gradients import FlatGradients
+from tli_engine.distributed.gathered import gather_rows
+from tli_engine.distributed.world import ALONE, World
+from tli_engine.errors import StoppedElsewhere
 from tli_engine.models.causal import CausalModel, without_dropout
-from tli_engine.train.module_step import check_finite, check_gradients
+from tli_engine.train.module_step import check_finite, check_gradients, pairs_of_rank
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.pack_graphs import PackGraphs, captures
 from tli_engine.train.readback import Readback
 from tli_engine.train.schedule import learning_rate
-from tli_engine.train.sft_order import Batch, SftOrder
+from tli_engine.train.sft_order import Batch, SftOrder, batches_of_rank
 from tli_engine.train.updates import Updates
 
 
@@ -101,15 +106,18 @@ class SftStep:
         config: RunConfig,
         pairs: Pairs | None,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ) -> None:
+        self._world = world
         self._model, self._examples, self._order = model, examples, order
         self._config, self._pairs = config, pairs
         self.tensors = tensors
         for tensor in tensors.values():
             tensor.requires_grad_(True)
+        self._gradients = FlatGradients(tensors, world)
         self.updates = Updates(tensors, config.train)
         self.graphs: PackGraphs | None = None
-        if captures(config, model, say):
+        if captures(config, model, say, world.size):
             self.use_graphs(PackGraphs(model, config.sft.context, say))
         self._ready: tuple[int, list[TextPack]] | None = None
         self._ahead: _Launched | None = None
@@ -140,8 +148,12 @@ class SftStep:
         is_last = step + 1 >= total
         # gradients alone: weights and statistics are those after this step
         self._ahead = None if self.graphs is None or is_last else self._launch(step + 1)
-        loss, grad_norm, *of_pairs = figures.wait()
-        check_finite(step, loss, grad_norm)
+        share, grad_norm, *of_pairs = figures.wait()
+        loss, stopped = self._world.sum([share, 0.0])
+        if stopped:
+            raise StoppedElsewhere(1)
+        with self._world.speaking_once():
+            check_finite(step, loss, grad_norm)
         cosines = (of_pairs[0], of_pairs[1], of_pairs[2]) if of_pairs else None
         return SftObserved(launched.tokens, launched.labels, loss, grad_norm, cosines)
 
@@ -154,17 +166,32 @@ class SftStep:
     def _launch(self, step: int) -> _Launched:
         """Begin to compute the gradients of a step."""
         config, packs = self._config, self._take(step)
-        labels, tokens = sum(p.labels for p in packs), sum(p.tokens for p in packs)
-        torch.manual_seed(step_seed(config.seed, step))
+        # of all ranks: the loss is the mean over the labels of the step
+        labels, tokens = map(int, self._world.sum(_sizes(packs)))
+        torch.manual_seed(step_seed(config.seed, step, self._world.rank))
         if config.train.in_backward:
             self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
-        loss = torch.zeros((), device=self._model.early.device)
-        for pack in packs:
-            loss += self._add_gradient(pack, labels)
-        aligned = () if self._pairs is None else self._align(step, self._pairs)
+        try:
+            loss, aligned = self._add_gradients(step, packs, labels)
+        except torch.OutOfMemoryError:
+            self._stop_others()
+            raise
+        self._gradients.finish()
         if step == 0 and not config.train.in_backward:
-            check_gradients(self.tensors)
+            with self._world.speaking_once():
+                check_gradients(self.tensors)
         return _Launched(step, tokens, labels, loss, aligned)
+
+    def _add_gradients(
+        self, step: int, packs: list[TextPack], labels: int
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Run the packs there and back; return their share of the loss, and what alignment came to."""
+        loss = torch.zeros((), device=self._model.early.device)
+        for number, pack in enumerate(packs):
+            if number == len(packs) - 1 and self._pairs is None:
+                self._gradients.overlap()
+            loss += self._add_gradient(pack, labels)
+        return loss, () if self._pairs is None else self._align(step, self._pairs)
 
     def _add_gradient(self, pack: TextPack, labels: int) -> Tensor:
         """Add the gradient of a pack's part of the loss; return that part.
@@ -177,6 +204,16 @@ class SftStep:
             torch.autograd.backward(part)
         return part.detach()
 
+    def _stop_others(self) -> None:
+        """Go on to where the other ranks wait, and tell them to stop.
+
+        Where ranks meet in the middle of a pass, they wait elsewhere, until this process has ended.
+        """
+        meets_within = self._pairs is not None or self._model.fetch is not None
+        if self._gradients.sums and not meets_within:
+            self._gradients.finish()
+            self._world.sum([0.0, 1.0])
+
     def _take(self, step: int) -> list[TextPack]:
         """The batches of a step, prepared before or now."""
         if self._ready is None or self._ready[0] != step:
@@ -186,33 +223,51 @@ class SftStep:
 
     def _prepare(self, step: int) -> None:
         if step < self._order.total_steps:
-            self._ready = step, [self.pack(batch) for batch in self._order.batches(step)]
+            size = self._config.train.batch_size
+            batches = batches_of_rank(self._order.batches(step), size, self._world)
+            self._ready = step, [self.pack(batch) for batch in batches]
 
     def pack(self, batch: Batch) -> TextPack:
         """The examples of a batch, end to end: attention stays inside each."""
-        return text_pack([self._examples[i] for row in batch for i in row])
+        return pack_of(self._examples, batch)
 
     def _align(self, step: int, pairs: Pairs) -> tuple[Tensor, Tensor, Tensor]:
         """Add the gradient of the alignment loss of a batch of pairs."""
         config, train = self._config, pairs.train
         rows = batch_rows(len(train.source), config.sft.align_pairs, config.seed, step)
-        source, target = ([side[i] for i in rows] for side in (train.source, train.target))
-        s_groups, t_groups = ([side[i] for i in rows] for side in train.groups)
-        batch = pair_batch(source, target, s_groups, t_groups, config.align.mask_duplicates)
+        batch = pairs_of_rank(train, train.groups, rows, config, self._world)
+        gather = partial(gather_rows, count=len(rows), world=self._world)
         result = batch_loss(
-            self._model.early, batch.to(self._model.early.device), pairs.space, config.align
+            self._model.early, batch.to(self._model.early.device), pairs.space, config.align, gather
         )
+        self._gradients.overlap()
         torch.autograd.backward(config.sft.align_weight * result.loss)
         return result.loss.detach(), result.cosine_true, result.cosine_random
 
 
+def pack_of(examples: Examples, batch: Batch) -> TextPack:
+    """The examples of a batch, end to end; of an empty one some tokens, none of them a label."""
+    if batch:
+        return text_pack([examples[i] for row in batch for i in row])
+    return without_labels(text_pack([examples[0]]))
+
+
+def _sizes(packs: Sequence[TextPack]) -> tuple[int, int]:
+    """Labels, and tokens of the packs that have some."""
+    return sum(p.labels for p in packs), sum(p.tokens for p in packs if p.labels)
+
+
 @torch.no_grad()
-def mean_loss(model: CausalModel, examples: Examples, batches: Sequence[Batch]) -> float:
-    """Cross-entropy of examples, nats a label, dropout off."""
+def mean_loss(
+    model: CausalModel, examples: Examples, batches: Sequence[Batch], world: World = ALONE
+) -> float:
+    """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches."""
     total, labels = torch.zeros((), dtype=torch.float64), 0
+    size = max(map(len, batches))
     with without_dropout(model):
-        for batch in batches:
-            pack = text_pack([examples[i] for row in batch for i in row])
+        for batch in batches_of_rank(list(batches), size, world):
+            pack = pack_of(examples, batch)
             total += model.loss(pack.to(model.early.device)).double().cpu()
             labels += pack.labels
-    return float(total) / labels
+    loss, count = world.sum([float(total), labels])
+    return loss / count

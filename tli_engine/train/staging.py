@@ -27,7 +27,8 @@ class Batch:
         weight: Weight of each row in its word's mean, ``[T]``, fp32; 0 for rows of no word.
         bounds: First row, and one past the last row, of each row's word, int32, ``[2, T]``.
         offsets: First row of each source, of each target, then one past the last; ``[2 N + 1]``, int64.
-        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64.
+        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64; where several ranks
+            share the pairs, of all.
         seeds: Of the dropout masks, ``[S]``, int64.
     """
 
@@ -43,7 +44,10 @@ class Batch:
 class BatchBuffer(DeviceBuffer[Batch]):
     """A batch's tensors on a device, and how they get there."""
 
-    def __init__(self, tokens: int, pairs: int, seeds: int, device: torch.device) -> None:
+    def __init__(
+        self, tokens: int, pairs: int, seeds: int, device: torch.device, everyone: int | None = None
+    ) -> None:
+        """Make room for some rows and pairs; ``everyone``: pairs of all ranks, if others have some."""
         self.tokens, self.pairs = tokens, pairs
         layout: Layout = {
             "rows": (torch.int64, (tokens,)),
@@ -51,7 +55,7 @@ class BatchBuffer(DeviceBuffer[Batch]):
             "weight": (torch.float32, (tokens,)),
             "bounds": (torch.int32, (2, tokens)),
             "offsets": (torch.int64, (2 * pairs + 1,)),
-            "groups": (torch.int64, (2, pairs)),
+            "groups": (torch.int64, (2, everyone or pairs)),
             "seeds": (torch.int64, (seeds,)),
         }
         super().__init__(Batch, layout, device)

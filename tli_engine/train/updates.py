@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
+from tli_engine.distributed.fully_sharded import own_part, whole
 from tli_engine.errors import UserError
 from tli_engine.train.stochastic_adamw import StochasticAdamW
 
@@ -71,9 +72,9 @@ class Updates:
         if limit is None:
             # nothing is to be multiplied by one
             held = [t.grad for t in self._tensors.values() if t.grad is not None]
-            return nn.utils.get_total_norm(held)
+            return whole(nn.utils.get_total_norm(held))
         norm: Tensor = nn.utils.clip_grad_norm_(self._tensors.values(), limit)
-        return norm
+        return whole(norm)
 
     def step(self) -> None:
         """Update all tensors, and free their gradients, or set them to zero."""
@@ -101,6 +102,24 @@ class Updates:
             if held is not self._tensors[name]:
                 found[f"{name}/master"] = held.detach().to("cpu", copy=True)
         return found
+
+    def live(self) -> dict[str, Tensor]:
+        """The statistics themselves, by :meth:`state`'s names, of tensors without master copies."""
+        return {f"{n}/{key}": v for n, s in self._statistics() for key, v in s.items()}
+
+    def blank(self) -> dict[str, Tensor]:
+        """AdamW's statistics before the first step, to be filled: as :meth:`live` gives them later."""
+        found: dict[str, Tensor] = {}
+        for name, tensor in self._tensors.items():
+            found[f"{name}/step"] = torch.zeros(())
+            for key in ("exp_avg", "exp_avg_sq"):
+                found[f"{name}/{key}"] = torch.zeros_like(tensor.detach())
+        return found
+
+    @property
+    def with_master(self) -> list[str]:
+        """Names of the tensors that have a master copy."""
+        return [name for name, held in self._held.items() if held is not self._tensors[name]]
 
     @torch.no_grad()
     def restore(self, state: Mapping[str, Tensor]) -> None:
@@ -131,7 +150,7 @@ class Updates:
         grads = [t.grad for t in self._tensors.values() if t.grad is not None]
         held: list[Tensor] = [h for n, h in self._held.items() if h is not self._tensors[n]]
         held += [v for _, s in self._statistics() for v in s.values() if isinstance(v, Tensor)]
-        return sum(g.nbytes for g in grads), sum(h.nbytes for h in held)
+        return sum(own_part(g).nbytes for g in grads), sum(own_part(h).nbytes for h in held)
 
     def _statistics(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for part, optimizer in self._optimizers:

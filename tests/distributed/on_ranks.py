@@ -1,0 +1,354 @@
+"""Checks that several processes run together; each writes what came of them.
+
+``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``.
+"""
+
+import json
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subjects import Tuner, aligner, config_of, figures
+from torch import Tensor, nn
+from torch import distributed as dist
+
+from tli_engine.align.losses import alignment_loss
+from tli_engine.distributed.flat_gradients import FlatGradients
+from tli_engine.distributed.fully_sharded import is_sharded, whole
+from tli_engine.distributed.gathered import gather_rows, share_of
+from tli_engine.distributed.launch import check_complete, check_same_gpus, joined
+from tli_engine.distributed.sharded_nf4 import ShardedNF4
+from tli_engine.distributed.world import ALONE, World
+from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
+from tli_engine.models.adapters import nf4_blocks
+from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
+from tli_engine.train.manifest import problems
+
+# losses of the same batches on one rank and on several, in fp32
+TOLERANCE = 1e-5
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(
+        torch.tensor(actual), torch.tensor(expected), rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+def check_words_are_everyones(world: World, folder: Path) -> None:
+    assert world.sum([1.0, world.rank]) == [world.size, sum(range(world.size))]
+    assert world.largest([float(world.rank)]) == [world.size - 1]
+    assert world.any(world.rank == world.size - 1)
+    assert not world.any(False)
+    texts = ["", "fupi", "ndefu — é", "x" * 100]
+    assert world.gather(texts[world.rank]) == texts[: world.size]
+    assert world.share({"rank": world.rank}) == {"rank": 0}
+
+
+def check_words_an_error_of_one_ends_all(world: World, folder: Path) -> None:
+    def work() -> str:
+        if world.rank == 1:
+            raise UserError("no such file here")
+        return "done"
+
+    expected = (UserError, "no such file") if world.rank == 1 else (StoppedElsewhere, "another")
+    with pytest.raises(expected[0], match=expected[1]):
+        world.together(work)
+    assert world.together(lambda: "done") == "done"
+
+
+def check_words_an_error_of_all_is_said_once(world: World, folder: Path) -> None:
+    kind = TrainingError if world.is_first else StoppedElsewhere
+    with pytest.raises(kind), world.speaking_once():
+        raise TrainingError("loss nan")
+
+
+def check_words_what_differs_is_named(world: World, folder: Path) -> None:
+    kind = UserError if world.is_first else StoppedElsewhere
+    with pytest.raises(kind) as error:
+        world.check_alike("the data", "a" if world.rank < 1 else "b")
+    if world.is_first:
+        assert "the data on rank 1 is not that of rank 0" in str(error.value)
+    with pytest.raises(kind) as error:
+        check_same_gpus(world, "H100 80 GiB" if world.rank else "A100 40 GiB")
+    if world.is_first:
+        assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1" in str(error.value)
+    check_same_gpus(world, "H100 80 GiB")
+    with pytest.raises(UserError, match="9 processes were started"):
+        check_complete(world, 9)
+
+
+def check_gradients_are_sums(world: World, folder: Path) -> None:
+    """Of several buckets, over two passes, where a rank does not reach a tensor last."""
+    generator = torch.Generator().manual_seed(world.rank)
+    tensors = {f"t{i}": nn.Parameter(torch.ones(3 + i, dtype=torch.float64)) for i in range(4)}
+    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors.values()]
+    summed = FlatGradients(tensors, world, bucket_bytes=64)
+    last = range(4) if world.rank else (0, 1, 3)
+    for _ in range(2):
+        for t in tensors.values():
+            t.grad = None
+        for reached, is_last in ((range(4), False), (last, True)):
+            if is_last:
+                summed.overlap()
+            loss = sum((weights[i] * tensors[f"t{i}"]).sum() for i in reached)
+            torch.autograd.backward(loss)
+        summed.finish()
+        for i, t in enumerate(tensors.values()):
+            own = weights[i] * (1 + (i in last))
+            parts = [torch.empty_like(own) for _ in range(world.size)]
+            dist.all_gather(parts, own)
+            torch.testing.assert_close(t.grad, torch.stack(parts).sum(0))
+
+
+def check_gradients_of_gathered_negatives_are_exact(world: World, folder: Path) -> None:
+    """Also where shares differ, and where a rank has none."""
+    config = config_of("align").align
+    for count in (1, 5, 8):
+        generator = torch.Generator().manual_seed(count)
+        rows = torch.randn(2, count, 6, generator=generator, dtype=torch.float64)
+        weight = torch.randn(6, 6, generator=generator, dtype=torch.float64)
+
+        def loss_of(source: Tensor, target: Tensor, count: int = count) -> Tensor:
+            is_negative = ~torch.eye(count, dtype=torch.bool)
+            return alignment_loss(source @ target.T, is_negative, config)
+
+        exact = weight.clone().requires_grad_()
+        expected = loss_of(*(rows @ exact))
+        torch.autograd.backward(expected)
+        own = share_of(count, world)
+        mine = rows[:, own.start : own.stop] if len(own) else rows[:, :1]
+        shared = weight.clone().requires_grad_()
+        gathered = [gather_rows(side, count, world) for side in mine @ shared]
+        assert torch.equal(gathered[0].detach(), rows[0] @ weight)
+        loss = loss_of(*gathered)
+        torch.autograd.backward(loss)
+        assert shared.grad is not None
+        dist.all_reduce(shared.grad)
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(shared.grad, exact.grad, rtol=1e-12, atol=1e-12)
+
+
+def same_alignment(folder: Path, world: World, **changes: Any) -> None:
+    config = config_of("align", **changes)
+    (one, expected), (several, found) = (aligner(folder, config, w) for w in (ALONE, world))
+    one.run()
+    several.run()
+    close(figures(found), figures(expected))
+    for name, tensor in one.state()[0].items():
+        torch.testing.assert_close(several.state()[0][name], tensor, rtol=1e-4, atol=TOLERANCE)
+
+
+def check_align_of_modules(world: World, folder: Path) -> None:
+    same_alignment(folder, world, train={"engine": "modules", "max_grad_norm": 1.0})
+
+
+def check_align_fused(world: World, folder: Path) -> None:
+    same_alignment(folder, world, train={"engine": "fused"})
+
+
+def check_align_fused_in_parts_and_whitened(world: World, folder: Path) -> None:
+    same_alignment(
+        folder, world, train={"engine": "fused", "chunk_tokens": 12}, align={"space": "whitened"}
+    )
+
+
+def check_align_of_less_pairs_than_ranks(world: World, folder: Path) -> None:
+    same_alignment(folder, world, train={"batch_size": 2})
+    same_alignment(folder, world, train={"batch_size": 2, "engine": "fused"})
+
+
+def same_tuning(folder: Path, world: World, **changes: Any) -> Tuner:
+    config = config_of(**({"objective": "sft"} | changes))
+    one, several = Tuner(folder, config).run(), Tuner(folder, config, world).run()
+    close(figures(several.steps), figures(one.steps))
+    for name, tensor in one.model.trainable().items():
+        other = whole(several.model.trainable()[name].detach())
+        torch.testing.assert_close(other, tensor.detach(), rtol=1e-4, atol=TOLERANCE)
+    return several
+
+
+def check_sft_of_adapters(world: World, folder: Path) -> None:
+    """Three rows a step: ranks have shares of unlike size, some of them none."""
+    same_tuning(folder, world, train={"max_grad_norm": 0.5})
+    same_tuning(folder, world, train={"engine": "fused", "batch_size": 4, "accumulate": 1})
+
+
+def check_sft_joint(world: World, folder: Path) -> None:
+    same_tuning(folder, world, objective="joint", sft={"align_pairs": 5})
+
+
+def check_sft_of_every_weight(world: World, folder: Path) -> None:
+    full = {"method": "full", "train": {"max_grad_norm": 1.0, "learning_rate": 1e-3}}
+    tuned = same_tuning(folder, world, **full)
+    assert all(map(is_sharded, tuned.model.trainable().values()))
+    same_tuning(folder, world, **full, sft={"activations": "save"}, distributed={"offload": True})
+
+
+def check_sft_of_every_weight_in_bf16(world: World, folder: Path) -> None:
+    """The shares, which are the master copy, and what they are summed in, are fp32."""
+    config = config_of("sft", method="full", dtype="bfloat16", train={"learning_rate": 1e-3})
+    tuned = Tuner(folder, config, world).run()
+    plain = Tuner(folder, config.model_copy(update={"dtype": "float32"}), world).run()
+    for tensor in tuned.model.trainable().values():
+        assert tensor.dtype == torch.float32
+    losses = [[step.loss for step in t.steps] for t in (tuned, plain)]
+    assert losses[0] != losses[1]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.02, atol=0)
+    rounded = [t.to(torch.bfloat16).float() for t in map(whole, tuned.model.trainable().values())]
+    fine = list(map(whole, tuned.model.trainable().values()))
+    assert not all(torch.equal(r, f) for r, f in zip(rounded, fine, strict=True))
+
+
+SHARDED = {"quantize": "nf4", "distributed": {"weights": "sharded"}}
+
+
+def check_nf4_of_gathered_bytes(world: World, folder: Path) -> None:
+    """Every block's, in both directions; statistics in 8 bits too."""
+    for double in (False, True):
+        config = config_of("sft", double_quant=double, **SHARDED)
+        own = Tuner(folder, config)
+        stored = [
+            [t.clone() for layer in block for t in layer.stored_tensors()]
+            for block in nf4_blocks(own.model.early)
+        ]
+        weights = [[layer.weight for layer in b] for b in nf4_blocks(own.model.early)]
+        blocks = nf4_blocks(own.model.early)
+        shards = ShardedNF4(blocks, world)
+        for number in (0, 1, 2, 3, 3, 2, 1, 0, 2):
+            shards.fetch(number)
+            found = [t for layer in blocks[number] for t in layer.stored_tensors()]
+            assert all(map(torch.equal, found, stored[number]))
+            for layer, weight in zip(blocks[number], weights[number], strict=True):
+                assert torch.equal(layer.weight.dequantize(), weight.dequantize())
+        total = sum(t.nbytes for of_block in stored for t in of_block)
+        largest = max(sum(t.nbytes for t in of_block) for of_block in stored)
+        # what filling up takes is 256 bytes a tensor at the most
+        room = 256 * (sum(map(len, stored)) + world.size)
+        assert shards.nbytes <= total / world.size + 2 * largest + 3 * room
+        assert shards.unchanged()
+        shards._shards[1][0] ^= 1
+        assert not shards.unchanged()
+
+
+def check_nf4_sharded_trains_as_whole(world: World, folder: Path) -> None:
+    for engine in ("modules", "fused"):
+        tuned = same_tuning(folder, world, train={"engine": engine}, **SHARDED)
+        assert tuned.shards is not None
+        assert tuned.shards.unchanged()
+
+
+def check_ends_on_a_loss_that_is_not_finite(world: World, folder: Path) -> None:
+    config = config_of("sft", train={"learning_rate": 1e30})
+    tuner = Tuner(folder, config, world)
+    kind = TrainingError if world.is_first else StoppedElsewhere
+    with pytest.raises(kind):
+        tuner.run()
+    done = [len(tuner.steps)]
+    assert world.largest(done) == [-n for n in world.largest([-float(done[0])])] == [1]
+
+
+def check_ends_where_one_is_out_of_memory(world: World, folder: Path) -> None:
+    tuner = Tuner(folder, config_of("sft"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.step == 2)
+    loss = tuner.model.loss
+
+    def fails(pack: Any) -> Tensor:
+        if world.rank == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 1 has")
+        return loss(pack)
+
+    tuner.model.loss = fails  # type: ignore[method-assign]
+    kind, text = (TrainingError, "out of memory") if world.rank == 1 else (StoppedElsewhere, "")
+    with pytest.raises(kind, match=text):
+        tuner.trainer.run()
+    # they are together still
+    assert world.sum([1.0]) == [world.size]
+
+
+def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> None:
+    """A checkpoint of several ranks on one, and of one on several: the rest is as if never stopped."""
+    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
+    expected = Tuner(folder, config).run()
+    for writes, reads, name in ((world, ALONE, "several"), (ALONE, world, "one")):
+        run = folder / "shards" / f"{name}-{world.size}"
+        first = Tuner(folder, config, writes)
+        first.trainer.run(until=lambda trainer=first.trainer: trainer.step == 2)
+        # alone, every rank has the same: the first writes
+        path = save_checkpoint(run, first.trainer, 2, world if writes is ALONE else writes)
+        assert world.share(problems(path)) == []
+        assert not any(p.suffix in (".pt", ".distcp") for p in path.iterdir())
+        second = Tuner(folder, config, reads)
+        load_checkpoint(path, second.trainer)
+        assert second.trainer.step == 2
+        second.run()
+        close(figures(second.steps), figures(expected.steps[2:]))
+
+
+def check_shards_resume_where_layers_are_joined(world: World, folder: Path) -> None:
+    """As on one GPU, whose fused blocks have one weight where several GPUs have q, k and v."""
+    changes: dict[str, Any] = {"method": "full", "train": {"learning_rate": 1e-3}}
+    config = config_of("sft", **changes)
+    first = Tuner(folder, config, world)
+    first.trainer.run(until=lambda: first.trainer.step == 2)
+    path = save_checkpoint(folder / "shards" / f"joined-{world.size}", first.trainer, 2, world)
+    fused = config_of("sft", **changes | {"train": changes["train"] | {"engine": "fused"}})
+    expected, second = Tuner(folder, config).run(), Tuner(folder, fused)
+    assert any("q_proj+k_proj" in name for name in second.model.trainable())
+    load_checkpoint(path, second.trainer)
+    second.run()
+    close(figures(second.steps), figures(expected.steps[2:]))
+    # and the other way
+    alone = Tuner(folder, fused)
+    alone.trainer.run(until=lambda: alone.trainer.step == 2)
+    path = save_checkpoint(folder / "shards" / f"alone-{world.size}", alone.trainer, 2, world)
+    assert world.share(problems(path)) == []
+    several = Tuner(folder, config, world)
+    load_checkpoint(path, several.trainer)
+    several.run()
+    close(figures(several.steps), figures(expected.steps[2:]))
+
+
+def check_write_shards(world: World, folder: Path) -> None:
+    """For other numbers of ranks to read: see test_on_ranks.py."""
+    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
+    tuner = Tuner(folder, config, world)
+    tuner.trainer.run(until=lambda: tuner.trainer.step == 2)
+    save_checkpoint(folder / "shards" / "written", tuner.trainer, 2, world)
+
+
+def check_read_shards(world: World, folder: Path) -> None:
+    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
+    expected, tuner = Tuner(folder, config).run(), Tuner(folder, config, world)
+    load_checkpoint(folder / "shards" / "written" / "checkpoints" / "step-000002", tuner.trainer)
+    tuner.run()
+    close(figures(tuner.steps), figures(expected.steps[2:]))
+
+
+def main() -> None:
+    groups, folder, reports = sys.argv[1].split(","), *map(Path, sys.argv[2:4])
+    torch.set_num_threads(1)
+    checks: dict[str, Callable[[World, Path], None]] = {
+        name: check
+        for name, check in globals().items()
+        if name.startswith(tuple(f"check_{group}" for group in groups)) and callable(check)
+    }
+    found = {}
+    with joined("cpu", timeout=60) as (world, _):
+        for name, check in checks.items():
+            try:
+                check(world, folder)
+                found[name] = ""
+            except BaseException:
+                found[name] = traceback.format_exc()
+            if world.any(bool(found[name])):
+                # ranks may be apart from here on
+                break
+        (reports / f"{world.rank}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

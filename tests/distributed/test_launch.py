@@ -1,0 +1,152 @@
+"""What is refused before processes train together, said in one line."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import distributed as dist
+
+from tli_engine.cli import main
+from tli_engine.config import RunConfig
+from tli_engine.distributed import launch
+from tli_engine.distributed.world import ALONE, World
+from tli_engine.errors import UserError
+from tli_engine.train.sft_distribute import check_distributed
+
+
+def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with launch.joined("auto", 10) as (world, device):
+        assert (world, device) == (ALONE, "auto")
+    assert not dist.is_initialized()
+
+
+def test_too_few_gpus_are_named(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert main(["train", "--recipe", "demo", "--run", str(tmp_path / "run"), "--gpus", "2"]) == 2
+    assert "2 processes need 2 GPUs and 1 are here" in capfd.readouterr().err
+
+
+def test_gpus_is_not_for_one_of_several(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert main(["train", "--recipe", "demo", "--gpus", "2"]) == 2
+    assert "torchrun has started this one" in capfd.readouterr().err
+
+
+def test_only_training_is_for_several(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "any")
+    assert main(["compare", "--recipe", "compare-demo"]) == 2
+    assert "compare takes one process; start it without torchrun" in capfd.readouterr().err
+    assert main(["train", "--recipe", "demo", "--print-config"]) == 0
+
+
+def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
+    with pytest.raises(UserError, match="4 processes need 4 GPUs and 3"), launch.joined("cuda", 10):
+        pass
+
+
+def test_no_nccl_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
+    with pytest.raises(UserError, match="built without NCCL"):
+        launch.check_backends(on_gpu=True)
+    launch.check_backends(on_gpu=False)
+
+
+def test_as_many_processes_as_were_promised() -> None:
+    launch.check_promised(2, "2")
+    launch.check_promised(2, None)
+    with pytest.raises(UserError, match="--gpus 2 was asked for, and this is one of 1"):
+        launch.check_promised(1, "2")
+
+
+@pytest.mark.parametrize(
+    ("error", "lost"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc:534] Connection closed by peer"), True),
+        (dist.DistBackendError("NCCL error: remote process exited"), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False),
+        (ValueError("gloo"), False),
+    ],
+)
+def test_a_lost_partner_is_told_from_an_own_error(error: Exception, lost: bool) -> None:
+    assert launch.is_lost_partner(error) is lost
+
+
+def config_of(**changes: Any) -> RunConfig:
+    values = {"model": "m", "objective": "sft", "data": "a.jsonl"} | changes
+    return RunConfig.model_validate(values)
+
+
+SHARDED = {"weights": "sharded"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "size", "message"),
+    [
+        ({"distributed": SHARDED}, 1, "there is one process"),
+        ({"distributed": SHARDED, "method": "full"}, 2, "is sharded anyhow"),
+        ({"distributed": SHARDED, "objective": "joint"}, 2, "objective joint"),
+        ({"distributed": SHARDED, "objective": "align"}, 2, "objective align"),
+        ({"distributed": {"offload": True}, "objective": "align"}, 2, "goes with method: full"),
+        ({"distributed": SHARDED, "weight_residency": "bf16"}, 2, "weight_residency: nf4"),
+        ({"distributed": SHARDED, "sft": {"activations": "save"}}, 2, "recompute, or auto"),
+        ({"distributed": {"offload": True}}, 2, "goes with method: full on several GPUs"),
+        ({"distributed": {"offload": True}, "method": "full"}, 1, "adamw-paged"),
+        ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, 2, "adamw-8bit"),
+        ({"method": "full", "train": {"rounding": "stochastic"}}, 2, "stochastic"),
+        ({"method": "full", "train": {"in_backward": True}}, 2, "in_backward"),
+        ({"method": "full", "train": {"engine": "fused"}}, 2, "engine: fused"),
+        ({"method": "full", "objective": "joint"}, 2, "objective joint"),
+    ],
+)
+def test_what_several_processes_cannot_do(changes: dict[str, Any], size: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        check_distributed(config_of(**changes), World(0, size))
+
+
+@pytest.mark.parametrize(
+    ("changes", "size"),
+    [({}, 1), ({}, 8), ({"method": "full"}, 2), ({"distributed": SHARDED}, 2),
+     ({"method": "full", "distributed": {"offload": True}}, 2)],
+)  # fmt: skip
+def test_what_they_can(changes: dict[str, Any], size: int) -> None:
+    check_distributed(config_of(**changes), World(0, size))
+
+
+def test_resume_takes_gpus_and_nothing_else(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    (tmp_path / "config.yaml").write_text("model: m\ndevice: cpu\n")
+
+    def start(processes: int, arguments: Any, *, on_cpu: bool) -> int:
+        started.append((processes, tuple(arguments), on_cpu))
+        return 0
+
+    monkeypatch.setattr(launch, "start", start)
+    assert main(["train", "--resume", "--run", str(tmp_path), "--gpus", "2"]) == 0
+    assert started == [(2, ("train", "--resume", "--run", str(tmp_path)), True)]
+    assert main(["train", "--resume", "--run", str(tmp_path), "--overwrite"]) == 2
+    assert "--resume goes with --run DIR" in capfd.readouterr().err
+
+
+def test_options_reach_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    started: list[tuple[str, ...]] = []
+    record: Callable[..., int] = lambda n, arguments, on_cpu: started.append(tuple(arguments)) or 0  # type: ignore[func-returns-value]  # noqa: E731
+    monkeypatch.setattr(launch, "start", record)
+    options = ["--recipe", "demo", "--set", "train.steps=3", "--run", str(tmp_path / "r")]
+    assert main(["train", *options, "--overwrite", "--gpus", "2"]) == 0
+    assert started == [("train", *options, "--overwrite")]

@@ -1,0 +1,52 @@
+"""What several processes do together: the checks of ``on_ranks.py``, on two of them and on four."""
+
+import ast
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+Ranks = Callable[..., list[dict[str, str]]]
+PROGRAM = Path(__file__).with_name("on_ranks.py")
+# of checks: those between commas share processes, which take most of the time to start
+GROUPS = ("words,gradients,align,ends", "sft,nf4,shards")
+
+
+def names(groups: str) -> list[str]:
+    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
+    functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    chosen = tuple(f"check_{group}" for group in groups.split(","))
+    return [name for name in functions if name.startswith(chosen)]
+
+
+def passed(reports: list[dict[str, str]], groups: str) -> None:
+    failures = [
+        f"{name} on rank {rank}:\n{trace}"
+        for rank, report in enumerate(reports)
+        for name, trace in report.items()
+        if trace
+    ]
+    assert not failures, "\n".join(failures)
+    assert all(list(report) == names(groups) for report in reports)
+
+
+@pytest.mark.parametrize("groups", GROUPS)
+def test_on_two(groups: str, ranks: Ranks, model_folder: Path) -> None:
+    passed(ranks(2, groups, model_folder), groups)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("groups", GROUPS)
+def test_on_four(groups: str, ranks: Ranks, model_folder: Path) -> None:
+    passed(ranks(4, groups, model_folder), groups)
+
+
+@pytest.mark.slow
+def test_shards_of_four_are_read_by_two(ranks: Ranks, model_folder: Path) -> None:
+    passed(ranks(4, "write", model_folder), "write")
+    passed(ranks(2, "read", model_folder), "read")
+
+
+def test_every_check_is_run() -> None:
+    run = {name for groups in (*GROUPS, "write", "read") for name in names(groups)}
+    assert run == set(names(""))

@@ -1,0 +1,221 @@
+"""``tli-engine train`` in several processes: started, stopped, resumed, and when one of them fails."""
+
+import json
+import re
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from tli_engine.cli import main
+from tli_engine.train.checkpoint import find_checkpoint
+from tli_engine.train.manifest import problems
+
+HERE = Path(__file__).parent
+Ended = Callable[..., Any]
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+TLI_ENGINE = (sys.executable, "-m", "tli_engine")
+
+
+@pytest.fixture(autouse=True)
+def _one_thread_and_no_plots(one_thread: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TLI_ENGINE_DEBUG", "")
+    monkeypatch.setattr(
+        "tli_engine.cli._train_sft.plot_losses", lambda steps, before, path: path.write_bytes(b"")
+    )
+
+
+@pytest.fixture
+def config(tmp_path: Path, model_folder: Path) -> Callable[..., Path]:
+    """A run of fine-tuning on eleven articles, three rows a step."""
+    articles = [{"text": "habari " * (i % 5 + 1), "summary": "x" * (i % 4 + 2)} for i in range(11)]
+    lines = [json.dumps(article) + "\n" for article in articles]
+    (tmp_path / "train.jsonl").write_text("".join(lines))
+    (tmp_path / "unseen.jsonl").write_text("".join(lines[:3]))
+
+    def write(**changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": str(model_folder), "objective": "sft", "device": "cpu",
+            "data": {
+                "texts": str(tmp_path / "train.jsonl"), "validation": str(tmp_path / "unseen.jsonl")
+            },
+            "prompt": {"instruction": "Fupisha: {text}"},
+            "lora": {"layers": "0-3", "r": 4, "alpha": 8},
+            "sft": {"context": 64, "packing": False, "evaluate_steps": 1000},
+            "train": {
+                "steps": 7, "batch_size": 3, "learning_rate": 1e-2, "checkpoint_steps": 2,
+            },
+            "distributed": {"timeout": 60},
+        }  # fmt: skip
+        for section, change in changes.items():
+            old = values.get(section)
+            values[section] = old | change if isinstance(old, dict) else change
+        path = tmp_path / "run.yaml"
+        path.write_text(yaml.safe_dump(values))
+        return path
+
+    return write
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def same_result(actual: Path, expected: Path) -> None:
+    assert not problems(actual)
+    torch.testing.assert_close(
+        torch.tensor(losses(actual)), torch.tensor(losses(expected)), rtol=0, atol=1e-5
+    )
+    found = adapter(actual)
+    for name, tensor in adapter(expected).items():
+        torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def test_gpus_starts_as_many_processes(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """The result of one process; what is said is said once."""
+    path, one, two = config(), tmp_path / "one", tmp_path / "two"
+    process = ended(*TLI_ENGINE, "train", path, "--run", two, "--gpus", 2)
+    out, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert main(["train", str(path), "--run", str(one)]) == 0
+    same_result(two, one)
+    assert len(re.findall("loss on 3 unseen articles", out)) == 1
+    assert len(re.findall("trained 7 steps", err)) == 1
+    assert sorted(p.name for p in two.iterdir()) == sorted(p.name for p in one.iterdir())
+
+
+def test_two_nodes_on_the_loopback(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended, free_port: Callable[[], int]
+) -> None:
+    """The same command on each, and torchrun's flags that say where the first one is."""
+    path, one, two = config(), tmp_path / "one", tmp_path / "two"
+    place = f"127.0.0.1:{free_port()}"
+    nodes = [
+        ended(
+            *TORCHRUN, "--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1,
+            "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test",
+            "--local-addr", "127.0.0.1", "-m", "tli_engine", "train", path, "--run-folder", two,
+        )
+        for number in range(2)
+    ]  # fmt: skip
+    for node in nodes:
+        _, err = node.communicate(timeout=100)
+        assert node.returncode == 0, err
+    assert main(["train", str(path), "--run", str(one)]) == 0
+    same_result(two, one)
+
+
+@pytest.mark.slow
+def test_full_fine_tuning_is_resumed_and_written(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """By FSDP2: the model is that of one process, also where the last step had to be run again."""
+    train = {"learning_rate": 1e-3, "engine": "modules"}
+    path, one, two = config(method="full", train=train), tmp_path / "one", tmp_path / "two"
+    models = []
+    for options in (("train", path, "--run", two), ("train", "--resume", "--run", two)):
+        process = ended(*TLI_ENGINE, *options, "--gpus", 2)
+        _, err = process.communicate(timeout=100)
+        assert process.returncode == 0, err
+        models.append(load_file(two / "model" / "model.safetensors"))
+        # as if it had been killed in its last step
+        (two / "manifest.json").unlink()
+        shutil.rmtree(two / "checkpoints" / "step-000007")
+    assert "resuming after step 6 of 7" in err
+    assert main(["train", str(path), "--run", str(one)]) == 0
+    expected = load_file(one / "model" / "model.safetensors")
+    for found in models:
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            torch.testing.assert_close(found[name], tensor, rtol=1e-3, atol=1e-5)
+
+
+def wait_for_steps(process: Any, run: Path, count: int) -> None:
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if (run / "metrics.jsonl").is_file() and len(losses(run)) >= count:
+            return
+        time.sleep(0.05)
+    pytest.fail(f"no {count} steps: {process.communicate(timeout=5)[1]}")
+
+
+def test_a_signal_stops_all_and_one_process_goes_on(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """After the same step: the run that is resumed is the one that was never stopped."""
+    path = config(train={"steps": 150, "checkpoint_steps": 1000})
+    one, two = tmp_path / "one", tmp_path / "two"
+    process = ended(*TLI_ENGINE, "train", path, "--run", two, "--gpus", 2)
+    wait_for_steps(process, two, 5)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert f"train --resume --run {two} --gpus 2" in err
+    found = find_checkpoint(two)
+    assert found.path is not None
+    assert not problems(found.path)
+    stopped = len(losses(two))
+    assert found.path.name == f"step-{stopped:06d}"
+    assert 5 <= stopped < 150
+    assert main(["train", "--resume", "--run", str(two)]) == 0
+    assert f"resuming after step {stopped} of 150" in capfd.readouterr().err
+    assert main(["train", str(path), "--run", str(one)]) == 0
+    assert not problems(two)
+    torch.testing.assert_close(
+        torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-3, atol=1e-3
+    )
+
+
+@pytest.mark.parametrize(
+    "kind", ["raises", "killed", pytest.param("hangs", marks=pytest.mark.slow)]
+)
+def test_a_rank_that_fails_ends_the_job(
+    kind: str, config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """Within the timeout, its own error first; the last checkpoint is whole."""
+    path, run = config(distributed={"timeout": 4}, train={"steps": 100}), tmp_path / "run"
+    command = (HERE / "run_with_fault.py", kind, "train", path, "--run-folder", run)
+    process = ended(*TORCHRUN, "--standalone", "--nproc-per-node", 2, *command)
+    wait_for_steps(process, run, 5)
+    start = time.monotonic()
+    _, err = process.communicate(timeout=90)
+    assert process.returncode == 1
+    # the timeout, what a process waits before it ends for another's error, what torchrun gives one
+    # that does not end when it is asked to
+    grace = 30 if kind == "hangs" else 0
+    assert time.monotonic() - start < 4 + 5 + grace + 6
+    lines = err.splitlines()
+    if kind == "raises":
+        first = next(i for i, line in enumerate(lines) if "Traceback" in line)
+        assert lines[first].startswith("rank 1: Traceback")
+        own = [line for line in lines if line.startswith("rank 1: ")]
+        assert own[-1] == "rank 1: ValueError: a fault of rank 1"
+        assert not any(line.startswith("rank 0: Traceback") for line in lines)
+    found = find_checkpoint(run)
+    assert found.path is not None
+    assert (found.path.name, found.skipped) == ("step-000004", [])
+
+
+def test_a_mistake_is_told_once(config: Callable[..., Path], tmp_path: Path, ended: Ended) -> None:
+    path = config(lora={"layers": "0-9"})
+    process = ended(*TLI_ENGINE, "train", path, "--run", tmp_path / "run", "--gpus", 2)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 2
+    assert err.count("lora.layers: the model has blocks 0-3, none 9") == 1
+    assert "Traceback" not in err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,117 @@
+"""A plan for several GPUs: the shares are counted, and they are those that ranks hold."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from bench.models import config_of
+from tli_engine.config import RunConfig, resolve_config
+from tli_engine.errors import UserError
+from tli_engine.models.survey import Survey
+from tli_engine.train.plan import Plan, make_plan
+from tli_engine.train.plan_devices import GIB, find_target
+from tli_engine.train.plan_gpus import gpus_needed, plan_for, rank_config
+
+Planned = Callable[..., Plan]
+
+
+def run_of(name: str, **sections: Any) -> RunConfig:
+    values: dict[str, Any] = {
+        "model": name,
+        "objective": "sft",
+        "data": {"texts": "none.jsonl"},
+        "sft": {"context": 2048},
+        "train": {"steps": 9, "batch_size": 4, "accumulate": 4},
+    }
+    return resolve_config(values | sections, "test")
+
+
+def survey_of(name: str) -> Survey:
+    return Survey(name, config_of(name), None)
+
+
+def planned(name: str, gpus: int, kind: str = "h100", **sections: Any) -> Plan:
+    target = find_target(kind, "auto")
+    return plan_for(run_of(name, **sections), survey_of(name), target, gpus)
+
+
+QLORA = {"quantize": "nf4", "double_quant": True, "lora": {"layers": "0-2", "r": 16}}
+
+
+def test_a_rank_has_its_share_of_the_rows() -> None:
+    """No more rows at once than before, and fewer batches of them."""
+    run = run_of("llama-3-8b")
+    shares = {n: rank_config(run, n).train for n in (1, 2, 3, 8, 16, 32)}
+    found = {n: (t.batch_size, t.accumulate) for n, t in shares.items()}
+    assert found == {1: (4, 4), 2: (4, 2), 3: (4, 2), 8: (2, 1), 16: (1, 1), 32: (1, 1)}
+
+
+def test_replicated_adapters_take_their_gradients_more() -> None:
+    one, two = planned("llama-3-8b", 1, **QLORA), planned("llama-3-8b", 2, **QLORA)
+    assert two.gpus == 2
+    assert two.gpu_bytes.pop("gradients_of_all") == one.gpu_bytes["adapters"]
+    assert two.gpu_bytes == one.gpu_bytes
+    assert two.host_bytes["process"] == 2 * one.host_bytes["process"]
+
+
+def test_sharded_bytes_are_a_share_and_two_blocks() -> None:
+    whole = planned("qwen2-72b", 2, **QLORA)
+    shared = planned("qwen2-72b", 2, **QLORA, distributed={"weights": "sharded"})
+    nf4 = whole.gpu_bytes["weights_nf4"]
+    assert nf4 > 36 * GIB
+    assert shared.gpu_bytes["weights_nf4"] == nf4 // 2
+    # its 80 blocks are alike
+    assert shared.gpu_bytes["gathered_blocks"] == nf4 // 40
+    assert any(note.startswith("fits: ") and "on each h100" in note for note in shared.notes)
+
+
+def test_full_fine_tuning_of_8b_fits_two_h100_offloaded_and_four_without() -> None:
+    full = {"method": "full", "train": {"steps": 9, "batch_size": 1}}
+    parameters = 8_030_261_248
+    for gpus in (2, 4):
+        parts = planned("llama-3-8b", gpus, **full).gpu_bytes
+        assert parts["weights"] == parts["gradients"] == 4 * parameters // gpus
+        assert parts["optimizer"] == 8 * parameters // gpus
+        # embeddings, output layer and the last norm, in bf16
+        assert parts["gathered_embeddings"] == 2 * (2 * 128256 * 4096 + 4096)
+    offloaded = planned("llama-3-8b", 2, **full, distributed={"offload": True})
+    assert not {"weights", "gradients", "optimizer"} & offloaded.gpu_bytes.keys()
+    held = sum(v for k, v in offloaded.host_bytes.items() if k.endswith("_of_a_share"))
+    assert held == 16 * parameters
+    assert sum(offloaded.gpu_bytes.values()) < 25 * GIB
+
+
+def test_it_says_how_many_gpus_72b_takes() -> None:
+    """The shares alone are 16 bytes of each of 72.7 billion weights."""
+    model = survey_of("qwen2-72b")
+    counts = dict(gpus_needed(run_of("qwen2-72b", method="full"), model))
+    assert counts.keys() == {"a100", "h100", "h200", "b200"}
+    total = 16 * 72_706_203_648
+    for kind, count in counts.items():
+        memory = find_target(kind, "auto").memory
+        assert memory is not None
+        room = 0.95 * memory
+        # beside the shares: gathered weights, activations and CUDA's context, 5 to 30 GiB
+        assert total / (room - 5 * GIB) <= count <= total / (room - 30 * GIB) + 1
+    plan = planned("qwen2-72b", 8, method="full", train={"steps": 9, "batch_size": 8})
+    assert any(n.startswith("does not fit: ") for n in plan.notes)
+    (line,) = (note for note in plan.notes if "takes at least" in note)
+    assert f"{counts['h100']} x h100, {counts['h200']} x h200" in line
+    enough = planned("qwen2-72b", counts["h200"], "h200", method="full",
+                     train={"steps": 9, "batch_size": counts["h200"]})  # fmt: skip
+    assert any(n.startswith("fits: ") for n in enough.notes)
+
+
+def test_one_gpu_is_planned_as_ever() -> None:
+    run, model, target = run_of("llama-3-8b"), survey_of("llama-3-8b"), find_target("h100", "auto")
+    assert plan_for(run, model, target, 1) == make_plan(run, model, target)
+
+
+def test_what_several_gpus_refuse_the_plan_refuses() -> None:
+    with pytest.raises(UserError, match="adamw-8bit"):
+        planned("llama-3-8b", 2, method="full", train={"steps": 1, "optimizer": "adamw-8bit"})
+    with pytest.raises(UserError, match="name their kind with --device"):
+        planned("llama-3-8b", 2, "cpu")
+    with pytest.raises(UserError, match="is of NF4 weights"):
+        planned("llama-3-8b", 2, distributed={"weights": "sharded"}, quantize="none")

@@ -1,0 +1,175 @@
+"""How the processes of a run start, find one another, and end together."""
+
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+from torch import distributed as dist
+
+from tli_engine.distributed.world import ALONE, World
+from tli_engine.errors import UserError
+
+# what `start` promised, for `joined` to check
+PROMISED = "TLI_ENGINE_PROCESSES"
+# seconds that processes have to keep a checkpoint after a signal
+_GRACE = 120
+# for what one process does and the others wait for, such as a download
+_PATIENCE = timedelta(days=2)
+
+
+def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
+    """Run ``tli-engine`` in so many processes of this machine, as ``torchrun --standalone`` does.
+
+    Args:
+        processes: A GPU each.
+        arguments: Of ``tli-engine``.
+        on_cpu: Whether they need no GPU.
+
+    Returns:
+        0, or the exit status of the first process that failed.
+
+    Raises:
+        UserError: There are fewer GPUs, or this is one of several processes.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    if "WORLD_SIZE" in os.environ:
+        raise UserError("--gpus starts processes, and torchrun has started this one; leave it out")
+    if not on_cpu:
+        check_gpus(processes, torch.cuda.device_count())
+    # many processes' threads would wait for one another
+    usual = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE)}
+    before = dict(os.environ)
+    os.environ.update(usual | before | {PROMISED: str(processes)})
+    try:
+        config = LaunchConfig(
+            min_nodes=1,
+            max_nodes=1,
+            nproc_per_node=processes,
+            run_id=f"tli-engine-{os.getpid()}",
+            rdzv_backend="c10d",
+            rdzv_endpoint="localhost:0",
+            local_addr="localhost",
+            max_restarts=0,
+        )
+        elastic_launch(config, sys.executable)("-m", "tli_engine", *arguments)
+    except ChildFailedError as e:
+        code = int(e.get_first_failure()[1].exitcode)
+        return code if code >= 0 else 128 - code
+    except SignalException as e:
+        return 128 + e.sigval
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return 0
+
+
+def check_gpus(processes: int, gpus: int) -> None:
+    """Raise ``UserError`` unless each process of this machine has a GPU of its own."""
+    if processes > gpus:
+        raise UserError(
+            f"{processes} processes need {processes} GPUs and {gpus} are here; start no more than "
+            f"that, or set device=cpu"
+        )
+
+
+@contextmanager
+def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
+    """Join the other processes of a run, if torchrun started this one among several.
+
+    Args:
+        device: As configured; any GPU stands for the one that is this process's.
+        timeout: Seconds after which waiting for another process is an error.
+
+    Yields:
+        The world, and the device to use.
+
+    Raises:
+        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, or fewer processes than were
+            to start.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    check_promised(size, os.environ.get(PROMISED))
+    if size == 1:
+        yield ALONE, device
+        return
+    on_gpu = device != "cpu" and (device != "auto" or torch.cuda.is_available())
+    check_backends(on_gpu)
+    local = int(os.environ["LOCAL_RANK"])
+    if on_gpu:
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count())
+        device = f"cuda:{local}"
+        torch.cuda.set_device(local)
+    else:
+        device = "cpu"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
+    )
+    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    world = World(dist.get_rank(), dist.get_world_size(), patient)
+    os.environ["TLI_ENGINE_RANK"] = str(world.rank)
+    check_complete(world, size)
+    if on_gpu:
+        check_same_gpus(world, _gpu_name(local))
+    yield world, device
+    # not in a finally: with a partner lost, this would wait for it
+    world.together(lambda: None)
+    dist.destroy_process_group()
+    del os.environ["TLI_ENGINE_RANK"]
+
+
+def check_promised(size: int, promised: str | None) -> None:
+    """Raise ``UserError`` unless there are as many processes as ``--gpus`` said."""
+    if promised is not None and int(promised) != size:
+        raise UserError(f"--gpus {promised} was asked for, and this is one of {size} processes")
+
+
+def check_backends(on_gpu: bool) -> None:
+    """Raise ``UserError`` if this PyTorch lacks what processes talk by."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        raise UserError("this PyTorch was built without gloo: processes cannot find one another")
+    if on_gpu and not dist.is_nccl_available():
+        raise UserError(
+            "this PyTorch was built without NCCL: several GPUs need it; install PyTorch for CUDA, "
+            "or set device=cpu"
+        )
+
+
+def check_complete(world: World, size: int) -> None:
+    """Raise ``UserError`` unless every process that was started has joined."""
+    (found,) = world.sum([1.0])
+    if world.size != size or int(found) != size:
+        raise UserError(f"{size} processes were started and {int(found)} joined")
+
+
+def check_same_gpus(world: World, name: str) -> None:
+    """Raise ``UserError`` if GPUs differ in kind or memory: all would wait for the slowest."""
+    names = world.gather(name)
+    if len(set(names)) > 1:
+        kinds = ", ".join(f"{n} on rank {names.index(n)}" for n in dict.fromkeys(names))
+
+        def refuse() -> None:
+            raise UserError(
+                f"GPUs of several kinds: {kinds}; choose like ones by CUDA_VISIBLE_DEVICES"
+            )
+
+        world.together(refuse)
+
+
+def _gpu_name(number: int) -> str:
+    gpu = torch.cuda.get_device_properties(number)
+    return f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB"
+
+
+def is_lost_partner(error: BaseException) -> bool:
+    """Whether an error says that another process is gone, and nothing of this one."""
+    if isinstance(error, dist.DistError):
+        return True
+    text = str(error).lower()
+    signs = ("gloo", "connection closed by peer", "connection reset by peer", "nccl")
+    return isinstance(error, RuntimeError) and any(sign in text for sign in signs)

@@ -1,0 +1,189 @@
+"""What a run takes of each of several GPUs, and how many of which kind full fine-tuning takes."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+from tli_engine.config import RunConfig
+from tli_engine.distributed.world import World
+from tli_engine.errors import UserError
+from tli_engine.models.survey import Survey
+from tli_engine.train.plan import Plan, make_plan
+from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
+from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
+from tli_engine.train.plan_peak import CONTEXT, Step, fits
+from tli_engine.train.sft_distribute import check_distributed
+
+# of a weight that is trained: itself, its gradient and AdamW's two moments, all fp32
+_SHARE = 16
+# GPUs of one machine, and the most that are looked at
+_OF_A_NODE, _MOST = 8, 1024
+
+
+def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
+    """Plan a run on so many GPUs; the bytes of a GPU are those of each of them.
+
+    Raises:
+        UserError: As :func:`make_plan`, or what several GPUs cannot do.
+    """
+    if gpus == 1:
+        plan = make_plan(run, model, target)
+        return _with_counts(plan, run, model) if run.method == "full" else plan
+    check_distributed(run, World(0, gpus))
+    if target.memory is None and run.device != "cpu":
+        raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
+    mine = rank_config(run, gpus)
+    if run.method == "full":
+        return _with_counts(_fully_sharded(run, mine, model, target, gpus), run, model)
+    plan = make_plan(mine, model, target)
+    made = outline(mine, model, target)
+    parts = dict(plan.gpu_bytes or plan.host_bytes)
+    parts["gradients_of_all"] = sum(t.nbytes for t in made.trained.values())
+    if run.distributed.weights == "sharded":
+        if not made.nf4:
+            raise UserError("distributed.weights: sharded is of NF4 weights; set quantize: nf4")
+        blocks = _block_bytes(made)
+        parts["weights_nf4"] = -(-sum(blocks) // gpus)
+        parts["gathered_blocks"] = sum(sorted(blocks)[-2:])
+    return _of_several(plan, parts, plan.host_bytes, target, gpus)
+
+
+def rank_config(run: RunConfig, gpus: int) -> RunConfig:
+    """The run as one of so many GPUs sees it: its share of a batch, its way of running blocks."""
+    train, sft = run.train, run.sft
+    share = -(-train.batch_size * train.accumulate // gpus)
+    rows = min(train.batch_size, share)
+    least = 2 if run.objective == "align" else 1
+    changed: dict[str, Any] = {"batch_size": max(least, rows), "accumulate": -(-share // rows)}
+    whole = run.method == "full"
+    if whole:
+        changed |= {"engine": "modules"}
+    if (whole and sft.activations == "auto") or run.distributed.weights == "sharded":
+        sft = sft.model_copy(update={"activations": "recompute"})
+    return run.model_copy(update={"train": train.model_copy(update=changed), "sft": sft})
+
+
+def _block_bytes(made: Outline) -> list[int]:
+    """Bytes of the NF4 layers of each block, as they are held."""
+    found = [0] * made.early.depth
+    for name, (rows, columns) in made.linear.items():
+        found[int(name.split(".")[1])] += nf4_bytes(
+            rows, columns, made.double_quant, made.target.hopper
+        )
+    return found
+
+
+def full_bytes(made: Outline, gpus: int, offload: bool) -> tuple[dict[str, int], dict[str, int]]:
+    """Bytes of full fine-tuning on each of several GPUs, and of the shares that the host holds.
+
+    Args:
+        made: The run as one GPU sees it.
+        gpus: How many there are.
+        offload: Whether the shares are the host's.
+    """
+    sizes = [0] * made.early.depth
+    rest = 0
+    for name, tensor in made.trained.items():
+        if name.startswith("layers."):
+            sizes[int(name.split(".")[1])] += tensor.numel()
+        else:
+            rest += tensor.numel()
+    count, largest, e = sum(sizes) + rest, max(sizes), made.element
+    step = Step(made, made.run.train.batch_size * made.run.sft.context, 0, 0)
+    passing = max(m.activations + m.working for m in step.moments())
+    shares = {
+        "weights": -(-4 * count // gpus),
+        "gradients": -(-4 * count // gpus),
+        "optimizer": -(-(_SHARE - 8) * count // gpus),
+    }
+    # a block, the next one, and the gradient of one that is summed in fp32; of the rest at the end,
+    # when no activation is left
+    block = 2 * e * largest + (e + 4) * largest
+    end = (e + 4) * rest
+    held = {
+        "gathered_blocks": block,
+        "gathered_embeddings": e * rest,
+        "activations_and_working": max(passing, end - block),
+    }
+    if offload:
+        # what a share of the block in use takes on its way
+        return held | {"shares_on_their_way": -(-8 * (largest + rest) // gpus)}, shares
+    return shares | held, {}
+
+
+def _fully_sharded(
+    run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int
+) -> Plan:
+    # downloads, disk, host and notes; the bytes of a GPU are counted anew
+    plan = make_plan(mine, model, target)
+    made = outline(mine, model, target)
+    parts, on_host = full_bytes(made, gpus, run.distributed.offload)
+    if made.on_gpu:
+        parts["cuda_context"] = CONTEXT
+    else:
+        plan = replace(plan, host_bytes={"process": plan.host_bytes["process"]})
+    host = plan.host_bytes | {f"{name}_of_a_share": size for name, size in on_host.items()}
+    return _of_several(plan, parts, host, target, gpus)
+
+
+def _of_several(
+    plan: Plan, parts: Mapping[str, int], host: Mapping[str, int], target: Target, gpus: int
+) -> Plan:
+    """The plan with the bytes of each GPU, and the host's of all processes of a machine."""
+    here = min(gpus, _OF_A_NODE)
+    on_gpu = target.memory is not None
+    of_one = host if on_gpu else {**host, **parts}
+    notes = [n for n in plan.notes if not n.startswith(("fits:", "does not fit:", "no step like"))]
+    notes[0] += f", {gpus} of them"
+    notes.append(
+        f"bytes are those of each of {gpus}; the host's are of {here} processes on one machine"
+    )
+    if target.memory is not None:
+        total = sum(parts.values())
+        room = f"{total / GIB:.1f} GiB of {target.memory / GIB:.1f} on each {target.name}"
+        verdict = "fits" if fits(target, total) else "does not fit"
+        notes.append(f"{verdict}: {room}, of which a twentieth is left free")
+    notes.append("no step like this was measured: no time is given")
+    return replace(
+        plan,
+        gpu_bytes=dict(parts) if on_gpu else {},
+        host_bytes={name: here * size for name, size in of_one.items()},
+        step_seconds=None,
+        notes=notes,
+        gpus=gpus,
+    )
+
+
+def _with_counts(plan: Plan, run: RunConfig, model: Survey) -> Plan:
+    """Say how many GPUs of which kind the run takes."""
+    counts = ", ".join(f"{count} x {name}" for name, count in gpus_needed(run, model))
+    line = (
+        f"every weight trained, bf16 with fp32 master, nothing offloaded, takes at least {counts}"
+    )
+    return replace(plan, notes=[*plan.notes, line])
+
+
+def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
+    """The fewest GPUs, two or more, that hold full fine-tuning in shares, for each large kind."""
+    shared = run.distributed.model_copy(update={"offload": False})
+    # a row a GPU: what a batch takes is for the user to choose
+    plain = {"optimizer": "adamw", "rounding": "master", "in_backward": False, "batch_size": 1}
+    train = run.train.model_copy(update=plain)
+    for name in LARGE:
+        target = find_target(name, "cuda")
+        made = outline(
+            rank_config(run.model_copy(update={"distributed": shared, "train": train}), 1),
+            model,
+            target,
+        )
+
+        def holds(gpus: int, made: Outline = made, target: Target = target) -> bool:
+            return fits(target, CONTEXT + sum(full_bytes(made, gpus, False)[0].values()))
+
+        low, high = 2, _MOST
+        if not holds(high):
+            continue
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if holds(middle) else (middle + 1, high)
+        yield name, low

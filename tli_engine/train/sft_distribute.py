@@ -1,0 +1,89 @@
+"""How a run of fine-tuning lies on several GPUs: what of it each of them holds."""
+
+from torch import nn
+
+from tli_engine.config import RunConfig
+from tli_engine.distributed.fully_sharded import shard_fully
+from tli_engine.distributed.sharded_nf4 import ShardedNF4
+from tli_engine.distributed.world import World
+from tli_engine.errors import UserError
+from tli_engine.models.adapters import nf4_blocks
+from tli_engine.models.causal import CausalModel
+from tli_engine.models.device import choose_device, choose_dtype
+from tli_engine.models.recompute import Activations
+
+
+def check_distributed(config: RunConfig, world: World) -> None:
+    """Refuse what several processes cannot do.
+
+    Raises:
+        UserError: It names the key, and what to choose.
+    """
+    shared, train, sft = config.distributed, config.train, config.sft
+    wrong = []
+    if shared.weights == "sharded":
+        wrong = [
+            (config.method == "full", "method: full is sharded anyhow; leave it at replicated"),
+            (config.objective != "sft", f"objective {config.objective} runs blocks on their own"),
+            (config.weight_residency != "nf4", "it needs weight_residency: nf4"),
+            (sft.activations == "save", "blocks are gathered anew on the way back: it needs "
+                "sft.activations: recompute, or auto"),
+            (world.size == 1, "there is one process; start more, by --gpus or torchrun"),
+        ]  # fmt: skip
+        _refuse("distributed.weights: sharded", wrong)
+    if config.method == "full" and world.size > 1:
+        wrong = [
+            (train.optimizer != "adamw", f"not train.optimizer: {train.optimizer}, but adamw"),
+            (train.rounding != "master", "no train.rounding: stochastic; the shares are fp32"),
+            (train.in_backward, "no train.in_backward: gradients are summed over the GPUs first"),
+            (train.engine == "fused", "no train.engine: fused; transformers' modules are gathered"),
+            (config.objective == "joint", "no objective joint, which runs blocks on their own"),
+        ]
+        _refuse("method: full on several GPUs takes", wrong)
+    elif shared.offload:
+        reason = "goes with method: full on several GPUs"
+        raise UserError(f"distributed.offload: {reason}; one GPU has train.optimizer: adamw-paged")
+
+
+def _refuse(what: str, wrong: list[tuple[bool, str]]) -> None:
+    for holds, reason in wrong:
+        if holds:
+            raise UserError(f"{what}: {reason}" if what.startswith("dist") else f"{what} {reason}")
+
+
+def loads_on_cpu(config: RunConfig, world: World) -> bool:
+    """Whether the weights go to the GPU in shares, block by block."""
+    return config.method == "full" and world.size > 1
+
+
+def shard_weights(model: CausalModel, config: RunConfig, world: World) -> dict[str, nn.Parameter]:
+    """Spread a model whose every weight is trained over the ranks; return what is trained.
+
+    ``sft.activations: auto`` runs every block again on the way back.
+    """
+    device = choose_device(config.device)
+    dtype = choose_dtype(config.dtype, device)
+    if config.sft.activations == "auto":
+        model.activations = Activations("recompute")
+    shard_fully(
+        model, list(model.early.blocks), "loss", device, dtype, world, config.distributed.offload
+    )
+    model.early.computes_on = device
+    return model.trainable()
+
+
+def shard_base(model: CausalModel, world: World) -> ShardedNF4:
+    """Spread the frozen NF4 weights under the adapters over the ranks.
+
+    Raises:
+        UserError: The model has none.
+    """
+    blocks = nf4_blocks(model.early)
+    if not all(blocks):
+        raise UserError(
+            "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
+        )
+    shards = ShardedNF4(blocks, world)
+    model.fetch, model.fetched_nbytes = shards.fetch, shards.nbytes
+    model.activations = Activations("recompute")
+    return shards
