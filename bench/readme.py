@@ -1,14 +1,18 @@
-"""Fills in the README's tables and output from committed files: ``python -m bench readme``."""
+"""Fills in tables and output of the README and of docs/goals.md from committed files: ``python -m bench readme``."""
 
 import json
 import math
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from bench import goals
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
+FILLED = (README, README.parent / "docs" / "goals.md")
 
 
 def published_table() -> str:
@@ -266,7 +270,7 @@ def output_of(name: str) -> str:
     return f"```\n{text.rstrip()}\n```"
 
 
-TABLES = {
+TABLES: dict[str, Callable[[], str]] = {
     "published": published_table,
     "nf4": nf4_table,
     "sizes": sizes_table,
@@ -277,6 +281,10 @@ TABLES = {
     "sft": sft_table,
     "generation": generation_table,
     "plan": plan_table,
+    "product_goals": partial(goals.product_table, _GPU),
+    "exact_goals": partial(goals.exact_table, _GPU),
+    "lora_goals": partial(goals.lora_table, _GPU),
+    "step_goals": partial(goals.step_table, _GPU),
 }
 
 
@@ -300,4 +308,5 @@ def fill(text: str) -> str:
 
 
 def main() -> None:
-    Path(README).write_text(fill(README.read_text(encoding="utf-8")), encoding="utf-8")
+    for document in FILLED:
+        document.write_text(fill(document.read_text(encoding="utf-8")), encoding="utf-8")

@@ -3,11 +3,14 @@
 import re
 from pathlib import Path
 
-from bench.readme import README, fill
+import pytest
+
+from bench.readme import FILLED, README, fill
 
 
-def test_tables_and_output_are_the_committed_ones() -> None:
-    text = README.read_text(encoding="utf-8")
+@pytest.mark.parametrize("document", FILLED, ids=lambda path: path.name)
+def test_tables_and_output_are_the_committed_ones(document: Path) -> None:
+    text = document.read_text(encoding="utf-8")
     assert fill(text) == text
 
 

@@ -1,0 +1,124 @@
+"""What the project set out to reach on one H100, beside what its committed results say."""
+
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+# of the fast NF4 product, x cuBLAS on a resident bf16 copy; by millions of weights, then by tokens
+_PRODUCT = {
+    ("over 100 M", 100.0, math.inf): {
+        1: (2.9, 2.9), 16: (3.1, 2.8), 64: (2.7, 2.4), 128: (1.9, 1.8), 256: (1.15, 1.15),
+        512: (1.0, 1.0), 1024: (1.0, 1.0), 4096: (0.98, 0.98),
+    },
+    ("58-67 M", 50.0, 100.0): {
+        1: (2.5, 2.5), 16: (2.5, 2.4), 64: (2.1, 2.0), 128: (1.9, 1.7), 256: (1.2, 1.15),
+        512: (1.0, 1.0), 1024: (1.0, 1.0), 4096: (0.98, 0.98),
+    },
+    ("17-25 M", 0.0, 50.0): {
+        1: (1.8, 1.8), 16: (2.0, 2.0), 64: (1.6, 1.6), 128: (1.2, 1.2), 256: (1.05, 1.05),
+        512: (1.0, 1.0), 1024: (1.0, 1.0), 4096: (0.98, 0.98),
+    },
+}  # fmt: skip
+# share by which exact may take longer than fast, by direction, up to 128 tokens and from 256 on
+_EXACT = {"fwd": (0.15, 0.08), "dx": (0.25, 0.12)}
+# times of a step over the time that its weights' bytes and its operations take
+_STEP_FLOORS = {64: 2.5, 256: 2.5, 4125: 1.5}
+
+
+def _rows(folder: Path, op: str) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / f"{op}.json").read_text())["rows"]
+    return rows
+
+
+def _judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
+    """A range, in bold where all of it is as good as the goal."""
+    found = [round(value, 2) for value in values]
+    low, high = min(found), max(found)
+    met = low >= goal if at_least else high <= goal
+    shown = f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
+    return f"**{shown}**" if met else shown
+
+
+def product_table(folder: Path) -> str:
+    """The NF4 product in fast numerics: goals, and the lowest and highest ratio over the shapes."""
+    rows = _rows(folder, "nf4_linear")
+    ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
+    weights = {r["model"]: r["shape"]["N"] * r["shape"]["K"] / 1e6 for r in rows}
+    lines = [
+        "| weights | tokens | goal, forward | reached | goal, dX | reached |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for (title, least, most), goals in _PRODUCT.items():
+        models = [m for m, millions in weights.items() if least <= millions < most]
+        for tokens, by_case in goals.items():
+            cells = []
+            for case, goal in zip(("fwd", "dx"), by_case, strict=True):
+                ratios = [
+                    ms[case, m, tokens, "cublas-bf16"] / ms[case, m, tokens, "tli-engine:fast"]
+                    for m in models
+                ]
+                cells.append(f"{goal:g} | {_judged(ratios, goal)}")
+            lines.append(f"| {title} | {tokens:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def exact_table(folder: Path) -> str:
+    """What exact numerics take on top of fast ones, over all shapes."""
+    rows = _rows(folder, "nf4_linear")
+    ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
+    lines = ["| direction | tokens | goal | reached |", "|---|---:|---:|---:|"]
+    for case, goals in _EXACT.items():
+        for title, goal, few in (("1-128", goals[0], True), ("256-4,096", goals[1], False)):
+            more = [
+                time / ms[of, model, tokens, "tli-engine:fast"] - 1
+                for (of, model, tokens, provider), time in ms.items()
+                if (of, provider) == (case, "tli-engine") and (tokens <= 128) == few
+            ]
+            name = "forward" if case == "fwd" else "dX"
+            lines.append(f"| {name} | {title} | {goal:g} | {_judged(more, goal, at_least=False)} |")
+    return "\n".join(lines)
+
+
+def lora_table(folder: Path) -> str:
+    """What the update adds to the frozen layer: the product by itself, and forward and backward."""
+    rows = _rows(folder, "nf4_lora_linear")
+    lines = [
+        "| layer | tokens | product with the update in it (goal 0.06 from 256 on) | goal, forward and backward | reached |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    added = {
+        (r["model"], r["shape"]["M"], r["case"], r["provider"]): r["notes"]["over_frozen"]
+        for r in rows
+        if "over_frozen" in r["notes"]
+    }
+    for model, tokens, case, provider in added:
+        if (case, provider) != ("fwd_bwd", "tli-engine"):
+            continue
+        product = added[model, tokens, "fwd", "tli-engine:epilogue"]
+        goal = {64: 0.15, 4096: 0.08}.get(tokens)
+        whole = added[model, tokens, "fwd_bwd", "tli-engine"]
+        reached = f"{whole:.2f}" if goal is None else _judged([whole], goal, at_least=False)
+        lines.append(
+            f"| {model} | {tokens:,} | {_judged([product], 0.06, at_least=False)} | "
+            f"{'' if goal is None else format(goal, 'g')} | {reached} |"
+        )
+    return "\n".join(lines)
+
+
+def step_table(folder: Path) -> str:
+    """The align step's time over its floor."""
+    rows = [r for r in _rows(folder, "tli_step") if r["case"] == "step"]
+    ours = {"tli-engine": "exact", "tli-engine:fast": "fast", "tli-engine:bf16": "resident in bf16"}
+    lines = ["| shape | tokens | numerics | goal | reached |", "|---|---:|---|---:|---:|"]
+    for row in rows:
+        floor = row.get("roofline")
+        if row["provider"] in ours and floor:
+            tokens = row["shape"]["tokens"]
+            goal = _STEP_FLOORS[tokens]
+            lines.append(
+                f"| {row['model'].split()[0]} | {tokens:,} | {ours[row['provider']]} | {goal:g} | "
+                f"{_judged([1 / floor], goal, at_least=False)} |"
+            )
+    return "\n".join(lines)
