@@ -63,7 +63,7 @@ def config_of(method: str = "lora", **changes: Any) -> RunConfig:
         "model": "m", "objective": "sft", "method": method, "data": "a.jsonl",
         "lora": {"layers": "0-2", "modules": ("q_proj", "v_proj", "down_proj"), "r": 8},
         "sft": {"context": CONTEXT},
-        "train": {"steps": STEPS, "batch_size": 1, "learning_rate": 1e-3},
+        "train": {"steps": STEPS, "batch_size": 1, "learning_rate": 1e-3, "cuda_graph": True},
     }  # fmt: skip
     for section, change in changes.items():
         values[section] = values.get(section, {}) | change if isinstance(change, dict) else change
@@ -114,19 +114,24 @@ def run(trainer: SftTrainer, steps: list[SftMetrics]) -> tuple[list[float], dict
         "stochastic", "qwen2", "gemma",
     ],
 )  # fmt: skip
-def test_replays_are_the_launches_bit_for_bit(family: str, config: RunConfig, opened: Open) -> None:
+def test_replays_are_the_launches(family: str, config: RunConfig, opened: Open) -> None:
+    """Bit for bit, but for what attention's way back adds up in any order: two runs of launches show that."""
     found = []
-    for record in (False, True):
+    for record in (False, False, True):
         trainer, steps = trainer_of(opened(family), config)
         graphs = PackGraphs(trainer.model, CONTEXT, lambda line: None, record=record)
         trainer.engine.use_graphs(graphs)
-        found.append(run(trainer, steps))
+        losses, tensors = run(trainer, steps)
+        found.append(
+            torch.cat(
+                [torch.tensor(losses), *(t.float().cpu().flatten() for t in tensors.values())]
+            )
+        )
         assert (graphs.captured > 0) == record
-    (losses, tensors), (again, replayed) = found
-    assert again == losses
-    different = [n for n, t in tensors.items() if not torch.equal(t, replayed[n])]
-    assert different == []
-    assert losses[-1] < losses[0]
+        assert losses[-1] < losses[0]
+    launched, again, replayed = found
+    spread = (again - launched).norm()
+    assert (replayed - launched).norm() <= 3 * spread
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -176,7 +181,7 @@ def test_going_on_gives_the_same_losses(method: str, opened: Open) -> None:
     resumed, rest = trainer_of(opened("llama"), config)
     resumed.restore(half.step, *half.state(), half.notes())
     resumed.run()
-    assert [s.loss for s in rest] == [s.loss for s in steps[5:]]
+    assert [s.loss for s in rest] == pytest.approx([s.loss for s in steps[5:]], abs=5e-3)
 
 
 def test_a_loss_that_is_no_number_ends_the_run(opened: Open) -> None:
