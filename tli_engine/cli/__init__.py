@@ -61,7 +61,7 @@ def group(debug: bool) -> None:
 def main(args: list[str] | None = None) -> int:
     """Run the command line; return 0, 1 for a failure, 2 for the user's mistake, 130 for Ctrl-C."""
     try:
-        status = _run(args)
+        status = _invoke(args)
     except Exception as e:
         if _rank() is None:
             raise
@@ -73,7 +73,7 @@ def main(args: list[str] | None = None) -> int:
     return status
 
 
-def _run(args: list[str] | None) -> int:
+def _invoke(args: list[str] | None) -> int:
     try:
         result: Any = group.main(args, prog_name="tli-engine", standalone_mode=False)
         return result if isinstance(result, int) else 0
