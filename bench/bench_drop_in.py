@@ -7,7 +7,8 @@ script times itself, from the first call of the model on: ``ms`` is that, ``note
 process's wall time and by how much the two ways' CSVs differ. Libraries set themselves up, kernels are
 built and graphs captured inside the time.
 
-``[--model NAME] [--layers N] [--pairs N] [--train-pairs N] [--evaluate-pairs N] [--rounds N]``
+python -m bench drop_in [--model NAME] [--layers N] [--pairs N] [--train-pairs N]
+    [--evaluate-pairs N] [--rounds N]
 """
 
 import argparse

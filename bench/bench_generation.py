@@ -176,7 +176,7 @@ def main() -> None:
             row = measure(held[1], provider, config, args, batch)
         except Exception as error:
             # a peer that cannot be compiled, say, is left out, and said to be
-            reason = f"{type(error).__name__}: {str(error).strip().splitlines()[:1]}"
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')[:200]}"
             absent.append({"provider": provider.name, "batch": batch, "reason": reason})
             print(f"batch {batch:3} {provider.name:26} not measured: {reason}", flush=True)
             held = None

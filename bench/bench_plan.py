@@ -171,7 +171,7 @@ def main() -> None:
             print(f"{case.model:13} {case.name:18} not measured: {reason}", flush=True)
             continue
         print_row(rows[-1])
-        path = write_results("plan", rows, PEERS, absent=absent, **summary(rows))
+        write_results("plan", rows, PEERS, absent=absent, **summary(rows))
     if not rows:
         raise SystemExit("nothing was measured")
     path = write_results("plan", rows, PEERS, absent=absent, **summary(rows))

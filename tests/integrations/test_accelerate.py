@@ -132,6 +132,21 @@ def test_the_fused_update_is_taken(load: Load, tokens: dict[str, Tensor]) -> Non
     assert len(called) == 28
 
 
+@pytest.mark.parametrize("nf4", [True, False])
+def test_hooks_of_the_layer_below_an_adapter_run(
+    load: Load, tokens: dict[str, Tensor], nf4: bool
+) -> None:
+    model = adapt(load(nf4=nf4))
+    accelerate(model)
+    base = model.base_model.model.model.layers[1].self_attn.q_proj.base_layer
+    called: list[str] = []
+    base.register_forward_pre_hook(lambda *_: called.append("before"))
+    base.register_forward_hook(lambda *_: called.append("after"))
+    base.register_full_backward_hook(lambda *_: called.append("backward"))
+    run(model, tokens)
+    assert called == ["before", "after", "backward"]
+
+
 def test_adapters_switch_as_in_peft(load: Load, tokens: dict[str, Tensor]) -> None:
     def outputs(model: Any) -> list[Tensor]:
         found = []

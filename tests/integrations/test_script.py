@@ -139,6 +139,33 @@ def test_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run"]) == 2
 
 
+def test_a_script_of_several_processes_is_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Under torchrun, which docs/drop-in.md names, and other commands refuse."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "test")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    script = tmp_path / "script.py"
+    script.write_text("import os; print(os.environ['WORLD_SIZE'])")
+    assert main(["run", str(script)]) == 0
+    assert capsys.readouterr().out == "2\n"
+
+
+def test_an_error_before_the_script_shows_where_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(run: ScriptRun) -> None:
+        raise ImportError("no transformers")
+
+    monkeypatch.setattr("tli_engine.integrations.script.accelerated_loading", broken)
+    script = tmp_path / "script.py"
+    script.write_text("")
+    assert main(["run", str(script)]) == 1
+    shown = capsys.readouterr().err
+    assert "in broken" in shown
+    assert "ImportError: no transformers" in shown
+
+
 def test_loading_is_as_it_was_afterwards(load: Load, tmp_path: Path) -> None:
     from peft import LoraConfig, PeftModel, get_peft_model
     from transformers import PreTrainedModel

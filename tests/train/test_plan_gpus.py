@@ -115,3 +115,5 @@ def test_what_several_gpus_refuse_the_plan_refuses() -> None:
         planned("llama-3-8b", 2, "cpu")
     with pytest.raises(UserError, match="is of NF4 weights"):
         planned("llama-3-8b", 2, distributed={"weights": "sharded"}, quantize="none")
+    with pytest.raises(UserError, match="there is one process"):
+        planned("llama-3-8b", 1, distributed={"weights": "sharded"}, quantize="nf4")

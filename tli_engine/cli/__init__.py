@@ -52,7 +52,8 @@ def group(debug: bool) -> None:
     """Align two languages in the early layers of an LLM, and measure it honestly."""
     command = click.get_current_context().invoked_subcommand
     started = "TORCHELASTIC_RUN_ID" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
-    if started and command != "train":
+    # a script that is run joins its processes by itself
+    if started and command not in ("train", "run"):
         raise UserError(f"{command} takes one process; start it without torchrun")
     # read by main(), which alone knows how an error is shown
     os.environ["TLI_ENGINE_DEBUG"] = "1" if debug else ""

@@ -14,9 +14,9 @@ from tli_engine.integrations.replace import (
     Kind,
     check_model,
     kinds,
+    original_class,
     put_back,
     replace_layer,
-    was,
 )
 
 
@@ -91,7 +91,7 @@ def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
     summary.repacked_nbytes = sum(
         layer.frozen_weight().repacked_nbytes
         for layer in model.modules()
-        if was(layer) is not None and hasattr(layer, "frozen_weight")
+        if original_class(layer) is not None and hasattr(layer, "frozen_weight")
     )
     return summary
 
@@ -104,7 +104,7 @@ def restore(model: Any) -> None:
     """
     if not isinstance(model, nn.Module):
         raise UserError(f"restore takes a model, got {type(model).__name__}")
-    replaced = [module for module in model.modules() if was(module) is not None]
+    replaced = [module for module in model.modules() if original_class(module) is not None]
     if not replaced:
         raise UserError("the model is not accelerated; there is nothing to restore")
     for module in replaced:
@@ -134,7 +134,7 @@ def _blocks_above(model: nn.Module, stop_at: int | None) -> list[str]:
     found = []
     for name, module in model.named_modules():
         layers = getattr(module, "layers", None)
-        if was(module) is not None and isinstance(layers, nn.ModuleList):
+        if original_class(module) is not None and isinstance(layers, nn.ModuleList):
             prefix = f"{name}.layers." if name else "layers."
             found += [f"{prefix}{i}." for i in range(stop_at, len(layers))]
     return found

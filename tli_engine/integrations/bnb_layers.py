@@ -13,6 +13,7 @@ from bitsandbytes.nn.modules import fix_4bit_weight_quant_state_from_module
 from torch import Tensor
 
 from tli_engine.integrations.frozen_weight import FrozenWeight, NotReplacedError
+from tli_engine.layouts import Adapter
 from tli_engine.ops.nf4_linear import check_input
 
 _FROZEN = "_tli_engine_weight"
@@ -35,8 +36,13 @@ class Linear4bit(bnb.nn.Linear4bit):  # type: ignore[misc]
             self.compute_type_is_set = True
         return x if self.compute_dtype is None else x.to(self.compute_dtype)
 
-    def product(self, x: Tensor, adapter: Any = None) -> Tensor:
-        """Return the product of ``x``, in the compute dtype, and the update of ``adapter`` with it."""
+    def product(self, x: Tensor, adapter: Adapter | None = None) -> Tensor:
+        """Return ``x``'s projection, ``[…, K]`` to ``[…, N]``, in its dtype, with the adapter's update.
+
+        Raises:
+            ValueError: ``x`` has other columns, or lies on another device than the weight.
+            NotReplacedError: The weight was exchanged for one that no kernel reads.
+        """
         stored = self.frozen_weight().stored
         check_input(x, stored.N, stored.K, stored.device)
         bias = None if self.bias is None else self.bias.to(x.dtype)

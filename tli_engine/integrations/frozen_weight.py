@@ -9,7 +9,7 @@ from tli_engine.layouts import PortableWeight, RecordedWeight, lay_out
 from tli_engine.nf4 import BLOCK_SIZES, CODE, NestedAbsmax, NF4Weight
 from tli_engine.ops.nf4_dequantize import check_stored
 
-# values of bitsandbytes' tables that are equal on every device
+# statistics in a block of the doubly quantised ones: bitsandbytes' only size, and the kernels'
 _NESTED_BLOCK_SIZE = 256
 
 
@@ -70,7 +70,9 @@ def _nested(state: Any) -> NestedAbsmax | None:
         return None
     inner = state.state2
     if inner.blocksize != _NESTED_BLOCK_SIZE:
-        raise NotReplacedError(f"statistics in blocks of {inner.blocksize}, not 256")
+        raise NotReplacedError(
+            f"statistics in blocks of {inner.blocksize}, not {_NESTED_BLOCK_SIZE}"
+        )
     offset = torch.as_tensor(state.offset, dtype=torch.float32, device=inner.absmax.device)
     return NestedAbsmax(
         inner.absmax.detach(), inner.code.detach(), offset.detach(), inner.blocksize

@@ -14,7 +14,7 @@ from tli_engine.integrations.call_state import CallState, ModelParts
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
 from tli_engine.integrations.memo import Memo
-from tli_engine.integrations.replace import mark, was
+from tli_engine.integrations.replace import mark, original_class
 
 # model type in transformers, and the folder of its code
 _FAMILIES = {
@@ -66,7 +66,7 @@ def make_lazy(
     """
     if not _is_model(module):
         return
-    theirs = was(module) or type(module)
+    theirs = original_class(module) or type(module)
     decoder = decoder_of(module, theirs)
     if isinstance(decoder, str):
         eager[name] = decoder
@@ -74,7 +74,7 @@ def make_lazy(
     depth = module.config.num_hidden_layers
     if stop_at is not None and not 0 <= stop_at <= depth:
         raise UserError(f"stop_at must be 0 … {depth} for this model, got {stop_at}")
-    if was(module) is None:
+    if original_class(module) is None:
         mark(module, _lazy_class(theirs))
         module.__dict__[_SETTINGS] = LazySettings(stop_at)
     elif stop_at is not None:

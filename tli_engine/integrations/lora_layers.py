@@ -14,9 +14,11 @@ from torch import Tensor, nn
 
 from tli_engine.nn import dense_lora_linear
 
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
 
 class Update(NamedTuple):
-    """One plain adapter."""
+    """One plain adapter: ``lora_A`` ``[r, K]``, ``lora_B`` ``[N, r]``, of one dtype and device."""
 
     lora_A: Tensor
     lora_B: Tensor
@@ -27,18 +29,22 @@ class Linear(lora.Linear):  # type: ignore[misc]
     """PEFT's layer over a dense one."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """Return the adapted projection of ``x``."""
+        """Return the adapted projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype."""
         base = self.base_layer
         if not args and not kwargs and type(base) is nn.Linear and base.weight.dtype == x.dtype:
             update = plain_update(self)
-            hooked = base._forward_hooks or base._forward_pre_hooks or "forward" in base.__dict__
-            if update and not hooked and not torch.is_autocast_enabled(x.device.type):
+            if update and not is_hooked(base) and not torch.is_autocast_enabled(x.device.type):
                 sizes = [base.out_features]
                 rows = x.reshape(-1, base.in_features)
                 y = dense_lora_linear(rows, base.weight, base.bias, *update, sizes=sizes)
                 return y.view(*x.shape[:-1], base.out_features)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
+
+
+def is_hooked(base: nn.Module) -> bool:
+    """Whether calling ``base`` does more than its class's forward, which a fused product would skip."""
+    return "forward" in base.__dict__ or any(getattr(base, name) for name in _HOOKS)
 
 
 def plain_update(layer: Any) -> Update | None:

@@ -62,7 +62,8 @@ class Memo:
         self._sizes: dict[Key, int] = {}
         # how blocks are called, which for a whole word depends on its length alone
         self._steps: dict[Key, list[Step] | None] = {}
-        self._replays: Replays | None = None
+        # a graph replayed for tensors of another device would give what it gave last
+        self._replays: dict[torch.device, Replays] = {}
         self._seen: tuple[CallState, int] | None = None
 
     def __len__(self) -> int:
@@ -101,8 +102,8 @@ class Memo:
             self._runs.clear()
             self._sizes.clear()
             self._steps.clear()
-            if self._replays is not None:
-                self._replays.clear()
+            for replays in self._replays.values():
+                replays.clear()
         self._seen = state, writes()
 
     def _run(self, call: Call, word: _Word) -> LazyRun:
@@ -124,9 +125,9 @@ class Memo:
             )
             self._steps[key] = steps if plain else None
             return LazyRun(call, steps, embedded)
-        if self._replays is None:
-            self._replays = Replays.on(word.device)
-        replays = self._replays
+        if word.device not in self._replays:
+            self._replays[word.device] = Replays.on(word.device)
+        replays = self._replays[word.device]
 
         def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
             return replays((*key, number), step, hidden)

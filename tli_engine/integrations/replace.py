@@ -94,7 +94,7 @@ def replace_layer(layer: nn.Module, kind: Kind) -> None:
 _THEIRS = "_tli_engine_was"
 
 
-def was(module: nn.Module) -> type | None:
+def original_class(module: nn.Module) -> type | None:
     """The class that a replaced module had; ``None`` for others."""
     theirs: type | None = module.__dict__.get(_THEIRS)
     return theirs

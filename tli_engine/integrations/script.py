@@ -146,10 +146,10 @@ def _status(exit_: SystemExit) -> int:
 
 
 def _from_script(error: BaseException, path: Path) -> Any:
-    """The traceback without the frames of what runs the script."""
+    """The traceback from the script's first frame on; all of it if the script was not reached."""
     trace = error.__traceback__
     inner = trace
     while inner is not None and inner.tb_frame.f_code.co_filename != str(path):
         inner = inner.tb_next
-    # a syntax error has no frame of its own
-    return inner if inner is not None or not isinstance(error, SyntaxError) else None
+    # a syntax error has no frame of its own, and says itself where it is
+    return trace if inner is None and not isinstance(error, SyntaxError) else inner

@@ -48,7 +48,8 @@ def cached_attention_(
 
     with t the ``slot`` that is written, c the ``scale``, g(h) the key head of query head h, and b the
     row's ``begin``, or t - window + 1 if that is more. Slots outside have no weight; they must hold
-    finite numbers, for on a CPU they are read. What the device has to know of a step lies on the device, so that a CUDA graph can be replayed for the next one.
+    finite numbers, for on a CPU they are read. What changes from step to step lies on the device, so
+    that one CUDA graph can be replayed for all of them.
 
     Args:
         q: New queries, rotated, ``[rows, Hq, D]``; bf16, fp16 or fp32, on a CPU fp64 too.

@@ -24,12 +24,13 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
     """Plan a run on so many GPUs; the bytes of a GPU are those of each of them.
 
     Raises:
-        UserError: As :func:`make_plan`, or what several GPUs cannot do.
+        UserError: As :func:`make_plan`, or what so many GPUs cannot do.
     """
+    # as training refuses it, on one GPU too
+    check_distributed(run, World(0, gpus))
     if gpus == 1:
         plan = make_plan(run, model, target)
         return _with_counts(plan, run, model) if run.method == "full" else plan
-    check_distributed(run, World(0, gpus))
     if target.memory is None and run.device != "cpu":
         raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
     mine = rank_config(run, gpus)

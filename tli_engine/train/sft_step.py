@@ -90,6 +90,7 @@ class SftStep:
         config: The run.
         pairs: Of joint training, or None.
         say: Takes lines on what cannot be replayed from CUDA graphs.
+        world: The ranks, among which a step's rows are shared out.
 
     Attributes:
         tensors: As given.
