@@ -85,7 +85,7 @@ def make_lazy(
 
 
 def _is_model(module: nn.Module) -> bool:
-    """Whether a module is a model of transformers around blocks, or may be one."""
+    """Whether a module is a model of transformers; :func:`decoder_of` looks further."""
     from transformers import PreTrainedModel
 
     return isinstance(module, PreTrainedModel)
