@@ -111,7 +111,7 @@ def _failed(error: Exception, status: int) -> int:
 
 
 def _failed_among_others(error: Exception) -> int:
-    """End one process of several: with its traceback, unless the error is another's."""
+    """End one process of several with its traceback, after that of whoever has the error first."""
     from tli_engine.distributed.launch import is_lost_partner
 
     if isinstance(error, StoppedElsewhere):
@@ -120,11 +120,16 @@ def _failed_among_others(error: Exception) -> int:
         return error.status
     if is_lost_partner(error):
         time.sleep(_LAST_WORDS)
-        _say(f"stopped: another process of the run is gone ({str(error).splitlines()[0][:200]})")
-        return 1
+        _say(
+            f"stopped: another process of the run is gone, or cannot be reached: {_first_line(error)}"
+        )
     lines = traceback.format_exc().splitlines()
     print("\n".join(f"rank {_rank()}: {line}" for line in lines), file=sys.stderr, flush=True)
     return 1
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0][:200]
 
 
 def _rank() -> str | None:
