@@ -20,7 +20,7 @@ print(status, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3, file=sys
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_twenty_thousand_words_in_bounded_memory(tmp_path: Path) -> None:
     sizes = {"hidden_size": WIDTH, "num_hidden_layers": LAYERS}
     model = save_tiny_model(tmp_path / "model", "llama", **sizes)

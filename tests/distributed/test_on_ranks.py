@@ -35,13 +35,13 @@ def test_on_two(groups: str, ranks: Ranks, model_folder: Path) -> None:
     passed(ranks(2, groups, model_folder), groups)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("groups", GROUPS)
 def test_on_four(groups: str, ranks: Ranks, model_folder: Path) -> None:
     passed(ranks(4, groups, model_folder), groups)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_shards_of_four_are_read_by_two(ranks: Ranks, model_folder: Path) -> None:
     passed(ranks(4, "write", model_folder), "write")
     passed(ranks(2, "read", model_folder), "read")

@@ -182,7 +182,7 @@ def test_a_signal_stops_all_and_one_process_goes_on(
 
 
 @pytest.mark.parametrize(
-    "kind", ["raises", "killed", pytest.param("hangs", marks=pytest.mark.slow)]
+    "kind", ["raises", "killed", pytest.param("hangs", marks=pytest.mark.long)]
 )
 def test_a_rank_that_fails_ends_the_job(
     kind: str, config: Callable[..., Path], tmp_path: Path, ended: Ended
