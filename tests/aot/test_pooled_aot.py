@@ -9,7 +9,7 @@ pytest.importorskip("triton")
 
 EXPECTED = {
     *("mean-bf16", "mean-backward-bf16", "mean-fp64", "unit-fp32", "cosine-32-32"),
-    *("few-64-infonce-bf16", "few-backward-64-infonce-bf16", "few-64-semihard-fp32", "pairs"),
+    *("few-64-infonce-bf16", "few-backward-64-infonce-bf16", "few-64-semihard-bf16", "pairs"),
     *("rows-infonce", "columns-semihard", "gradient-hardest", "end-infonce", "word-rows"),
 }
 
