@@ -75,6 +75,13 @@ def test_scripts_of_the_published_kind_give_the_same(
         torch.testing.assert_close(run, plain, rtol=0, atol=tolerance)
 
 
+def test_a_script_without_models_is_told_so(tmp_path: Path) -> None:
+    (tmp_path / "script.py").write_text("print('done')\n")
+    result = python("-m", "tli_engine", "run", "script.py", cwd=tmp_path)
+    assert (result.returncode, result.stdout) == (0, "done\n")
+    assert "no model was accelerated: none was loaded by from_pretrained" in result.stderr
+
+
 def test_what_is_printed(work: Path, tmp_path: Path) -> None:
     arguments = [str(work / "nf4" / "model"), str(work / "pairs.csv"), str(tmp_path / "out.csv")]
     script = str(SCRIPTS / "scan_layers.py")

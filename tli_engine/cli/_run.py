@@ -9,6 +9,10 @@ from tli_engine.integrations.script import ScriptRun, run_script
 def run(script: Path, arguments: tuple[str, ...], profile: bool) -> int:
     """Run a script, and return its exit status."""
     status, ran, seconds = run_script(script, arguments, lambda line: say(f"tli-engine: {line}"))
+    if not ran.models and status == 0:
+        say(
+            "tli-engine: no model was accelerated: none was loaded by from_pretrained or adapted by PEFT"
+        )
     if profile:
         _print_profile(ran, seconds)
     return status

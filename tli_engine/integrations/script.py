@@ -31,16 +31,19 @@ class ScriptRun:
     Attributes:
         counts: What models did, in the order in which they were loaded: their class, and the
             counts of :class:`~tli_engine.integrations.lazy_model.LazySettings`.
+        models: Number of times that a model was loaded or adapted.
     """
 
     def __init__(self, say: Say) -> None:
         self._say = say
         self.counts: list[tuple[str, Counter[str]]] = []
+        self.models = 0
 
     def take(self, model: Any) -> None:
         """Accelerate a model that was loaded or adapted, and say what that changed."""
         if not isinstance(model, nn.Module):
             return
+        self.models += 1
         name = type(model).__name__
         try:
             summary = accelerate(model)
