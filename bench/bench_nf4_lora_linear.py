@@ -142,22 +142,22 @@ def forwards(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Callabl
     }
 
 
-def forward_rows(name: str, weights: Weights, M: int, N: int, K: int) -> list[Row]:
-    """Time :func:`forwards`; the ratio is to the frozen layer."""
-    calls = forwards(weights, M, N, K)
-    if not calls:
-        return []
-    times = time_graphs(calls, 12, rounds=7)
-    frozen = statistics.median(times["tli-engine:frozen"])
+def rows_of(
+    case: str, model: str, shape: dict[str, int], times: dict[str, list[float]], baseline: str
+) -> list[Row]:
+    """Rows of one case; the engine's own say what they take over its frozen layer."""
+    base, frozen = (statistics.median(times[name]) for name in (baseline, "tli-engine:frozen"))
     rows = [
         Row(
-            "fwd",
-            {"M": M, "N": N, "K": K, "r": RANK},
-            name,
+            case,
+            shape,
+            model,
             provider,
             *quantiles_ms(seconds),
-            ratio_to_baseline=frozen / statistics.median(seconds),
-            notes={"over_frozen": statistics.median(seconds) / frozen - 1},
+            ratio_to_baseline=base / statistics.median(seconds),
+            notes={"over_frozen": statistics.median(seconds) / frozen - 1}
+            if provider in ("tli-engine", "tli-engine:epilogue")
+            else {},
         )
         for provider, seconds in times.items()
     ]
@@ -178,26 +178,13 @@ def bench_shape(name: str, N: int, K: int, m_values: list[int]) -> list[Row]:
             for provider, rotation in providers(weights, M, N, K).items()
         }
         times = time_graphs(calls, 6, rounds=7)
-        base = statistics.median(times["peft+bitsandbytes"])
-        frozen = statistics.median(times["tli-engine:frozen"])
-        new = [
-            Row(
-                "fwd_bwd",
-                {"M": M, "N": N, "K": K, "r": RANK},
-                name,
-                provider,
-                *quantiles_ms(seconds),
-                ratio_to_baseline=base / statistics.median(seconds),
-                notes={"over_frozen": statistics.median(seconds) / frozen - 1}
-                if provider == "tli-engine"
-                else {},
-            )
-            for provider, seconds in times.items()
-        ]
-        print_gpu_rows(new)
-        print(f"  the update adds {100 * new[-1].notes['over_frozen']:.1f} % to the frozen layer")
-        rows += new
-        rows += forward_rows(name, weights, M, N, K)
+        shape = {"M": M, "N": N, "K": K, "r": RANK}
+        rows += rows_of("fwd_bwd", name, shape, times, "peft+bitsandbytes")
+        added = rows[-1].notes["over_frozen"]
+        print(f"  the update adds {100 * added:.1f} % to the frozen layer")
+        if alone := forwards(weights, M, N, K):
+            times = time_graphs(alone, 12, rounds=7)
+            rows += rows_of("fwd", name, shape, times, "tli-engine:frozen")
         del calls, rotation
         torch.cuda.empty_cache()
     return rows
