@@ -139,7 +139,8 @@ class FusedStep:
         # a rank without a share encodes a pair that is then left out
         mine = rows[own.start : own.stop] if len(own) else rows[:1]
         chosen = np.concatenate([mine, mine + self._pairs])
-        tokens = int(self._words.lengths[chosen].sum())
+        lengths = self._words.lengths[chosen]
+        tokens = int(lengths.sum())
         shape = self._shape(padded(tokens), len(mine), len(rows))
         batch = shape.buffer.fill()
         self._words.write(chosen, batch)
@@ -147,9 +148,11 @@ class FusedStep:
         seed = step_seed(config.seed, step, self._world.rank)
         batch.seeds.numpy()[:] = [step_seed(seed, i) for i in range(len(batch.seeds))]
         shape.buffer.send()
-        observed = self._run(shape, self._words.lengths[chosen])
-        total = int(self._words.lengths[np.concatenate([rows, rows + self._pairs])].sum())
-        self._pending.append(_Pending(step, total, Readback(observed)))
+        observed = self._run(shape, lengths)
+        if self._world.size > 1:
+            # those of all ranks
+            tokens = int(self._words.lengths[np.concatenate([rows, rows + self._pairs])].sum())
+        self._pending.append(_Pending(step, tokens, Readback(observed)))
 
     def collect(self, wait: bool) -> Iterator[Observed]:
         """Give the steps that are done."""
