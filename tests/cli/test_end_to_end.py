@@ -204,6 +204,23 @@ def test_before_training_is_what_a_scan_measures(
     assert before["cosine_true"] == pytest.approx(layer["cosine_true"], abs=1e-6)
 
 
+def test_the_engines_ops_train_a_run_like_the_modules(
+    trained: Path, config_file: Path, cli: Cli
+) -> None:
+    run = ["--run", "fused", "--set", "train.engine=fused", "--set", "train.checkpoint_steps=2"]
+    assert cli("train", config_file, *run).status == 0
+    result = cli("evaluate", "fused")
+    assert result.status == 0, result.err
+    ours, theirs = (
+        json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))["alignment"]
+        for folder in (Path("fused"), trained)
+    )
+    for row, expected in zip(ours, theirs, strict=True):
+        assert row["after"]["cosine_true"] == pytest.approx(
+            expected["after"]["cosine_true"], abs=1e-3
+        )
+
+
 def test_evaluate_gives_the_numbers_of_the_end_of_training(run: Path, cli: Cli) -> None:
     report = run / "evaluation.json"
     trained = json.loads(report.read_text(encoding="utf-8"))

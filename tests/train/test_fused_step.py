@@ -24,6 +24,7 @@ from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
 from tli_engine.models.projection import NotFusedError
 from tli_engine.testing import random_words, save_tiny_model
+from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
 from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.loop import StepMetrics, Trainer
 from tli_engine.train.module_step import ModuleStep
@@ -126,14 +127,15 @@ def test_what_is_trained_is_what_is_saved(start: Start) -> None:
 
 
 @pytest.mark.parametrize("engine", ["fused", "modules"])
-def test_resumes_bit_for_bit_and_from_the_other_engine_too(engine: str, start: Start) -> None:
+def test_resumes_bit_for_bit_and_from_the_other_engine_too(
+    engine: str, start: Start, tmp_path: Path
+) -> None:
     whole, expected = start("fused")
     whole.run()
     first, _ = start(engine)
     first.run(until=lambda: first.step == 5)
-    adapter, statistics = first.state()
     resumed, steps = start("fused")
-    resumed.restore(5, adapter, statistics)
+    load_checkpoint(save_checkpoint(tmp_path, first, keep=1), resumed)
     resumed.run()
     assert [s.step for s in steps] == list(range(6, 13))
     exact = engine == "fused"

@@ -173,7 +173,8 @@ class FusedStep:
             for name, _, whole, rows in projection.parts():
                 for key, value in joined.items():
                     if key.startswith(f"{whole}/"):
-                        part = value[rows].clone() if value.ndim else value
+                        # no two may share memory in a checkpoint
+                        part = (value[rows] if value.ndim else value).clone()
                         own[f"{name}/{key.removeprefix(f'{whole}/')}"] = part
         return own
 
