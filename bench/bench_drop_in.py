@@ -108,7 +108,8 @@ def run_case(case: Case, way: Sequence[str], out: Path) -> Timing:
     """
     arguments = [*case.before, str(out), *case.after]
     command = [sys.executable, *way, str(SCRIPTS / case.script), *arguments]
-    environment = os.environ | {"PYTHONPATH": str(SCRIPTS.parents[1])}
+    path = [str(SCRIPTS.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path)}
     start = time.perf_counter()
     result = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     wall_s = time.perf_counter() - start

@@ -14,7 +14,7 @@ from tli_engine.kernels.semaphores import semaphores
 MAX_RANKS, MAX_GROUPS = 64, 3
 # rows of x, and 64 columns of the contraction a CTA, that the product for few rows takes
 GEMV_M, GEMV_COLUMNS = 8, 64
-# rows of an exact forward product from which decoding and cuBLAS took 0.9 of the time (8,192, H100)
+# rows from which decoding for cuBLAS took 0.9 of the time, but of fast forward products (8,192, H100, H200)
 _DECODE_ROWS = 6144
 
 
@@ -55,7 +55,7 @@ def choose_tile(
 def _choose(
     direction: str, M: int, rows: int, contraction: int, fast: bool, count: int
 ) -> Tile | Gemv | None:
-    if direction == "fwd" and M > _DECODE_ROWS and not fast:
+    if M > _DECODE_ROWS and (direction == "dx" or not fast):
         return None
     # 2048 is not measured: its neighbours differ most by what cuBLAS does on the way back
     measured = bucket(M) if M <= 1024 else 1024 if M <= 2048 else 4096

@@ -169,7 +169,7 @@ class TrainConfig(_Section):
     tensorboard: bool = False
     # who computes a step: transformers' modules, or the engine's ops; auto: these on a GPU
     engine: Literal["auto", "modules", "fused"] = "auto"
-    # replay a step's launches from a CUDA graph; auto: those of word pairs, not of summaries
+    # replay a step's launches from a CUDA graph; auto: where they take longer than the GPU's work
     cuda_graph: bool | Literal["auto"] = "auto"
     # rows of a pack at the most: a larger batch is encoded in parts, with exact gradients
     chunk_tokens: PositiveInt | None = None

@@ -55,6 +55,17 @@ def test_untuned_shapes_get_it_for_up_to_eight_rows(tuned: dict) -> None:
     assert dispatch._choose("fwd", 1, 2**20, 2**14, False, 132) is None
 
 
+@pytest.mark.parametrize("fast", [False, True], ids=["exact", "fast"])
+@pytest.mark.parametrize("direction", ["fwd", "dx"])
+def test_most_products_of_very_many_rows_decode_for_cublas(
+    direction: str, fast: bool, tuned: dict
+) -> None:
+    tuned[direction, 4096, 4096, 4096, fast] = (256, 1, 2, 1, 0, 1, 0, 1)
+    few, many = (dispatch._choose(direction, m, 4096, 4096, fast, 132) for m in (6144, 6145))
+    assert few is not None
+    assert (many is None) == (direction == "dx" or not fast)
+
+
 def test_the_table_decides(tuned: dict) -> None:
     tuned["fwd", 4096, 4096, 8, False] = (64, 4, 32)
     tuned["fwd", 4096, 4096, 8, True] = (16, 1, 4, 1, 0, 1, 0)

@@ -158,6 +158,7 @@ def test_two_gpus_train_as_one(changes: dict[str, Any], folder: Path, tmp_path: 
         "sft": {"context": 64, "packing": False},
     }  # fmt: skip
     train = {"steps": 5, "batch_size": 4, "learning_rate": 1e-3} | changes.get("train", {})
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     losses = []
     for gpus in (1, 2):
         settings = values | changes | {"train": train}
@@ -172,7 +173,7 @@ def test_two_gpus_train_as_one(changes: dict[str, Any], folder: Path, tmp_path: 
             [sys.executable, "-m", "tli_engine", "train", str(config), *options],
             check=True,
             timeout=120,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": path},
         )
         metrics = (run / "metrics.jsonl").read_text().splitlines()
         losses.append([json.loads(line)["loss"] for line in metrics])

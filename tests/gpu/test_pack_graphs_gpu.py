@@ -107,7 +107,7 @@ def run(trainer: SftTrainer, steps: list[SftMetrics]) -> tuple[list[float], dict
         ("llama", config_of("full", sft={"activations": "recompute"})),
         ("llama", config_of("full", train={"rounding": "stochastic"})),
         ("qwen2", config_of(train={"accumulate": 2})),
-        ("gemma3_text", config_of()),
+        ("gemma3_text", config_of(train={"learning_rate": 3e-2})),
     ],
     ids=[
         "lora", "full", "dropout", "nf4-recompute", "nf4-dropout", "accumulate", "full-recompute",

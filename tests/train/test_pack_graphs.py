@@ -21,7 +21,7 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import example_store, save_tiny_model
 from tli_engine.train import pack_graphs
 from tli_engine.train.graph_recorder import GraphRecorder
-from tli_engine.train.pack_graphs import PackGraphs, captures, why_not_captured
+from tli_engine.train.pack_graphs import PackGraphs, block_weights, captures, why_not_captured
 from tli_engine.train.sft_loop import SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_prepare import fuse_for_texts
@@ -332,8 +332,6 @@ def test_what_keeps_a_step_from_being_captured_is_said(
     model = load_causal(files, dtype=torch.float32, device=torch.device("cpu"))
     if config.method == "full":
         model.train_all()
-    asked = config.train.model_copy(update={"cuda_graph": True})
-    config = config.model_copy(update={"train": asked})
     fuse_for_texts(model, config)
     # as on a GPU
     model.attention = change.get("attention", "varlen")
@@ -349,15 +347,24 @@ def test_what_keeps_a_step_from_being_captured_is_said(
         assert said == [f"train.cuda_graph: a step's kernels are launched one by one: {found}"]
 
 
-def test_graphs_are_asked_for(files: ModelFiles, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = config_of(train={"cuda_graph": True})
+def test_the_rule_is_a_blocks_weights_times_tokens(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of()
     model, _ = step_of(files, config)
     model.attention = "varlen"
+    layers = [m for m in model.early.blocks[0].modules() if isinstance(m, torch.nn.Linear)]
+    frozen = sum(m.weight.numel() for m in layers if m.out_features > 4 < m.in_features)
+    assert block_weights(model) == frozen
     says: list[str] = []
-    # on a CPU there are none
     assert not captures(config, model, says.append)
     monkeypatch.setattr(EarlyModel, "device", torch.device("cuda"))
+    monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND", frozen * 32)
     on = {c: config_of(train={"cuda_graph": c}) for c in ("auto", True, False)}
+    assert {c: captures(run, model, says.append) for c, run in on.items()} == {
+        "auto": True, True: True, False: False,
+    }  # fmt: skip
+    monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND", frozen * 32 - 1)
     assert {c: captures(run, model, says.append) for c, run in on.items()} == {
         "auto": False, True: True, False: False,
     }  # fmt: skip

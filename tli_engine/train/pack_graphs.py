@@ -1,7 +1,7 @@
 """Losses and gradients of packs of texts, replayed from CUDA graphs.
 
 A replay launches a whole forward and backward pass at once. It is worth it where the host takes longer
-to launch a block's kernels than a GPU to run them, as with small models.
+to launch a block's kernels than a GPU to run them; see :func:`captures`.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,10 @@ from tli_engine.models.decoder import waits_for_lengths
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
 from tli_engine.train.graph_recorder import GraphRecorder
 
+# weights of a block times tokens of a pack from which its products take longer than its launches: some
+# 40 launches of 25 us, against six operations a weight and token at 600 TFLOP/s, is 1e11; a host that
+# another one disturbs takes several times as long
+_LAUNCH_BOUND = 4e11
 # shapes beyond which packs are launched one by one
 _MOST_SHAPES = 48
 
@@ -27,9 +31,10 @@ def captures(
 ) -> bool:
     """Whether the packs of a run are to be replayed from graphs; says why not where they cannot be.
 
-    Graphs are asked for, by ``train.cuda_graph: true``; no GPU has measured from where on they are worth it.
+    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 4e11,
+    ``true`` whatever they are.
     """
-    if model.early.device.type != "cuda" or not wants_graphs(config):
+    if model.early.device.type != "cuda" or not wants_graphs(config, model):
         return False
     reason = why_not_captured(config, model, ranks)
     if reason is not None:
@@ -37,9 +42,20 @@ def captures(
     return reason is None
 
 
-def wants_graphs(config: RunConfig) -> bool:
-    """Whether graphs are asked for."""
-    return config.train.cuda_graph is True
+def wants_graphs(config: RunConfig, model: CausalModel) -> bool:
+    """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
+    tokens = config.train.batch_size * config.sft.context
+    if config.train.cuda_graph == "auto":
+        return block_weights(model) * tokens <= _LAUNCH_BOUND
+    return config.train.cuda_graph
+
+
+def block_weights(model: CausalModel) -> int:
+    """Elements of the linear layers of a block; of a model whose blocks are not fused, 0."""
+    if model.early.fused is None:
+        return 0
+    layers = [p.layer for p in model.early.fused.blocks[0].projections]
+    return sum(layer.out_features * layer.in_features for layer in layers)
 
 
 def why_not_captured(config: RunConfig, model: CausalModel, ranks: int = 1) -> str | None:

@@ -196,7 +196,7 @@ class Step:
         outline = self._outline
         if outline.causal is None or not outline.on_gpu or not outline.fused:
             return False
-        return outline.run.sft.attention != "sdpa" and wants_graphs(outline.run)
+        return outline.run.sft.attention != "sdpa" and wants_graphs(outline.run, outline.causal)
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""
