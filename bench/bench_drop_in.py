@@ -199,7 +199,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         for case in cases(folder, args.pairs, args.train_pairs, args.evaluate_pairs):
             rows += bench_script(case, subject, args.layers, folder, args.rounds)
-    print(f"written: {write_results('drop_in', rows, PEERS)}")
+            print(f"written: {write_results('drop_in', rows, PEERS)}")
 
 
 if __name__ == "__main__":
