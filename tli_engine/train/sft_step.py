@@ -263,12 +263,14 @@ def mean_loss(
     model: CausalModel, examples: Examples, batches: Sequence[Batch], world: World = ALONE
 ) -> float:
     """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches."""
-    total, labels = torch.zeros((), dtype=torch.float64), 0
+    device, labels = model.early.device, 0
+    # nothing waits for the device before all is launched
+    total = torch.zeros((), dtype=torch.float64, device=device)
     size = max(map(len, batches))
     with without_dropout(model):
         for batch in batches_of_rank(list(batches), size, world):
             pack = pack_of(examples, batch)
-            total += model.loss(pack.to(model.early.device)).double().cpu()
+            total += model.loss(pack.to(device))
             labels += pack.labels
     loss, count = world.sum([float(total), labels])
     return loss / count
