@@ -23,6 +23,16 @@ _PRODUCT = {
 }  # fmt: skip
 # of decoding a weight and cuBLAS, x cuBLAS on a resident bf16 copy; by tokens
 _DECODED = {4096: 0.88, 8192: 0.93}
+# of Triton's fused forward product up to 64 tokens, and of conversions, by millions of weights from which
+# they hold: shares of copy bandwidth, and x bitsandbytes
+_TRITON, _LARGE = 1.6, 58.0
+_CONVERSIONS = {
+    "dequantise": ("nf4_dequantize", "dequantize", "tli-engine", 0.92, 1.25),
+    "dequantise, absmax quantised too": (
+        "nf4_dequantize", "dequantize-double", "tli-engine", 0.92, 1.35,
+    ),
+    "quantise": ("nf4_quantize", "quantize", "tli-engine:graph", 0.85, 1.0),
+}  # fmt: skip
 # share by which exact may take longer than fast, by direction, up to 128 tokens and from 256 on
 _EXACT = {"fwd": (0.15, 0.08), "dx": (0.25, 0.12)}
 # times of a step over the time that its weights' bytes and its operations take
@@ -106,6 +116,44 @@ def decoded_table(*folders: Path) -> str:
             name = folder.name.split("-")[1]
             lines.append(f"| {tokens:,} | {name} | {goal:g} | {' | '.join(cells)} |")
             break
+    return "\n".join(lines)
+
+
+def triton_table(folder: Path) -> str:
+    """Triton's fused forward product on matrices of 58 M weights and more."""
+    rows = [
+        r
+        for r in _rows(folder, "nf4_linear")
+        if r["case"] == "fwd" and r["shape"]["N"] * r["shape"]["K"] >= _LARGE * 1e6
+    ]
+    ms = {(r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
+    lines = ["| tokens | goal | reached |", "|---:|---:|---:|"]
+    for tokens in (1, 16, 64):
+        ratios = [
+            time / ms[model, tokens, "tli-engine:triton"]
+            for (model, of, provider), time in ms.items()
+            if (of, provider) == (tokens, "cublas-bf16")
+        ]
+        lines.append(f"| {tokens} | {_TRITON:g} | {_judged(ratios, _TRITON)} |")
+    return "\n".join(lines)
+
+
+def conversion_table(folder: Path) -> str:
+    """Quantising and dequantising matrices of 58 M weights and more."""
+    lines = [
+        "| | goal, share of copy bandwidth | reached | goal, x bitsandbytes | reached |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for title, (op, case, provider, share, ratio) in _CONVERSIONS.items():
+        rows = [
+            r
+            for r in _rows(folder, op)
+            if (r["case"], r["provider"]) == (case, provider)
+            and r["shape"]["N"] * r["shape"]["K"] >= _LARGE * 1e6
+        ]
+        shares = _judged((r["roofline"] for r in rows), share)
+        ratios = _judged((r["ratio_to_baseline"] for r in rows), ratio)
+        lines.append(f"| {title} | {share:g} | {shares} | {ratio:g} | {ratios} |")
     return "\n".join(lines)
 
 

@@ -283,6 +283,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "plan": plan_table,
     "product_goals": partial(goals.product_table, _GPU),
     "exact_goals": partial(goals.exact_table, _GPU),
+    "triton_goals": partial(goals.triton_table, _GPU),
+    "conversion_goals": partial(goals.conversion_table, _GPU),
     "decoded_goals": partial(goals.decoded_table, _GPU, RESULTS / "NVIDIA-H200"),
     "lora_goals": partial(goals.lora_table, _GPU),
     "step_goals": partial(goals.step_table, _GPU),
