@@ -21,7 +21,7 @@ from tli_engine.ops import (
 )
 from tli_engine.reference.cosine_similarity import cosine_similarity as plain_cosine
 from tli_engine.reference.segment_mean import segment_mean as plain_mean
-from tli_engine.testing import assert_within_error_budget
+from tli_engine.testing import assert_graph_gives_the_bits, assert_within_error_budget
 
 pytestmark = [
     pytest.mark.gpu,
@@ -137,27 +137,14 @@ def test_is_deterministic_and_replays_from_a_graph(N: int) -> None:
         loss, true, wrong = pooled_alignment_loss(leaf, weight, offsets)
         return loss, true, wrong, torch.autograd.grad(loss, leaf)[0]
 
-    # one stream throughout: autograd remembers the one on which it first met a leaf
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = [t.clone() for t in step()]
-        repeats = [step() for _ in range(20)]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = step()
-    for _ in range(5):
-        graph.replay()
-    torch.cuda.synchronize()
-    for again in (*repeats, captured):
-        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+    captured, graph = assert_graph_gives_the_bits(step, repeats=20)
+    first = captured[0].clone()
     # the hidden states are read in the graph: other ones give another result
     with torch.no_grad():
         leaf.copy_(make_inputs(N, 4096, torch.bfloat16)[0][:1].expand_as(leaf))
     graph.replay()
     torch.cuda.synchronize()
-    assert not torch.equal(captured[0], eager[0])
+    assert not torch.equal(captured[0], first)
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 

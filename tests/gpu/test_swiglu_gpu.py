@@ -7,7 +7,7 @@ from torch.nn.functional import gelu, silu
 
 from tli_engine import backends
 from tli_engine.ops import swiglu
-from tli_engine.testing import assert_within_error_budget
+from tli_engine.testing import assert_graph_gives_the_bits, assert_within_error_budget
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,20 +71,7 @@ def test_is_deterministic_and_replays_from_a_graph(T: int, act: str) -> None:
         out = swiglu(leaf, act)
         return out, *torch.autograd.grad(out, leaf, dout)
 
-    # one stream throughout: autograd remembers the one on which it first met a leaf
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = [t.clone() for t in step()]
-        repeats = [step() for _ in range(10)]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for again in (*repeats, captured):
-        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+    assert_graph_gives_the_bits(step)
 
 
 def test_a_chain_of_launches_sees_what_was_written_before() -> None:

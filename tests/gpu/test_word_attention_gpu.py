@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.ops import word_attention, word_bounds
-from tli_engine.testing import assert_within_error_budget
+from tli_engine.testing import assert_graph_gives_the_bits, assert_within_error_budget
 
 pytestmark = [
     pytest.mark.gpu,
@@ -96,25 +96,13 @@ def test_is_deterministic_and_replays_from_a_graph(dtype: torch.dtype) -> None:
         out = word_attention(*leaves, *inputs[3:], bounds)
         return out, *torch.autograd.grad(out, leaves, dout)
 
-    # one stream throughout: autograd remembers the one on which it first met a leaf
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        eager = [t.clone() for t in step()]
-        repeats = [step() for _ in range(20)]
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    for again in (*repeats, captured):
-        assert all(torch.equal(a, b) for a, b in zip(eager, again, strict=True))
+    captured, graph = assert_graph_gives_the_bits(step, repeats=20)
+    first = captured[0].clone()
     # the words are read in the graph: other ones give another result
     bounds.copy_(make_bounds([2] * (len(bounds[0]) // 2) + [1] * (len(bounds[0]) % 2)))
     graph.replay()
     torch.cuda.synchronize()
-    assert not torch.equal(captured[0], eager[0])
+    assert not torch.equal(captured[0], first)
     assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
 
 
