@@ -18,10 +18,10 @@ from tli_engine.models.decoder import waits_for_lengths
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
 from tli_engine.train.graph_recorder import GraphRecorder
 
-# weights of a block times tokens of a pack from which its products take longer than its launches: some
-# 40 launches of 25 us, against six operations a weight and token at 600 TFLOP/s, is 1e11; a host that
-# another one disturbs takes several times as long
-_LAUNCH_BOUND = 4e11
+# weights of a block times tokens of a pack up to which a step is taken to wait for its launches. On one H100
+# four packs at 4.5e11 (Llama-3-8B's shape, 2,048 tokens) took 746 ms, of which the GPU was busy 461; one at
+# 1.8e12 took 461 ms, busy 450
+_LAUNCH_BOUND = 9e11
 # shapes beyond which packs are launched one by one
 _MOST_SHAPES = 48
 
@@ -31,7 +31,7 @@ def captures(
 ) -> bool:
     """Whether the packs of a run are to be replayed from graphs; says why not where they cannot be.
 
-    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 4e11,
+    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 9e11,
     ``true`` whatever they are.
     """
     if model.early.device.type != "cuda" or not wants_graphs(config, model):
