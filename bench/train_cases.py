@@ -11,6 +11,7 @@ from transformers import AutoConfig
 
 from bench.engine import Floor
 from bench.models import RANDOM, Subject, config_of, random_subject
+from tli_engine.models.builtin import find
 from tli_engine.testing import tiny_config
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -18,19 +19,6 @@ RANK, ALPHA = 16, 32
 LEARNING_RATE = 2e-4
 # different batches, used in turns
 BATCHES = 4
-# of random weights here, as the others
-_SMOLLM2_135M = {
-    "model_type": "llama",
-    "hidden_size": 576,
-    "intermediate_size": 1536,
-    "num_hidden_layers": 30,
-    "num_attention_heads": 9,
-    "num_key_value_heads": 3,
-    "vocab_size": 49152,
-    "max_position_embeddings": 8192,
-    "rope_theta": 100000.0,
-    "tie_word_embeddings": True,
-}
 NAMES = ("tiny", "smollm2-135m", *RANDOM)
 
 
@@ -172,7 +160,8 @@ def train_config(name: str) -> Any:
     if name == "tiny":
         return tiny_config("llama", hidden_size=64, intermediate_size=128)
     if name == "smollm2-135m":
-        return AutoConfig.for_model(**_SMOLLM2_135M)
+        # of random weights here, as the others
+        return AutoConfig.for_model(**find(f"builtin:{name}").config)
     return config_of(name)
 
 
