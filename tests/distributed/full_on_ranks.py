@@ -2,11 +2,13 @@
 
 import gc
 import json
-from itertools import product
+import warnings
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import pytest
 import torch
 from subjects import (
     Tuner,
@@ -16,15 +18,19 @@ from subjects import (
     figures,
     same_tuning,
 )
+from torch import nn
 
+from tli_engine.cli import _train_sft
 from tli_engine.cli._train_sft import SftJob
 from tli_engine.distributed.fully_sharded import is_sharded, whole
 from tli_engine.distributed.world import ALONE, World
+from tli_engine.models import recompute
 from tli_engine.models.arrangement import Arrangement
 from tli_engine.models.causal import CausalModel
 from tli_engine.testing import example_store
 from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
 from tli_engine.train.manifest import problems
+from tli_engine.train.sft_distribute import shard_weights
 from tli_engine.train.sft_step import pack_of
 
 FUSED: dict[str, Any] = {"engine": "fused", "learning_rate": 1e-3}
@@ -105,6 +111,36 @@ def check_full_nothing_stays_gathered(world: World, folder: Path) -> None:
         assert sharded() == shares
 
 
+def check_full_all_decide_as_the_fullest(world: World, folder: Path) -> None:
+    """Of what each measures; the losses stay what they are, whatever is kept and stays."""
+    for engine in ("modules", "fused"):
+        config = config_of("sft", method="full", train={**FUSED, "engine": engine})
+        expected = Tuner(folder, config).run()
+        found = []
+        loss = Tuner(folder, config).model.reserve().loss
+        for free in (1e9, loss + 9e6, 0.0):
+            tuner = Tuner(folder, config, world)
+            with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+                taken = count(step=1_000_000 + world.rank)
+                patch.setattr(recompute, "_counts", lambda device: True)
+                patch.setattr(recompute, "_allocated", lambda device, t=taken: next(t))
+                # the first one has a little more, the last one that and no more
+                left = free if world.rank else 2e9
+                patch.setattr(recompute, "_free", lambda device, left=left: int(left))
+                # of views, whose hooks might be lost
+                warnings.simplefilter("error")
+                tuner.run()
+            close(figures(tuner.steps), figures(expected.steps))
+            assert tuner.model.spread is not None
+            arrangement = tuner.model.activations.arrangement
+            found.append((arrangement, tuner.said))
+            assert len(set(world.gather(repr(found)))) == 1
+        assert [said[0].split()[1] for _, said in found] == ["stay", "stay", "are"]
+        parts = 2 if engine == "fused" else 1
+        kept = [sum(sum(a.keeps(i, parts)) for i in range(4)) for a, _ in found if a is not None]
+        assert kept[0] == 4 * parts > kept[1] > kept[2] == 0
+
+
 def check_full_frees_what_was_before(world: World, folder: Path) -> None:
     """Once the shares are there, nothing of a run holds a whole weight."""
     data = folder / "shards" / f"articles-{world.rank}.jsonl"
@@ -120,7 +156,15 @@ def check_full_frees_what_was_before(world: World, folder: Path) -> None:
         config = config.model_copy(update={"model": str(folder)})
         job = SftJob.prepare(config, world)
         before = [ref(t) for t in (*job.run.tensors.values(), *job.run.model.weights().values())]
-        trainer = job.make_trainer(folder, lambda line: None)
+
+        def share_out(*arguments: Any, job: SftJob = job) -> dict[str, nn.Parameter]:
+            # or it would stay until all blocks are shared out
+            assert not job.run.tensors
+            return shard_weights(*arguments)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_train_sft, "shard_weights", share_out)
+            trainer = job.make_trainer(folder, lambda line: None)
         gc.collect()
         assert not any(r() is not None for r in before)
         assert list(job.run.tensors) == list(trainer.engine.tensors)

@@ -46,7 +46,8 @@ class _Fork(torch.autograd.Function):
         ctx.save_for_backward(h, rstd, weight)
         ctx.plus_one = plus_one
         ctx.set_materialize_grads(False)
-        return y, h
+        # h itself would come out as a view, whose hooks FSDP2 does not trust
+        return y, h.detach()
 
     @staticmethod
     @once_differentiable

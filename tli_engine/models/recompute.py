@@ -160,13 +160,13 @@ class Activations:
             reserve: Bytes to leave for what else is made.
             spread: Where the weights lie, if GPUs hold shares of them.
         """
-        if x.device.type != "cuda":
+        if not _counts(x.device):
             self.arrangement = self.arrangement or EVERYTHING
             if spread is not None:
                 spread.decide(None)
             return
         # what random numbers a plan draws must not change those of the run
-        with torch.random.fork_rng(devices=[x.device]):
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
             kept = _measure(blocks, first, x, residual, spread)
         largest = list if spread is None else spread.largest
         (tokens,) = map(int, largest([max(self.largest or 0, len(x))]))
@@ -235,7 +235,7 @@ def _measure_block(block: Block, h: Tensor) -> tuple[list[float], Tensor]:
     kept: list[float] = []
     for i, part in enumerate(block.parts):
         h = h.detach().requires_grad_(h.requires_grad)
-        before = torch.cuda.memory_allocated(h.device)
+        before = _allocated(h.device)
         out, residual = part(h, None)
         if i == len(block.parts) - 1:
             out, residual = block.finish(out, residual)
@@ -244,10 +244,19 @@ def _measure_block(block: Block, h: Tensor) -> tuple[list[float], Tensor]:
         following.requires_grad_(out.requires_grad)
         del out, residual
         own = following.nbytes
-        kept.append(max(0, torch.cuda.memory_allocated(h.device) - before - own))
+        kept.append(max(0, _allocated(h.device) - before - own))
         h = following
         del graph
     return kept, h
+
+
+def _counts(device: torch.device) -> bool:
+    """Whether it is known how much memory tensors take there."""
+    return device.type == "cuda"
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device)
 
 
 def _free(device: torch.device) -> int:
