@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from tli_engine.distributed.fully_sharded import is_sharded, own_part
+from tli_engine.distributed.fully_sharded import is_sharded
 from tli_engine.distributed.world import World
 
 _GIB = 2**30
-# of a weight: its gradient, and AdamW's two moments
-_STATES = 12
+# of a weight, fp32: its gradient, and AdamW's two moments; of an offloaded one on its way, itself and
+# its gradient
+_STATES, _ON_THEIR_WAY = 12, 8
 
 _Out = tuple[Tensor, Tensor | None]
 _Work = Callable[[Tensor, Tensor | None], _Out]
@@ -121,8 +122,7 @@ class GatheredBlocks:
         rest = sum(p.numel() for p in model.parameters()) - sum(sizes)
         element = options.dtype.itemsize
         self._nbytes = element * sum(sizes)
-        own = 0 if options.offload else sum(own_part(p).numel() for p in model.parameters())
-        self.to_come = _STATES * own + passing_bytes(max(sizes), rest, element)
+        self.to_come = bytes_to_come(sizes, rest, element, world.size, offload=options.offload)
         self.stay: bool | None = None
         # of the model and of its blocks: as they were set
         self._resharded = True, True
@@ -185,18 +185,27 @@ class GatheredBlocks:
         self.begin()
 
 
-def passing_bytes(largest: int, rest: int, element: int) -> int:
-    """Bytes of what is whole for a time, blocks that stay so left out.
+def bytes_to_come(
+    blocks: Sequence[int], rest: int, element: int, ranks: int, *, offload: bool
+) -> int:
+    """Bytes on a GPU beside its share of the weights, activations, and blocks that stay whole.
 
-    That is the gradient of what is not in blocks, and a block, the next one and its copy, and
-    gradients of one, in fp32 too as they are summed.
+    Gradients and states of the share, or what is on its way of an offloaded one; the gradient of what is
+    in no block; a block, the next one and its copy, and the gradient of one, in fp32 too as it is summed.
 
     Args:
-        largest: Weights of the largest block.
+        blocks: Weights of each block.
         rest: Weights that are in no block.
         element: Bytes of a gathered weight, and of its gradient.
+        ranks: Among which weights are shared out.
+        offload: Whether the shares lie on the CPU.
     """
-    return element * rest + (3 * element + 4) * largest
+    largest = max(blocks)
+    if offload:
+        share = _ON_THEIR_WAY * -(-(largest + rest) // ranks)
+    else:
+        share = _STATES * -(-(sum(blocks) + rest) // ranks)
+    return share + element * rest + (3 * element + 4) * largest
 
 
 def _run_inside(work: _Work, x: Tensor, residual: Tensor | None) -> _Out:
