@@ -162,7 +162,7 @@ class Activations:
         """
         if not _counts(x.device):
             self.arrangement = self.arrangement or EVERYTHING
-            if spread is not None:
+            if spread is not None and spread.undecided:
                 spread.decide(None)
             return
         # what random numbers a plan draws must not change those of the run
@@ -184,7 +184,7 @@ class Activations:
         room = with_gaps(int(-full), working, loss)
         size = tokens * (x.nbytes // len(x))
         self.arrangement = self.arrangement or arrange(parts, first, size, room)
-        if spread is not None:
+        if spread is not None and spread.undecided:
             spread.decide(left(parts, first, size, room, self.arrangement))
 
     def run(
