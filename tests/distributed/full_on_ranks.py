@@ -11,6 +11,7 @@ from weakref import ref
 import pytest
 import torch
 from subjects import (
+    TOLERANCE,
     Tuner,
     close,
     config_of,
@@ -19,6 +20,7 @@ from subjects import (
     same_tuning,
 )
 from torch import nn
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tli_engine.cli import _train_sft
 from tli_engine.cli._train_sft import SftJob
@@ -30,6 +32,7 @@ from tli_engine.models.causal import CausalModel
 from tli_engine.testing import example_store
 from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
 from tli_engine.train.manifest import problems
+from tli_engine.train.memory import out_of_memory
 from tli_engine.train.sft_distribute import shard_weights
 from tli_engine.train.sft_step import pack_of
 
@@ -51,6 +54,14 @@ def check_full_fused(world: World, folder: Path) -> None:
     assert all(map(is_sharded, trained.values()))
     assert any("q_proj+k_proj+v_proj" in name for name in trained)
     assert not any(".q_proj." in name for name in trained)
+    sizes = [
+        sum(t.numel() for n, t in trained.items() if n.startswith(f"layers.{i}.")) for i in range(4)
+    ]
+    total = sum(t.numel() for t in trained.values())
+    assert tuned.model.spread is not None
+    # gradients and moments of a share; of the rest a gradient, and what passes of a block, in fp32
+    share = 12 * -(-total // world.size)
+    assert tuned.model.spread.to_come == share + 4 * (total - sum(sizes)) + 16 * max(sizes)
     assert tuned.said == ["blocks stay gathered until their way back: 0.0 GiB a GPU"]
     # several batches of a rank are added up
     accumulated = {"train": {**full["train"], "batch_size": 2, "accumulate": 4}}
@@ -62,6 +73,33 @@ def check_full_fused_of_other_families(world: World, folder: Path) -> None:
     """With biases; with norms of heads and behind attention and MLP, and several kinds of angles."""
     for family in ("qwen2", "gemma3_text"):
         same_tuning(folder / "families" / family, world, method="full", train=FUSED)
+
+
+def check_full_norm_is_one_sum(world: World, folder: Path) -> None:
+    """Of the gradients of all tensors, which are then as long as they may be."""
+    tuner = Tuner(
+        folder, config_of("sft", method="full", train={**FUSED, "max_grad_norm": 0.1}), world
+    )
+    torch.autograd.backward(tuner.model.loss(pack_of(example_store(examples()), [[0]])))
+    found = [t.grad for t in tuner.model.trainable().values()]
+    assert len(found) > 20
+    whole_norm = torch.linalg.vector_norm(torch.cat([whole(g).flatten() for g in found]))
+    with CommDebugMode() as mode:
+        norm = tuner.trainer.engine.updates.clip()
+    assert mode.get_total_counts() == 1
+    torch.testing.assert_close(norm, whole_norm, rtol=TOLERANCE, atol=0)
+    clipped = torch.cat([whole(g).flatten() for g in found])
+    torch.testing.assert_close(
+        torch.linalg.vector_norm(clipped), torch.tensor(0.1), rtol=1e-4, atol=0
+    )
+
+
+def check_full_out_of_memory(world: World, folder: Path) -> None:
+    """What is said to change is what several GPUs can change."""
+    tuner = Tuner(folder, config_of("sft", method="full", train=FUSED), world)
+    line = out_of_memory(tuner.model, tuner.trainer.engine.updates, RuntimeError("no room"))
+    assert "or distributed.offload=true; " in line
+    assert "adamw-8bit" not in line
 
 
 def check_full_blocks_that_do_not_stay(world: World, folder: Path) -> None:
