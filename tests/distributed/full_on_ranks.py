@@ -193,6 +193,10 @@ def check_full_frees_what_was_before(world: World, folder: Path) -> None:
         )
         config = config.model_copy(update={"model": str(folder)})
         job = SftJob.prepare(config, world)
+        fused = job.run.model.early.fused
+        # each is joined where it goes
+        assert (fused is None) is (engine == "modules")
+        assert fused is None or not fused.blocks
         before = [ref(t) for t in (*job.run.tensors.values(), *job.run.model.weights().values())]
 
         def share_out(*arguments: Any, job: SftJob = job) -> dict[str, nn.Parameter]:
@@ -204,6 +208,7 @@ def check_full_frees_what_was_before(world: World, folder: Path) -> None:
             patch.setattr(_train_sft, "shard_weights", share_out)
             trainer = job.make_trainer(folder, lambda line: None)
         gc.collect()
+        assert fused is None or len(fused.blocks) == 4
         assert not any(r() is not None for r in before)
         assert list(job.run.tensors) == list(trainer.engine.tensors)
         # as many as the whole model has

@@ -82,7 +82,7 @@ class Tuner:
         self.steps: list[SftMetrics] = []
         self.said: list[str] = []
         self.shards: ShardedNF4 | None = None
-        self.model = self._load(folder, config)
+        self.model = self._load(folder, config, world)
         tensors = self.model.trainable()
         if config.method == "full" and world.size > 1:
             tensors = shard_weights(self.model, config, world, self.said.append)
@@ -100,7 +100,7 @@ class Tuner:
             config, self.model, engine, order, unseen, self.steps.append, world=world
         )
 
-    def _load(self, folder: Path, config: RunConfig) -> CausalModel:
+    def _load(self, folder: Path, config: RunConfig, world: World) -> CausalModel:
         files = open_model(str(folder))
         options: dict[str, Any] = {"quantize": config.quantize, "double_quant": config.double_quant}
         model = load_causal(files, dtype=torch.float32, device=CPU, **options)
@@ -109,7 +109,8 @@ class Tuner:
         else:
             add_lora(model.early, config.lora, model.early.depth, config.seed)
             assert adapter_tensors(model.early)
-        fuse_for_texts(model, config)
+        sharded = config.method == "full" and world.size > 1
+        fuse_for_texts(model, config, moves_to=CPU if sharded else None)
         return model
 
     def run(self) -> "Tuner":

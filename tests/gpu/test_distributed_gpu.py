@@ -111,7 +111,7 @@ def freed(folder: Path, config: RunConfig, device: torch.device) -> CausalModel:
     """A model whose every weight is trained, on the ops or in modules, to be computed on the GPU."""
     model = load_causal(open_model(str(folder)), dtype=torch.bfloat16, device=device)
     model.train_all(own=False)
-    fuse_for_texts(model, config, device=GPU)
+    fuse_for_texts(model, config, moves_to=GPU if device == CPU else None)
     return model
 
 

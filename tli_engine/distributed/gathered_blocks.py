@@ -46,6 +46,7 @@ def shard_fully(
     forward: str,
     options: Sharding,
     world: World,
+    prepare: Callable[[], None] = lambda: None,
     say: Callable[[str], None] = lambda line: None,
 ) -> "GatheredBlocks":
     """Spread a model's weights over the ranks, in fp32; blocks are computed with in another dtype.
@@ -61,13 +62,18 @@ def shard_fully(
         forward: Name of its method that runs it.
         options: Where, what in, and how.
         world: The ranks.
+        prepare: Called for each block when it is on the device, as it was stored, and whole.
         say: Takes a line on whether blocks stay gathered.
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
     arguments = _arguments(options, world)
     for module in (*blocks, model):
-        _widen(module, options.device)
+        # what is fp32 takes a CPU longer, and twice the way
+        _set(module, lambda t: t.to(options.device))
+        if module is not model:
+            prepare()
+        _set(module, Tensor.float)
         fully_shard(module, **arguments)
         assert isinstance(module, FSDPModule)
         # each rank's loss is a part of the sum, over the labels of all
@@ -212,8 +218,8 @@ def _run_inside(work: _Work, x: Tensor, residual: Tensor | None) -> _Out:
     return work(x, residual)
 
 
-def _widen(module: nn.Module, device: torch.device) -> None:
-    """Move what of a module is not shared out yet to the device, and make it fp32 there: a CPU is slow."""
+def _set(module: nn.Module, change: Callable[[Tensor], Tensor]) -> None:
+    """Change what of a module is not shared out yet."""
     for parameter in module.parameters():
         if not is_sharded(parameter):
-            parameter.data = parameter.data.to(device).float()
+            parameter.data = change(parameter.data)

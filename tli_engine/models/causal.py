@@ -131,12 +131,12 @@ class CausalModel(nn.Module):
             return early.fused.final_norm(x, residual)
         return early.read_out(early.depth, x)
 
-    def fuse(self, attention: Attention = "auto", device: torch.device | None = None) -> None:
+    def fuse(self, attention: Attention = "auto", moves_to: torch.device | None = None) -> None:
         """Run the blocks, with the adapters they have now, on the engine's ops from here on.
 
         Args:
             attention: What attends within documents; ``auto`` is varlen where it runs, else sdpa.
-            device: Where it will be computed; where the weights are by default.
+            moves_to: Where each block goes, to be joined there; by default all stay and are joined now.
 
         Raises:
             NotFusedError: A family, a projection or an adapter that the ops do not run.
@@ -145,8 +145,8 @@ class CausalModel(nn.Module):
         weight = self.early.decoder.embed_tokens.weight
         block: Any = self.early.blocks[0]
         head_dim = block.self_attn.head_dim
-        chosen = choose_attention(attention, device or weight.device, weight.dtype, head_dim)
-        self.early.fuse()
+        chosen = choose_attention(attention, moves_to or weight.device, weight.dtype, head_dim)
+        self.early.fuse(later=moves_to is not None)
         self.attention = chosen
 
     @property

@@ -69,22 +69,27 @@ def shard_weights(
     more; memory that they take is free once nobody holds them.
 
     Args:
-        model: On the CPU, on the engine's ops if it is to be.
+        model: On the CPU, on the engine's ops if it is to be, each block to be joined yet.
         config: The run.
         world: The ranks.
         say: Takes a line on what is decided in the first step.
     """
     device = choose_device(config.device)
     fused = model.early.fused
-    for projection in [] if fused is None else fused.projections():
-        projection.stand_in()
+
+    def join() -> None:
+        if fused is not None:
+            for projection in fused.join().projections:
+                projection.stand_in()
+
     options = Sharding(
         device=device,
         dtype=choose_dtype(config.dtype, device),
         offload=config.distributed.offload,
         runs_inside=fused is not None,
     )
-    model.spread = shard_fully(model, list(model.early.blocks), "loss", options, world, say)
+    blocks = list(model.early.blocks)
+    model.spread = shard_fully(model, blocks, "loss", options, world, join, say)
     model.early.computes_on = device
     return model.trainable()
 

@@ -159,11 +159,11 @@ def fuse_for_texts(
     model: CausalModel,
     config: RunConfig,
     say: Callable[[str], None] = lambda line: None,
-    device: torch.device | None = None,
+    moves_to: torch.device | None = None,
 ) -> None:
     """Put the blocks on the engine's ops if the run asks for it, or has a GPU and they can.
 
-    ``device`` is where they will be computed, if the weights are not there yet.
+    ``moves_to`` is the device to which weights are yet to be shared out, block by block.
 
     Raises:
         UserError: The run asks for what cannot run here.
@@ -171,13 +171,13 @@ def fuse_for_texts(
     sft, engine = config.sft, config.train.engine
     most = config.train.batch_size * sft.context
     model.activations = Activations(sft.activations, largest=most)
-    computes_on = device or model.early.device
+    computes_on = moves_to or model.early.device
     if engine == "modules" or (engine == "auto" and computes_on.type != "cuda"):
         if sft.attention not in ("auto", "sdpa"):
             raise UserError(f"sft.attention: {sft.attention} needs train.engine: fused, on a GPU")
         return
     try:
-        model.fuse(sft.attention, computes_on)
+        model.fuse(sft.attention, moves_to)
     except NotFusedError as reason:
         if engine == "fused":
             raise UserError(f"train.engine: fused cannot run this: {reason}") from None
