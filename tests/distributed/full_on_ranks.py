@@ -141,12 +141,17 @@ def check_full_nothing_stays_gathered(world: World, folder: Path) -> None:
 
         tuner.trainer.validate()
         assert sharded() == shares
-        loss = model.loss(pack_of(example_store(examples()), [[0]]))
-        assert sharded() == []
-        torch.autograd.backward(loss)
-        assert sharded() == shares
-        tuner.trainer.validate()
-        assert sharded() == shares
+        for stay, until in ((None, 0), (0, 3)):
+            if model.spread is not None and stay is not None:
+                model.spread.decide(stay)
+            loss = model.loss(pack_of(example_store(examples()), [[0]]))
+            # the last one is the first to go back
+            below = tuple(f"layers.{i}." for i in range(until))
+            assert sharded() == [name for name in shares if name.startswith(below)]
+            torch.autograd.backward(loss)
+            assert sharded() == shares
+            tuner.trainer.validate()
+            assert sharded() == shares
 
 
 def check_full_all_decide_as_the_fullest(world: World, folder: Path) -> None:

@@ -104,8 +104,8 @@ def _arguments(options: Sharding, world: World) -> dict[str, Any]:
 class GatheredBlocks:
     """Blocks that ranks hold shares of, and how long they stay whole.
 
-    From the way there to the way back they stay so if memory allows it, which is decided once; in a
-    pass without a way back nothing does. The next block is gathered while one runs.
+    From the way there to the way back they stay so if memory allows it, which is decided once, the last
+    one always; in a pass without a way back nothing does. The next block is gathered while one runs.
 
     Attributes:
         to_come: Bytes on the device of gradients, of AdamW's statistics, and of blocks on their way.
@@ -130,8 +130,8 @@ class GatheredBlocks:
         self._nbytes = element * sum(sizes)
         self.to_come = bytes_to_come(sizes, rest, element, world.size, offload=options.offload)
         self.stay: bool | None = None
-        # of the model and of its blocks: as they were set
-        self._resharded = True, True
+        # the model, its blocks: as they were set
+        self._resharded = [True] * (1 + len(blocks))
 
     @property
     def undecided(self) -> bool:
@@ -141,13 +141,14 @@ class GatheredBlocks:
     def begin(self) -> None:
         """A pass of the model begins: of one without a way back nothing is to stay whole."""
         back = torch.is_grad_enabled()
-        resharded = not back, not (back and self.stay)
-        if resharded == self._resharded:
-            return
-        self._resharded = resharded
-        self._model.set_reshard_after_forward(resharded[0], recurse=False)
-        for block in self._blocks:
-            block.set_reshard_after_forward(resharded[1], recurse=False)
+        stay = bool(back and self.stay)
+        # the way back begins with the rest and the last block
+        wanted = [not back, *[not stay] * (len(self._blocks) - 1), not back]
+        modules = [self._model, *self._blocks]
+        for module, now, before in zip(modules, wanted, self._resharded, strict=True):
+            if now != before:
+                module.set_reshard_after_forward(now, recurse=False)
+        self._resharded = wanted
 
     def run(self, number: int, work: _Work, x: Tensor, residual: Tensor | None) -> _Out:
         """Do a block's work with its weights gathered."""
@@ -165,7 +166,7 @@ class GatheredBlocks:
         try:
             yield
         finally:
-            block.set_reshard_after_forward(self._resharded[1], recurse=False)
+            block.set_reshard_after_forward(self._resharded[1 + number], recurse=False)
             block.reshard()
 
     def largest(self, values: Sequence[float]) -> list[float]:
