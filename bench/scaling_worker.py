@@ -24,6 +24,7 @@ from tli_engine.distributed.launch import joined
 from tli_engine.distributed.world import World
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.train.sft_distribute import loads_on_cpu, shard_base, shard_weights
+from tli_engine.train.sft_prepare import fuse_for_texts
 from tli_engine.train.sft_step import SftStep
 
 # seconds that a rank may wait for another: weights are drawn at their own pace
@@ -76,8 +77,10 @@ def build(
     config = config_of(job, subject, device)
     if loads_on_cpu(config, world):
         model = load_causal(subject.files, dtype=subject.dtype, device=torch.device("cpu"))
-        model.train_all()
-        return model, shard_weights(model, config, world), config
+        model.train_all(own=False)
+        say = print if world.is_first else lambda line: None
+        fuse_for_texts(model, config, say, device)
+        return model, shard_weights(model, config, world, say), config
     model, tensors = load_for_training(subject, config)
     if job.weights == "sharded":
         shard_base(model, world)

@@ -72,6 +72,8 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")
     # read by the checks beside the model
     (folder / "shards").mkdir()
+    for family in ("qwen2", "gemma3_text"):
+        save_tiny_model(folder / "families" / family, family)
     return folder
 
 

@@ -1,6 +1,7 @@
 """Checks that several processes run together; each writes what came of them.
 
-``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``.
+``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here and
+in ``full_on_ranks.py``.
 """
 
 import json
@@ -10,32 +11,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import full_on_ranks
 import pytest
 import torch
-from subjects import Tuner, aligner, config_of, figures
+from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_tuning
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from tli_engine.align.losses import alignment_loss
 from tli_engine.distributed.flat_gradients import FlatGradients
-from tli_engine.distributed.fully_sharded import is_sharded, whole
 from tli_engine.distributed.gathered import gather_rows, share_of
 from tli_engine.distributed.launch import check_complete, check_same_gpus, joined
 from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 from tli_engine.models.adapters import nf4_blocks
-from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
-from tli_engine.train.manifest import problems
-
-# losses of the same batches on one rank and on several, in fp32
-TOLERANCE = 1e-5
-
-
-def close(actual: Any, expected: Any) -> None:
-    torch.testing.assert_close(
-        torch.tensor(actual), torch.tensor(expected), rtol=TOLERANCE, atol=TOLERANCE
-    )
 
 
 def check_words_are_everyones(world: World, folder: Path) -> None:
@@ -161,16 +151,6 @@ def check_align_of_less_pairs_than_ranks(world: World, folder: Path) -> None:
     same_alignment(folder, world, train={"batch_size": 2, "engine": "fused"})
 
 
-def same_tuning(folder: Path, world: World, **changes: Any) -> Tuner:
-    config = config_of(**({"objective": "sft"} | changes))
-    one, several = Tuner(folder, config).run(), Tuner(folder, config, world).run()
-    close(figures(several.steps), figures(one.steps))
-    for name, tensor in one.model.trainable().items():
-        other = whole(several.model.trainable()[name].detach())
-        torch.testing.assert_close(other, tensor.detach(), rtol=1e-4, atol=TOLERANCE)
-    return several
-
-
 def check_sft_of_adapters(world: World, folder: Path) -> None:
     """Three rows a step: ranks have shares of unlike size, some of them none."""
     same_tuning(folder, world, train={"max_grad_norm": 0.5})
@@ -179,28 +159,6 @@ def check_sft_of_adapters(world: World, folder: Path) -> None:
 
 def check_sft_joint(world: World, folder: Path) -> None:
     same_tuning(folder, world, objective="joint", sft={"align_pairs": 5})
-
-
-def check_sft_of_every_weight(world: World, folder: Path) -> None:
-    full = {"method": "full", "train": {"max_grad_norm": 1.0, "learning_rate": 1e-3}}
-    tuned = same_tuning(folder, world, **full)
-    assert all(map(is_sharded, tuned.model.trainable().values()))
-    same_tuning(folder, world, **full, sft={"activations": "save"}, distributed={"offload": True})
-
-
-def check_sft_of_every_weight_in_bf16(world: World, folder: Path) -> None:
-    """The shares, which are the master copy, and what they are summed in, are fp32."""
-    config = config_of("sft", method="full", dtype="bfloat16", train={"learning_rate": 1e-3})
-    tuned = Tuner(folder, config, world).run()
-    plain = Tuner(folder, config.model_copy(update={"dtype": "float32"}), world).run()
-    for tensor in tuned.model.trainable().values():
-        assert tensor.dtype == torch.float32
-    losses = [[step.loss for step in t.steps] for t in (tuned, plain)]
-    assert losses[0] != losses[1]
-    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=0.02, atol=0)
-    rounded = [t.to(torch.bfloat16).float() for t in map(whole, tuned.model.trainable().values())]
-    fine = list(map(whole, tuned.model.trainable().values()))
-    assert not all(torch.equal(r, f) for r, f in zip(rounded, fine, strict=True))
 
 
 SHARDED = {"quantize": "nf4", "distributed": {"weights": "sharded"}}
@@ -269,71 +227,12 @@ def check_ends_where_one_is_out_of_memory(world: World, folder: Path) -> None:
     assert world.sum([1.0]) == [world.size]
 
 
-def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> None:
-    """A checkpoint of several ranks on one, and of one on several: the rest is as if never stopped."""
-    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
-    expected = Tuner(folder, config).run()
-    for writes, reads, name in ((world, ALONE, "several"), (ALONE, world, "one")):
-        run = folder / "shards" / f"{name}-{world.size}"
-        first = Tuner(folder, config, writes)
-        first.trainer.run(until=lambda trainer=first.trainer: trainer.step == 2)
-        # alone, every rank has the same: the first writes
-        path = save_checkpoint(run, first.trainer, 2, world if writes is ALONE else writes)
-        assert world.share(problems(path)) == []
-        assert not any(p.suffix in (".pt", ".distcp") for p in path.iterdir())
-        second = Tuner(folder, config, reads)
-        load_checkpoint(path, second.trainer)
-        assert second.trainer.step == 2
-        second.run()
-        close(figures(second.steps), figures(expected.steps[2:]))
-
-
-def check_shards_resume_where_layers_are_joined(world: World, folder: Path) -> None:
-    """As on one GPU, whose fused blocks have one weight where several GPUs have q, k and v."""
-    changes: dict[str, Any] = {"method": "full", "train": {"learning_rate": 1e-3}}
-    config = config_of("sft", **changes)
-    first = Tuner(folder, config, world)
-    first.trainer.run(until=lambda: first.trainer.step == 2)
-    path = save_checkpoint(folder / "shards" / f"joined-{world.size}", first.trainer, 2, world)
-    fused = config_of("sft", **changes | {"train": changes["train"] | {"engine": "fused"}})
-    expected, second = Tuner(folder, config).run(), Tuner(folder, fused)
-    assert any("q_proj+k_proj" in name for name in second.model.trainable())
-    load_checkpoint(path, second.trainer)
-    second.run()
-    close(figures(second.steps), figures(expected.steps[2:]))
-    # and the other way
-    alone = Tuner(folder, fused)
-    alone.trainer.run(until=lambda: alone.trainer.step == 2)
-    path = save_checkpoint(folder / "shards" / f"alone-{world.size}", alone.trainer, 2, world)
-    assert world.share(problems(path)) == []
-    several = Tuner(folder, config, world)
-    load_checkpoint(path, several.trainer)
-    several.run()
-    close(figures(several.steps), figures(expected.steps[2:]))
-
-
-def check_write_shards(world: World, folder: Path) -> None:
-    """For other numbers of ranks to read: see test_on_ranks.py."""
-    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
-    tuner = Tuner(folder, config, world)
-    tuner.trainer.run(until=lambda: tuner.trainer.step == 2)
-    save_checkpoint(folder / "shards" / "written", tuner.trainer, 2, world)
-
-
-def check_read_shards(world: World, folder: Path) -> None:
-    config = config_of("sft", method="full", train={"learning_rate": 1e-3})
-    expected, tuner = Tuner(folder, config).run(), Tuner(folder, config, world)
-    load_checkpoint(folder / "shards" / "written" / "checkpoints" / "step-000002", tuner.trainer)
-    tuner.run()
-    close(figures(tuner.steps), figures(expected.steps[2:]))
-
-
 def main() -> None:
     groups, folder, reports = sys.argv[1].split(","), *map(Path, sys.argv[2:4])
     torch.set_num_threads(1)
     checks: dict[str, Callable[[World, Path], None]] = {
         name: check
-        for name, check in globals().items()
+        for name, check in (globals() | vars(full_on_ranks)).items()
         if name.startswith(tuple(f"check_{group}" for group in groups)) and callable(check)
     }
     found = {}

@@ -10,6 +10,7 @@ from tli_engine.config import RunConfig
 from tli_engine.data.examples import Example
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import Split
+from tli_engine.distributed.fully_sharded import whole
 from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.adapters import adapter_tensors, add_lora
@@ -26,6 +27,8 @@ from tli_engine.train.sft_prepare import fuse_for_texts
 from tli_engine.train.sft_step import Pairs, SftStep
 
 CPU = torch.device("cpu")
+# losses of the same batches on one rank and on several, in fp32
+TOLERANCE = 1e-5
 LENGTHS = [(9, 5), (14, 8), (7, 6), (20, 3), (11, 10), (16, 9), (13, 4), (8, 1), (10, 5)]
 
 
@@ -77,11 +80,12 @@ class Tuner:
 
     def __init__(self, folder: Path, config: RunConfig, world: World = ALONE) -> None:
         self.steps: list[SftMetrics] = []
+        self.said: list[str] = []
         self.shards: ShardedNF4 | None = None
-        self.model = self._load(folder, config)
+        self.model = self._load(folder, config, world)
         tensors = self.model.trainable()
         if config.method == "full" and world.size > 1:
-            tensors = shard_weights(self.model, config, world)
+            tensors = shard_weights(self.model, config, world, self.said.append)
         elif config.distributed.weights == "sharded" and world.size > 1:
             self.shards = shard_base(self.model, world)
         store = example_store(examples())
@@ -96,7 +100,7 @@ class Tuner:
             config, self.model, engine, order, unseen, self.steps.append, world=world
         )
 
-    def _load(self, folder: Path, config: RunConfig) -> CausalModel:
+    def _load(self, folder: Path, config: RunConfig, world: World) -> CausalModel:
         files = open_model(str(folder))
         options: dict[str, Any] = {"quantize": config.quantize, "double_quant": config.double_quant}
         model = load_causal(files, dtype=torch.float32, device=CPU, **options)
@@ -105,7 +109,8 @@ class Tuner:
         else:
             add_lora(model.early, config.lora, model.early.depth, config.seed)
             assert adapter_tensors(model.early)
-        fuse_for_texts(model, config)
+        sharded = config.method == "full" and world.size > 1
+        fuse_for_texts(model, config, moves_to=CPU if sharded else None)
         return model
 
     def run(self) -> "Tuner":
@@ -125,3 +130,19 @@ def figures(steps: list[Any]) -> list[float]:
         "labels",
     }
     return [v for step in steps for k, v in step.to_json().items() if k in names]
+
+
+def close(actual: Any, expected: Any) -> None:
+    torch.testing.assert_close(
+        torch.tensor(actual), torch.tensor(expected), rtol=TOLERANCE, atol=TOLERANCE
+    )
+
+
+def same_tuning(folder: Path, world: World, **changes: Any) -> Tuner:
+    config = config_of(**({"objective": "sft"} | changes))
+    one, several = Tuner(folder, config).run(), Tuner(folder, config, world).run()
+    close(figures(several.steps), figures(one.steps))
+    for name, tensor in one.model.trainable().items():
+        other = whole(several.model.trainable()[name].detach())
+        torch.testing.assert_close(other, tensor.detach(), rtol=1e-4, atol=TOLERANCE)
+    return several

@@ -108,7 +108,6 @@ SHARDED = {"weights": "sharded"}
         ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, 2, "adamw-8bit"),
         ({"method": "full", "train": {"rounding": "stochastic"}}, 2, "stochastic"),
         ({"method": "full", "train": {"in_backward": True}}, 2, "in_backward"),
-        ({"method": "full", "train": {"engine": "fused"}}, 2, "engine: fused"),
         ({"method": "full", "objective": "joint"}, 2, "objective joint"),
     ],
 )
@@ -120,6 +119,7 @@ def test_what_several_processes_cannot_do(changes: dict[str, Any], size: int, me
 @pytest.mark.parametrize(
     ("changes", "size"),
     [({}, 1), ({}, 8), ({"method": "full"}, 2), ({"distributed": SHARDED}, 2),
+     ({"method": "full", "train": {"engine": "fused"}}, 2),
      ({"method": "full", "distributed": {"offload": True}}, 2)],
 )  # fmt: skip
 def test_what_they_can(changes: dict[str, Any], size: int) -> None:

@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 
 Ranks = Callable[..., list[dict[str, str]]]
-PROGRAM = Path(__file__).with_name("on_ranks.py")
+PROGRAMS = [Path(__file__).with_name(name) for name in ("on_ranks.py", "full_on_ranks.py")]
 # of checks: those between commas share processes, which take most of the time to start
-GROUPS = ("words,gradients,align,ends", "sft,nf4,shards")
+GROUPS = ("words,gradients,align,ends", "sft,nf4,shards", "full")
 
 
 def names(groups: str) -> list[str]:
-    tree = ast.parse(PROGRAM.read_text(encoding="utf-8"))
-    functions = [n.name for n in tree.body if isinstance(n, ast.FunctionDef)]
+    trees = [ast.parse(program.read_text(encoding="utf-8")) for program in PROGRAMS]
+    functions = [n.name for tree in trees for n in tree.body if isinstance(n, ast.FunctionDef)]
     chosen = tuple(f"check_{group}" for group in groups.split(","))
     return [name for name in functions if name.startswith(chosen)]
 

@@ -121,17 +121,19 @@ def test_two_nodes_on_the_loopback(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("engine", ["modules", "fused"])
 def test_full_fine_tuning_is_resumed_and_written(
-    config: Callable[..., Path], tmp_path: Path, ended: Ended
+    engine: str, config: Callable[..., Path], tmp_path: Path, ended: Ended
 ) -> None:
     """By FSDP2: the model is that of one process, also where the last step had to be run again."""
-    train = {"learning_rate": 1e-3, "engine": "modules"}
+    train = {"learning_rate": 1e-3, "engine": engine}
     path, one, two = config(method="full", train=train), tmp_path / "one", tmp_path / "two"
     models = []
     for options in (("train", path, "--run", two), ("train", "--resume", "--run", two)):
         process = ended(*TLI_ENGINE, *options, "--gpus", 2)
         _, err = process.communicate(timeout=100)
         assert process.returncode == 0, err
+        assert err.count("blocks stay gathered until their way back: 0.0 GiB a GPU") == 1
         models.append(load_file(two / "model" / "model.safetensors"))
         # as if it had been killed in its last step
         (two / "manifest.json").unlink()

@@ -25,6 +25,7 @@ from tli_engine.models.files import open_model
 from tli_engine.models.recompute import Activations
 from tli_engine.testing import save_tiny_model
 from tli_engine.train.sft_distribute import shard_weights
+from tli_engine.train.sft_prepare import fuse_for_texts
 
 pytestmark = pytest.mark.gpu
 ROOT = Path(__file__).parents[2]
@@ -73,11 +74,12 @@ def adapted(folder: Path) -> CausalModel:
     return model
 
 
-def loss_and_gradients(model: CausalModel, passes: int = 1) -> tuple[Tensor, list[Tensor]]:
+def loss_and_gradients(model: CausalModel, passes: int = 1) -> tuple[Tensor, dict[str, Tensor]]:
     for _ in range(passes):
         loss = model.loss(pack()) / 210
         torch.autograd.backward(loss)
-    return loss.detach(), [whole(t.grad) for t in model.trainable().values() if t.grad is not None]
+    trained = model.trainable().items()
+    return loss.detach(), {n: whole(t.grad) for n, t in trained if t.grad is not None}
 
 
 def test_gathered_nf4_bytes_are_those_of_before(folder: Path, one: World) -> None:
@@ -95,9 +97,9 @@ def test_gathered_nf4_bytes_are_those_of_before(folder: Path, one: World) -> Non
     found = loss_and_gradients(model, passes=2)
     assert torch.equal(found[0], expected[0])
     assert len(found[1]) == len(expected[1]) > 0
-    for ours, theirs in zip(found[1], expected[1], strict=True):
+    for name, theirs in expected[1].items():
         # sums may be taken in another order from run to run
-        assert (ours - theirs).norm() <= 1e-4 * theirs.norm()
+        assert (found[1][name] - theirs).norm() <= 1e-4 * theirs.norm()
     for number, tensors in enumerate(before):
         shards.fetch(number)
         now = [t for layer in blocks[number] for t in layer.stored_tensors()]
@@ -105,16 +107,58 @@ def test_gathered_nf4_bytes_are_those_of_before(folder: Path, one: World) -> Non
     assert shards.unchanged()
 
 
-@pytest.mark.parametrize("offload", [False, True])
-def test_fully_sharded_weights(offload: bool, folder: Path, one: World, tmp_path: Path) -> None:
-    """Gradients are those of the whole model in bf16; the shares are fp32, and are read again."""
-    files = open_model(str(folder))
-    plain = load_causal(files, dtype=torch.bfloat16, device=GPU)
-    plain.train_all()
+def freed(folder: Path, config: RunConfig, device: torch.device) -> CausalModel:
+    """A model whose every weight is trained, on the ops or in modules, to be computed on the GPU."""
+    model = load_causal(open_model(str(folder)), dtype=torch.bfloat16, device=device)
+    model.train_all(own=False)
+    fuse_for_texts(model, config, moves_to=GPU if device == CPU else None)
+    return model
+
+
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+@pytest.mark.parametrize("activations", ["auto", "recompute"])
+@pytest.mark.parametrize("free", [None, 0], ids=["measured", "gathered-twice"])
+def test_blocks_that_stay_or_not(
+    free: int | None, activations: str, engine: str, folder: Path, one: World
+) -> None:
+    """What is kept and what stays is decided by what is measured; the gradients are the same."""
+    config = config_of(method="full", train={"engine": engine}, sft={"activations": activations})
+    plain = freed(folder, config, GPU)
+    plain.activations = Activations("save")
     expected, gradients = loss_and_gradients(plain)
-    model = load_causal(files, dtype=torch.bfloat16, device=CPU)
-    model.train_all()
-    config = config_of(method="full", distributed={"offload": offload})
+    model = freed(folder, config, CPU)
+    said: list[str] = []
+    tensors = shard_weights(model, config, one, said.append)
+    assert model.spread is not None
+    if free is not None:
+        model.spread.decide(free)
+    with torch.no_grad():
+        model.loss(pack())
+    assert all(map(is_sharded, model.trainable().values()))
+    for _ in range(2):
+        model.zero_grad()
+        loss, found = loss_and_gradients(model)
+    torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
+    assert found.keys() == gradients.keys() == tensors.keys()
+    for name, theirs in gradients.items():
+        error = (found[name] - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.05, name
+    assert said[0].startswith("blocks stay" if free is None else "blocks are gathered again")
+    arrangement = model.activations.arrangement
+    assert arrangement is not None
+    assert any(arrangement.keeps(0, 1)) is (activations == "auto")
+    assert all(map(is_sharded, model.trainable().values()))
+
+
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+@pytest.mark.parametrize("offload", [False, True])
+def test_fully_sharded_weights(
+    offload: bool, engine: str, folder: Path, one: World, tmp_path: Path
+) -> None:
+    """Gradients are those of the whole model in bf16; the shares are fp32, and are read again."""
+    config = config_of(method="full", train={"engine": engine}, distributed={"offload": offload})
+    expected, gradients = loss_and_gradients(freed(folder, config, GPU))
+    model = freed(folder, config, CPU)
     tensors = shard_weights(model, config, one)
     assert all(map(is_sharded, tensors.values()))
     assert {t.dtype for t in tensors.values()} == {torch.float32}
@@ -122,9 +166,10 @@ def test_fully_sharded_weights(offload: bool, folder: Path, one: World, tmp_path
     assert model.early.device.type == "cuda"
     loss, found = loss_and_gradients(model)
     torch.testing.assert_close(loss, expected, rtol=2e-2, atol=0)
-    for ours, theirs in zip(found, gradients, strict=True):
-        error = (ours.to(GPU) - theirs.float()).norm() / theirs.float().norm()
-        assert error < 0.05
+    assert found.keys() == gradients.keys()
+    for name, theirs in gradients.items():
+        error = (found[name].to(GPU) - theirs.float()).norm() / theirs.float().norm()
+        assert error < 0.05, name
     save_shards(tmp_path, tensors)
     read = {name: torch.zeros_like(t.detach()) for name, t in tensors.items()}
     load_shards(tmp_path, read)
@@ -147,6 +192,19 @@ def test_fully_sharded_weights(offload: bool, folder: Path, one: World, tmp_path
             },
             id="full-offloaded",
         ),
+        pytest.param({"method": "full", "train": {"engine": "fused"}}, id="full-fused"),
+        pytest.param(
+            {
+                "method": "full",
+                "train": {"engine": "fused", "max_grad_norm": 1.0},
+                "distributed": {"offload": True},
+            },
+            id="full-fused-offloaded",
+        ),
+        pytest.param(
+            {"method": "full", "train": {"engine": "fused"}, "sft": {"activations": "recompute"}},
+            id="full-fused-recomputed",
+        ),
     ],
 )
 def test_two_gpus_train_as_one(changes: dict[str, Any], folder: Path, tmp_path: Path) -> None:
@@ -161,7 +219,8 @@ def test_two_gpus_train_as_one(changes: dict[str, Any], folder: Path, tmp_path: 
     path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     losses = []
     for gpus in (1, 2):
-        settings = values | changes | {"train": train}
+        sft = values["sft"] | changes.get("sft", {})
+        settings = values | changes | {"train": train, "sft": sft}
         if gpus == 1:
             settings["distributed"] = {}
         config = tmp_path / f"{gpus}.yaml"

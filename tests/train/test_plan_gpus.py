@@ -9,7 +9,7 @@ from bench.models import config_of
 from tli_engine.config import RunConfig, resolve_config
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
-from tli_engine.train.plan import Plan, make_plan
+from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_devices import GIB, find_target
 from tli_engine.train.plan_gpus import gpus_needed, plan_for, rank_config
 
@@ -79,7 +79,53 @@ def test_full_fine_tuning_of_8b_fits_two_h100_offloaded_and_four_without() -> No
     assert not {"weights", "gradients", "optimizer"} & offloaded.gpu_bytes.keys()
     held = sum(v for k, v in offloaded.host_bytes.items() if k.endswith("_of_a_share"))
     assert held == 16 * parameters
-    assert sum(offloaded.gpu_bytes.values()) < 25 * GIB
+    # there is room for whole blocks
+    blocks, largest = parameters - 2 * 128256 * 4096 - 4096, 218_112_000
+    assert "blocks stay gathered until their way back" in offloaded.notes
+    assert offloaded.gpu_bytes["gathered_blocks"] == 2 * blocks + 6 * largest
+    run = run_of("llama-3-8b", **full, distributed={"offload": True})
+    small = plan_for(run, survey_of("llama-3-8b"), limited(find_target("h100", "auto"), 20), 2)
+    assert small.gpu_bytes["gathered_blocks"] == (2 * 2 + 6) * largest
+    assert "blocks are gathered twice" in small.notes
+    assert small.recomputed > 0
+    assert sum(small.gpu_bytes.values()) < 20 * GIB
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "rows"),
+    [("qwen2-1.5b", "h100", 16), ("llama-3-8b", "h100", 1), ("llama-3-8b", "h200", 8)],
+)
+def test_nothing_is_kept_that_does_not_fit(name: str, kind: str, rows: int) -> None:
+    """What is decided leaves room for all that the plan counts."""
+    for gpus, offload in ((2, False), (8, False), (2, True)):
+        train = {"steps": 9, "batch_size": rows, "accumulate": gpus}
+        options = {"method": "full", "train": train, "distributed": {"offload": offload}}
+        plan = planned(name, gpus, kind, **options)
+        stays = "blocks stay gathered until their way back" in plan.notes
+        assert stays is not ("blocks are gathered twice" in plan.notes)
+        some = any("of them in part" in note for note in plan.notes)
+        depth = {"qwen2-1.5b": 28, "llama-3-8b": 32}[name]
+        if stays or some or plan.recomputed < depth:
+            assert any(note.startswith("fits: ") for note in plan.notes)
+        assert not any(note.startswith("steps are replayed") for note in plan.notes)
+
+
+def test_what_is_kept_of_full_fine_tuning_is_as_on_one_gpu() -> None:
+    """The engine's blocks; what is run again is chosen by what several GPUs have left."""
+    full = {"method": "full", "train": {"steps": 9, "batch_size": 4, "accumulate": 2}}
+    plan = planned("qwen2-1.5b", 2, "h200", **full)
+    assert "the engine's blocks" in plan.notes[0]
+    assert plan.recomputed == 0
+    assert not any("run again" in note for note in plan.notes)
+    tight = planned("llama-3-8b", 2, "h100", **full)
+    assert tight.recomputed == 32
+    assert any("32 of 32 blocks are run again" in note for note in tight.notes)
+    asked = planned(
+        "qwen2-1.5b", 2, "h200", **full, sft={"context": 2048, "activations": "recompute"}
+    )
+    assert asked.recomputed == 28
+    modules = full | {"train": full["train"] | {"engine": "modules"}}
+    assert "transformers' blocks" in planned("qwen2-1.5b", 2, "h200", **modules).notes[0]
 
 
 def test_it_says_how_many_gpus_72b_takes() -> None:

@@ -1,7 +1,7 @@
 """The part of ``tli-engine train`` that fine-tunes on summaries."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -77,7 +77,11 @@ class SftJob:
         """Spread the weights over the ranks, as far as the run asks for it; return what is trained."""
         run, world = self.run, self.world
         if run.config.method == "full" and world.size > 1:
-            return shard_weights(run.model, run.config, world)
+            # what holds a parameter holds all of it
+            run.tensors.clear()
+            tensors = shard_weights(run.model, run.config, world, say)
+            self.run = replace(run, tensors=tensors)
+            return tensors
         if run.config.distributed.weights == "sharded":
             self._shards = world.together(lambda: shard_base(run.model, world))
             say(
@@ -123,11 +127,11 @@ class SftJob:
             return {}
         if self.world.size == 1:
             return dict(run.model.weights())
-        found = {}
+        found: dict[str, Tensor] = {}
         for name, tensor in run.model.weights().items():
             all_of_it = whole(tensor.detach())
             if self.world.is_first:
-                found[name] = all_of_it.to("cpu", dtype)
+                found |= run.model.apart(name, all_of_it.to("cpu", dtype))
         return found
 
     def _check_frozen(self) -> None:

@@ -1,65 +1,12 @@
-"""Every weight of a model spread over ranks, gathered block by block: FSDP2."""
+"""Tensors of which each rank holds a share: what there is of them, filled, written and read."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
-
-from tli_engine.distributed.world import World
-
-
-def shard_fully(
-    model: nn.Module,
-    blocks: Sequence[nn.Module],
-    forward: str,
-    device: torch.device,
-    dtype: torch.dtype,
-    world: World,
-    offload: bool,
-) -> None:
-    """Spread a model's weights over the ranks, in fp32; blocks are computed with in ``dtype``.
-
-    What a rank holds of weights, gradients and optimizer states is a share in fp32: the master copy.
-    A block is gathered in ``dtype`` before it runs, there and back; the rest of the model for all of
-    the way there, and again for the way back. Gradients are summed over ranks in fp32, not averaged.
-
-    Args:
-        model: On the CPU; blocks are moved and split one at a time.
-        blocks: Modules of it that are gathered one by one.
-        forward: Name of its method that runs it.
-        device: Where it is to be computed.
-        dtype: What of.
-        world: The ranks.
-        offload: Keep the shares on the CPU.
-    """
-    from torch.distributed.fsdp import (
-        CPUOffloadPolicy,
-        FSDPModule,
-        MixedPrecisionPolicy,
-        OffloadPolicy,
-        fully_shard,
-        register_fsdp_forward_method,
-    )
-
-    on_gpu = device.type == "cuda"
-    options: dict[str, Any] = {
-        "mesh": init_device_mesh(device.type, (world.size,)),
-        "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-        "offload_policy": CPUOffloadPolicy(pin_memory=on_gpu) if offload else OffloadPolicy(),
-    }
-    # the model too, not only its blocks: measured without a way back, it must not stay whole
-    options["reshard_after_forward"] = True
-    for module in (*blocks, model):
-        fully_shard(module.float(), **options)
-        assert isinstance(module, FSDPModule)
-        # each rank's loss is a part of the sum, over the labels of all
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    register_fsdp_forward_method(model, forward)
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -75,6 +22,24 @@ def whole(tensor: Tensor) -> Tensor:
 def own_part(tensor: Tensor) -> Tensor:
     """What this rank holds of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip(gradients: Sequence[Tensor], limit: float | None) -> Tensor:
+    """Scale gradients down to a norm of ``limit``, unless they have less; return what it was.
+
+    Shares are added up in one sum over the ranks, as are those of one tensor; None leaves all as it is.
+    """
+    parts = [own_part(gradient) for gradient in gradients]
+    norm: Tensor = nn.utils.get_total_norm(parts)
+    sharded = next((g for g in gradients if isinstance(g, DTensor)), None)
+    if sharded is not None:
+        squares = norm.square()
+        dist.all_reduce(squares, group=sharded.device_mesh.get_group())
+        norm = squares.sqrt()
+    if limit is not None:
+        torch._foreach_mul_(parts, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 @torch.no_grad()

@@ -94,6 +94,14 @@ def peak(
     return most
 
 
+def left(
+    blocks: Sequence[Sequence[Part]], first: int, size: int, room: Room, chosen: Arrangement
+) -> int:
+    """Bytes that are free at the fullest moment of an arrangement; arguments as of :func:`arrange`."""
+    keeps = [chosen.keeps(first + i, len(parts)) for i, parts in enumerate(blocks)]
+    return room.total - peak(blocks, keeps, size, room)
+
+
 def again(parts: Sequence[Part], keeps: Sequence[bool], size: int) -> int:
     """Bytes that second runs of a block add at their fullest moment; arguments as of :func:`held`."""
     if not any(keeps):

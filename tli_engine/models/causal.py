@@ -18,7 +18,7 @@ from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.fused import FusedBlock, Rows
 from tli_engine.models.linear_cross_entropy import chunk_rows, linear_cross_entropy
-from tli_engine.models.recompute import Activations, Block, Reserve
+from tli_engine.models.recompute import Activations, Block, Reserve, Spread
 from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
@@ -50,6 +50,7 @@ class CausalModel(nn.Module):
         attention: What attends within documents once the blocks are fused; see :meth:`fuse`.
         fetch: Called with a block's number before it runs, for weights that are not always there.
         fetched_nbytes: Bytes that those take here, if they are not the layers' own.
+        spread: Where the weights lie, if each of several GPUs holds a share of all.
         activations: Which blocks are run again on the way back; all save unless it is replaced.
     """
 
@@ -61,6 +62,7 @@ class CausalModel(nn.Module):
         self.attention: Attention = "sdpa"
         self.fetch: Callable[[int], None] | None = None
         self.fetched_nbytes: int | None = None
+        self.spread: Spread | None = None
         self.activations = Activations("save")
         self.register_parameter("lm_head", lm_head)
         self.train(False)
@@ -92,8 +94,10 @@ class CausalModel(nn.Module):
         self, pack: Laid, rows: Tensor | None = None, seeds: Tensor | None = None
     ) -> Tensor:
         """What the output layer reads, ``[T, D]``, or of some ``rows`` alone, ``[L, D]``."""
-        early = self.early
-        x: Tensor = early.embed(pack, documents=True)
+        spread = self.spread
+        if spread is not None:
+            spread.begin()
+        x: Tensor = self.early.embed(pack, documents=True)
         residual: Tensor | None = None
         seeds = self.draw_seeds() if seeds is None else seeds
         blocks, first = self._blocks(pack, seeds), self._first_trained(x)
@@ -102,9 +106,13 @@ class CausalModel(nn.Module):
                 with torch.no_grad():
                     x, residual = block(x, residual)
                 continue
-            if number == first and self.activations.undecided and torch.is_grad_enabled():
-                self.activations.plan(blocks[first:], first, x, residual, self.reserve())
-            x, residual = self.activations.run(number, block, x, residual, self._draws)
+            if number == first and self._undecided and torch.is_grad_enabled():
+                self.activations.plan(blocks[first:], first, x, residual, self.reserve(), spread)
+            run = partial(self.activations.run, number, block, draws=self._draws)
+            if spread is None:
+                x, residual = run(x, residual)
+            else:
+                x, residual = spread.run(number, run, x, residual)
         return self.read_out(x, residual, rows)
 
     def read_out(self, x: Tensor, residual: Tensor | None, rows: Tensor | None) -> Tensor:
@@ -123,11 +131,12 @@ class CausalModel(nn.Module):
             return early.fused.final_norm(x, residual)
         return early.read_out(early.depth, x)
 
-    def fuse(self, attention: Attention = "auto") -> None:
+    def fuse(self, attention: Attention = "auto", moves_to: torch.device | None = None) -> None:
         """Run the blocks, with the adapters they have now, on the engine's ops from here on.
 
         Args:
             attention: What attends within documents; ``auto`` is varlen where it runs, else sdpa.
+            moves_to: Where each block goes, to be joined there; by default all stay and are joined now.
 
         Raises:
             NotFusedError: A family, a projection or an adapter that the ops do not run.
@@ -136,8 +145,8 @@ class CausalModel(nn.Module):
         weight = self.early.decoder.embed_tokens.weight
         block: Any = self.early.blocks[0]
         head_dim = block.self_attn.head_dim
-        chosen = choose_attention(attention, weight.device, weight.dtype, head_dim)
-        self.early.fuse()
+        chosen = choose_attention(attention, moves_to or weight.device, weight.dtype, head_dim)
+        self.early.fuse(later=moves_to is not None)
         self.attention = chosen
 
     @property
@@ -176,6 +185,10 @@ class CausalModel(nn.Module):
         ]
 
     @property
+    def _undecided(self) -> bool:
+        return self.activations.undecided or (self.spread is not None and self.spread.undecided)
+
+    @property
     def _draws(self) -> bool:
         """Whether blocks draw random numbers as they run."""
         # the fused ones take seeds that were drawn before
@@ -197,8 +210,11 @@ class CausalModel(nn.Module):
     def reserve(self) -> Reserve:
         """Bytes of what a step makes besides activations."""
         trained, head = self.trainable().values(), self.head
-        # a gradient, and AdamW's two moments in fp32
-        states = sum(p.numel() * (p.element_size() + 8) for p in trained if p.grad is None)
+        if self.spread is None:
+            # a gradient, and AdamW's two moments in fp32
+            states = sum(p.numel() * (p.element_size() + 8) for p in trained if p.grad is None)
+        else:
+            states = self.spread.to_come
         softcap = getattr(self.early.config, "final_logit_softcapping", None)
         # their gradient takes the logits' place, but for capped ones
         logits = chunk_rows(len(head)) * len(head) * (head.element_size() + (12 if softcap else 0))
@@ -210,8 +226,11 @@ class CausalModel(nn.Module):
             block, decoded = self.early.fused.blocks[0].working(head.element_size())
         return Reserve(states, block, decoded, logits + weight, rows)
 
-    def train_all(self) -> None:
+    def train_all(self, *, own: bool = True) -> None:
         """Let gradients reach every weight: full fine-tuning.
+
+        Args:
+            own: Copy weights that may be a file's memory; not needed if they are to move anyway.
 
         Raises:
             UserError: Some weights are held in NF4.
@@ -229,7 +248,7 @@ class CausalModel(nn.Module):
                 joined |= {id(p) for p in projection.joined_weights().values()}
         for parameter in self.trainable().values():
             # on a CPU it may be the mapped file's own memory, which others read
-            if parameter.device.type == "cpu" and id(parameter) not in joined:
+            if own and parameter.device.type == "cpu" and id(parameter) not in joined:
                 parameter.data = parameter.data.clone()
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -250,10 +269,17 @@ class CausalModel(nn.Module):
         """Every weight by transformers' name within the decoder, and ``lm_head.weight`` if untied.
 
         Adapters are among them. In fused blocks some are views of the tensors of :meth:`trainable`,
-        whose values they follow; change those in place.
+        whose values they follow; change those in place. Where joined layers stand in for their parts,
+        names are joined: see :meth:`apart`.
         """
         named = dict(self.early.decoder.named_parameters())
         return named if self.lm_head is None else named | {_HEAD: self.lm_head}
+
+    def apart(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """One of :meth:`weights`, whole, by transformers' names; of joined layers views of its rows."""
+        projections = [] if self.early.fused is None else self.early.fused.projections()
+        joined = next((p for p in projections if name in p.joined_weights()), None)
+        return {name: tensor} if joined is None else joined.split(name, tensor)
 
 
 def _run_modules(

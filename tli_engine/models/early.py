@@ -107,14 +107,17 @@ class EarlyModel(nn.Module):
         hidden: Tensor = self.decoder.embed_tokens(rows[None])[0]
         return hidden
 
-    def fuse(self) -> FusedBlocks:
+    def fuse(self, *, later: bool = False) -> FusedBlocks:
         """Run the blocks, with the adapters they have now, on the engine's ops from here on.
+
+        Args:
+            later: Join weights of a block when :meth:`FusedBlocks.join` is called, not now.
 
         Raises:
             NotFusedError: A family, a projection or an adapter that the ops do not run.
         """
         if self.fused is None:
-            self.fused = FusedBlocks(self.decoder, self.config)
+            self.fused = FusedBlocks(self.decoder, self.config, later=later)
         return self.fused
 
     def fuse_on_gpu(self) -> str | None:

@@ -4,7 +4,7 @@ Ten launches a block, where transformers' modules make some forty, and gradients
 needs them. The weights are the model's own: see :class:`tli_engine.models.projection.Projection`.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -183,11 +183,19 @@ class FusedBlocks:
         NotFusedError: A family, a projection or an adapter that the ops do not run.
     """
 
-    def __init__(self, decoder: Any, config: Any) -> None:
+    def __init__(self, decoder: Any, config: Any, *, later: bool = False) -> None:
+        """Put all blocks of ``decoder`` on the ops, or ``later`` each by :meth:`join`."""
         check_fused(config)
         self._decoder, self._config = decoder, config
-        blocks: Sequence[Any] = decoder.layers
-        self.blocks = [FusedBlock(block, config, i) for i, block in enumerate(blocks)]
+        self.blocks: list[FusedBlock] = []
+        for _ in [] if later else decoder.layers:
+            self.join()
+
+    def join(self) -> FusedBlock:
+        """Put the next block on the ops, lowest first, where its weights are now."""
+        number = len(self.blocks)
+        self.blocks.append(FusedBlock(self._decoder.layers[number], self._config, number))
+        return self.blocks[number]
 
     def rows_of(self, pack: Pack, like: Tensor) -> Rows:
         """What attention needs of a pack, for hidden states such as ``like``."""

@@ -10,24 +10,25 @@ from tli_engine.ops import add_rms_norm
 
 
 class Norm:
-    """One RMSNorm."""
+    """One RMSNorm, whose weight is read when it runs: it may have been replaced."""
 
     def __init__(self, module: Any) -> None:
-        self._weight: Tensor = module.weight
+        self._module = module
         # Gemma's norms call it eps, and scale by 1 + weight
         self._plus_one = not hasattr(module, "variance_epsilon")
         self._eps: float = module.eps if self._plus_one else module.variance_epsilon
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return the norm of ``x + residual``, and the sum."""
-        return add_rms_norm(x, residual, self._weight, self._eps, plus_one=self._plus_one)
+        return add_rms_norm(x, residual, self._module.weight, self._eps, plus_one=self._plus_one)
 
     def fork(self, h: Tensor) -> tuple[Tensor, Tensor]:
         """Return the norm of ``h``, and ``h`` for the way around; their gradients are added in fp32.
 
         As bit for bit they are where the sum ``h`` is made by the norm itself.
         """
-        y, same = _Fork.apply(h, self._weight, self._eps, self._plus_one)  # type: ignore[no-untyped-call]
+        arguments = (h, self._module.weight, self._eps, self._plus_one)
+        y, same = _Fork.apply(*arguments)  # type: ignore[no-untyped-call]
         return y, same
 
     def heads(self, x: Tensor) -> Tensor:
@@ -45,7 +46,8 @@ class _Fork(torch.autograd.Function):
         ctx.save_for_backward(h, rstd, weight)
         ctx.plus_one = plus_one
         ctx.set_materialize_grads(False)
-        return y, h
+        # h itself would come out as a view, whose hooks FSDP2 does not trust
+        return y, h.detach()
 
     @staticmethod
     @once_differentiable

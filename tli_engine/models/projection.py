@@ -42,6 +42,7 @@ class Projection:
 
     def __init__(self, owner: nn.Module, prefix: str, names: Sequence[str]) -> None:
         """Join ``names`` of ``owner``; ``prefix`` is the owner's own name."""
+        self._owner = owner
         self._modules = [getattr(owner, name) for name in names]
         self._names = [f"{prefix}.{name}" for name in names]
         self.name = f"{prefix}.{'+'.join(names)}"
@@ -104,6 +105,25 @@ class Projection:
         if len(self._names) == 1 or isinstance(self.layer, NF4Linear):
             return {}
         return {f"{self.name}.{n}": p for n, p in self.layer.named_parameters()}
+
+    def stand_in(self) -> None:
+        """Put the joined layer into its owner in place of the layers, which are given up.
+
+        Its parameters are then the model's own, by :meth:`joined_weights`' names, and may be replaced.
+        """
+        if not self.joined_weights():
+            return
+        leaves = [name.rpartition(".")[2] for name in self._names]
+        for leaf in leaves:
+            delattr(self._owner, leaf)
+        self._owner.add_module("+".join(leaves), self.layer)
+        self._modules = []
+
+    def split(self, name: str, tensor: Tensor) -> dict[str, Tensor]:
+        """One of :meth:`joined_weights` as the layers' own, by their names: views of its rows."""
+        kind = name.rpartition(".")[2]
+        parts = torch.split(tensor, self.sizes)
+        return {f"{own}.{kind}": rows for own, rows in zip(self._names, parts, strict=True)}
 
     def views(self) -> list[nn.Parameter]:
         """The modules' own parameters that are views of joined ones: no gradient reaches them."""

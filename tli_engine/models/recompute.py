@@ -1,15 +1,23 @@
 """Runs blocks that keep for the way back all that they compute, a part of it, or only their input."""
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Part, Room, arrange
+from tli_engine.models.arrangement import (
+    EVERYTHING,
+    NOTHING,
+    Arrangement,
+    Part,
+    Room,
+    arrange,
+    left,
+)
 from tli_engine.nn import run_again
 
 Policy = Literal["auto", "save", "recompute"]
@@ -67,6 +75,35 @@ class Reserve:
     loss_of_token: int
 
 
+class Spread(Protocol):
+    """Weights of which each of several GPUs holds a share, gathered block by block."""
+
+    @property
+    def undecided(self) -> bool:
+        """Whether :meth:`decide` is to be called before the first way back."""
+
+    @property
+    def to_come(self) -> int:
+        """Bytes of gradients, of optimizer states and of blocks on their way."""
+
+    def begin(self) -> None:
+        """A pass of the model begins."""
+
+    def run(
+        self, number: int, work: Half, x: Tensor, residual: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """Do a block's work with its weights gathered."""
+
+    def gathered(self, number: int) -> AbstractContextManager[None]:
+        """A block's weights, gathered for as long as it lasts."""
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        """Largest of each over the GPUs, which decide alike."""
+
+    def decide(self, free: int | None) -> None:
+        """Choose whether blocks stay gathered, by the bytes that are free beside activations."""
+
+
 # share of a GPU's memory that a plan leaves free for what it does not know of
 UNPLANNED = 0.05
 
@@ -108,8 +145,12 @@ class Activations:
         x: Tensor,
         residual: Tensor | None,
         reserve: Reserve,
+        spread: Spread | None = None,
     ) -> None:
         """Measure what the parts of each block keep, by running them, and decide.
+
+        Where weights are spread over GPUs, all of them decide alike, by the fullest, and whether blocks
+        stay gathered too; a policy other than ``auto`` is kept to.
 
         Args:
             blocks: Those from number ``first`` on; the ones below keep nothing.
@@ -117,17 +158,21 @@ class Activations:
             x: What it takes.
             residual: What it takes beside.
             reserve: Bytes to leave for what else is made.
+            spread: Where the weights lie, if GPUs hold shares of them.
         """
-        if x.device.type != "cuda":
-            self.arrangement = EVERYTHING
+        if not _counts(x.device):
+            self.arrangement = self.arrangement or EVERYTHING
+            if spread is not None and spread.undecided:
+                spread.decide(None)
             return
         # what random numbers a plan draws must not change those of the run
-        with torch.random.fork_rng(devices=[x.device]):
-            kept = _measure(blocks, x, residual)
-        tokens = len(x) if self.largest is None else max(self.largest, len(x))
-        scale = tokens / len(x)
+        with torch.random.fork_rng(devices=[x.device] if x.is_cuda else []):
+            kept = _measure(blocks, first, x, residual, spread)
+        largest = list if spread is None else spread.largest
+        (tokens,) = map(int, largest([max(self.largest or 0, len(x))]))
+        kept = [largest([tokens / len(x) * size for size in sizes]) for sizes in kept]
         parts = [
-            [Part(int(scale * size), work) for size, work in zip(sizes, b.work, strict=True)]
+            [Part(int(size), work) for size, work in zip(sizes, b.work, strict=True)]
             for sizes, b in zip(kept, blocks, strict=True)
         ]
         # gradients take as much as what they are of, at the most
@@ -135,9 +180,12 @@ class Activations:
         working = tokens * reserve.block_of_token + reserve.block or most
         loss = reserve.loss + tokens * reserve.loss_of_token
         # the lowest block's input is there already
-        free = _free(x.device) + x.nbytes - reserve.states
-        room = with_gaps(free, working, loss)
-        self.arrangement = arrange(parts, first, int(scale * x.nbytes), room)
+        (full,) = largest([reserve.states - _free(x.device) - x.nbytes])
+        room = with_gaps(int(-full), working, loss)
+        size = tokens * (x.nbytes // len(x))
+        self.arrangement = self.arrangement or arrange(parts, first, size, room)
+        if spread is not None and spread.undecided:
+            spread.decide(left(parts, first, size, room, self.arrangement))
 
     def run(
         self, number: int, block: Block, x: Tensor, residual: Tensor | None, draws: bool
@@ -169,28 +217,46 @@ def _again(
     return out
 
 
-def _measure(blocks: Sequence[Block], x: Tensor, residual: Tensor | None) -> list[list[int]]:
+def _measure(
+    blocks: Sequence[Block], first: int, x: Tensor, residual: Tensor | None, spread: Spread | None
+) -> list[list[float]]:
     """Bytes that each part of each block keeps beyond its input."""
     found = []
     h = x if residual is None else x + residual
-    for block in blocks:
-        kept = []
-        for i, part in enumerate(block.parts):
-            h = h.detach().requires_grad_(h.requires_grad)
-            before = torch.cuda.memory_allocated(h.device)
-            out, residual = part(h, None)
-            if i == len(block.parts) - 1:
-                out, residual = block.finish(out, residual)
-            graph = out.grad_fn, None if residual is None else residual.grad_fn
-            following = out.detach() if residual is None else out.detach() + residual.detach()
-            following.requires_grad_(out.requires_grad)
-            del out, residual
-            own = following.nbytes
-            kept.append(max(0, torch.cuda.memory_allocated(h.device) - before - own))
-            h = following
-            del graph
+    for number, block in enumerate(blocks, first):
+        with nullcontext() if spread is None else spread.gathered(number):
+            kept, h = _measure_block(block, h)
         found.append(kept)
     return found
+
+
+def _measure_block(block: Block, h: Tensor) -> tuple[list[float], Tensor]:
+    """Bytes that each part keeps, and what the block puts out."""
+    kept: list[float] = []
+    for i, part in enumerate(block.parts):
+        h = h.detach().requires_grad_(h.requires_grad)
+        before = _allocated(h.device)
+        out, residual = part(h, None)
+        if i == len(block.parts) - 1:
+            out, residual = block.finish(out, residual)
+        graph = out.grad_fn, None if residual is None else residual.grad_fn
+        following = out.detach() if residual is None else out.detach() + residual.detach()
+        following.requires_grad_(out.requires_grad)
+        del out, residual
+        own = following.nbytes
+        kept.append(max(0, _allocated(h.device) - before - own))
+        h = following
+        del graph
+    return kept, h
+
+
+def _counts(device: torch.device) -> bool:
+    """Whether it is known how much memory tensors take there."""
+    return device.type == "cuda"
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device)
 
 
 def _free(device: torch.device) -> int:

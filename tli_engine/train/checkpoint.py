@@ -18,7 +18,7 @@ from torch import Tensor
 from tli_engine.distributed.fully_sharded import fill, load_shards, save_shards, stored
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
-from tli_engine.train.joined_names import joined_keys
+from tli_engine.train.joined_names import joined_keys, parts_of
 from tli_engine.train.manifest import problems, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -253,21 +253,35 @@ def _fill(path: Path, shards: Shards) -> None:
     joined = joined_keys(there)
     known = {*there, *(part for parts in joined.values() for part in parts)}
     # of 16-bit tensors that one GPU trained, the fp32 copies
-    masters = {n: f"{n}/master" for n in shards.tensors if f"{n}/master" in known}
+    masters = {
+        n: f"{n}/master"
+        for n in shards.tensors
+        if f"{n}/master" in known or all(f"{part}/master" in known for part in parts_of(n))
+    }
     wanted = {masters.get(n, n): t for n, t in shards.tensors.items()} | shards.statistics
+    for key, parts in joined_keys(wanted).items():
+        if key not in there:
+            found = [_whole(path, there, part) for part in parts]
+            # a count of steps is the same for all
+            fill(wanted.pop(key), torch.cat(found) if found[0].ndim else found[0])
     for key, parts in joined.items():
         if parts[0] not in wanted:
             continue
         targets = [wanted.pop(part) for part in parts]
-        size, dtype = there[key]
-        rows = torch.zeros(size, dtype=dtype)
-        load_shards(path, {key: rows})
+        rows = _whole(path, there, key)
         # a count of steps is the same for all
         counts = [len(t) for t in targets] if rows.ndim else []
         pieces = torch.split(rows, counts) if counts else [rows] * len(targets)
         for target, piece in zip(targets, pieces, strict=True):
             fill(target, piece)
     load_shards(path, wanted)
+
+
+def _whole(path: Path, there: Mapping[str, tuple[torch.Size, torch.dtype]], name: str) -> Tensor:
+    size, dtype = there[name]
+    tensor = torch.zeros(size, dtype=dtype)
+    load_shards(path, {name: tensor})
+    return tensor
 
 
 def _joined_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

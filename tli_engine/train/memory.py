@@ -12,6 +12,9 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     """One line: what could not be had, what holds the memory, what to change."""
     # gradients stay where they are for graphs, which have memory of their own
     graphs = ", train.cuda_graph=false" if updates.keeps_gradients else ""
+    # several GPUs take no other optimizer
+    spread = model.spread is not None
+    smaller = "distributed.offload=true" if spread else "train.optimizer=adamw-8bit"
     device = model.early.device
     gradients, statistics = updates.nbytes()
     held = {"weights": _nbytes(model), "gradients": gradients, "optimizer": statistics}
@@ -23,7 +26,7 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "
         f"raise train.accumulate) or sft.context, set sft.activations=recompute{graphs}, or "
-        f"train.optimizer=adamw-8bit; checkpoints are whole"
+        f"{smaller}; checkpoints are whole"
     )
 
 

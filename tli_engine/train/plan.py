@@ -28,6 +28,8 @@ _PROCESS, _PROCESS_CUDA = 700 * 2**20, 2 * GIB
 # tokens of a word and what the tokenizer puts before it, where the tokenizer is not here
 _TOKENS_OF_A_WORD = 5
 _MOST_NEEDED = 0.8
+# of notes that one GPU's plan has, and that of several has otherwise
+RUN_AGAIN, REPLAYED = "blocks are run again on the way back", "steps are replayed from CUDA graphs"
 
 
 @dataclass(frozen=True)
@@ -195,14 +197,10 @@ def _add_notes(
         notes.append("the articles' own download and their tokens on disk are not counted")
     if step.uses_graphs:
         notes.append(
-            "steps are replayed from CUDA graphs, which keep the memory of a step's activations for "
-            "themselves: what the allocator holds is that much more than what is counted here"
+            f"{REPLAYED}, which keep the memory of a step's activations for themselves: what the "
+            f"allocator holds is that much more than what is counted here"
         )
-    if step.recomputed:
-        number = made.early.depth - made.first_trained
-        line = f"{step.recomputed} of {number} blocks are run again on the way back"
-        some = step.recomputed_in_part
-        notes.append(f"{line}, {some} of them in part" if some else line)
+    notes += recomputation(made, step)
     if target.memory is not None:
         peak = total - CONTEXT + context_of(target)
         room = f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
@@ -220,6 +218,16 @@ def _add_notes(
         )
     if seconds is None:
         notes.append("no step like this was measured: no time is given")
+
+
+def recomputation(made: Outline, step: Step) -> list[str]:
+    """A line on what is run again on the way back, if anything is."""
+    if not step.recomputed:
+        return []
+    number = made.early.depth - made.first_trained
+    line = f"{step.recomputed} of {number} {RUN_AGAIN}"
+    some = step.recomputed_in_part
+    return [f"{line}, {some} of them in part" if some else line]
 
 
 def limited(target: Target, gib: float | None) -> Target:

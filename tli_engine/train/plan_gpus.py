@@ -1,14 +1,15 @@
 """What a run takes of each of several GPUs, and how many of which kind full fine-tuning takes."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tli_engine.config import RunConfig
+from tli_engine.distributed.gathered_blocks import bytes_to_come
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
-from tli_engine.train.plan import Plan, make_plan
+from tli_engine.train.plan import REPLAYED, RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
 from tli_engine.train.plan_peak import CONTEXT, Step, fits
@@ -56,10 +57,7 @@ def rank_config(run: RunConfig, gpus: int) -> RunConfig:
     rows = min(train.batch_size, share)
     least = 2 if run.objective == "align" else 1
     changed: dict[str, Any] = {"batch_size": max(least, rows), "accumulate": -(-share // rows)}
-    whole = run.method == "full"
-    if whole:
-        changed |= {"engine": "modules"}
-    if (whole and sft.activations == "auto") or run.distributed.weights == "sharded":
+    if run.distributed.weights == "sharded":
         sft = sft.model_copy(update={"activations": "recompute"})
     return run.model_copy(update={"train": train.model_copy(update=changed), "sft": sft})
 
@@ -74,8 +72,25 @@ def _block_bytes(made: Outline) -> list[int]:
     return found
 
 
-def full_bytes(made: Outline, gpus: int, offload: bool) -> tuple[dict[str, int], dict[str, int]]:
-    """Bytes of full fine-tuning on each of several GPUs, and of the shares that the host holds.
+@dataclass(frozen=True)
+class FullBytes:
+    """Bytes of full fine-tuning on each of several GPUs.
+
+    Attributes:
+        on_gpu: By component.
+        on_host: Of shares that the host holds for it.
+        step: A step's moments.
+        stay: Whether blocks stay gathered until their way back.
+    """
+
+    on_gpu: dict[str, int]
+    on_host: dict[str, int]
+    step: Step
+    stay: bool
+
+
+def full_bytes(made: Outline, gpus: int, offload: bool) -> FullBytes:
+    """Count a GPU's share of full fine-tuning, and decide what is kept as the run will.
 
     Args:
         made: The run as one GPU sees it.
@@ -90,26 +105,33 @@ def full_bytes(made: Outline, gpus: int, offload: bool) -> tuple[dict[str, int],
         else:
             rest += tensor.numel()
     count, largest, e = sum(sizes) + rest, max(sizes), made.element
-    step = Step(made, made.run.train.batch_size * made.run.sft.context, 0, 0)
-    passing = max(m.activations + m.working for m in step.moments())
     shares = {
         "weights": -(-4 * count // gpus),
         "gradients": -(-4 * count // gpus),
         "optimizer": -(-(_SHARE - 8) * count // gpus),
     }
-    # a block, the next one, and the gradient of one that is summed in fp32; of the rest at the end,
-    # when no activation is left
-    block = 2 * e * largest + (e + 4) * largest
-    end = (e + 4) * rest
+    held_shares = {} if offload else shares
+    to_come = bytes_to_come(sizes, rest, e, gpus, offload=offload)
+    before = held_shares.get("weights", 0) + e * rest
+    step = Step(made, made.run.train.batch_size * made.run.sft.context, before, 0, to_come)
+    stay = step.left is None or e * sum(sizes) <= step.left
+    # all blocks, or one, the next and its copy; the gradient of one, which is summed in fp32
+    block = (e * sum(sizes) if stay else 2 * e * largest) + (e + 4) * largest
+    loss, back = (
+        max(m.activations + m.working for m in moments)
+        for moments in (step.of_loss(), step.of_way_back())
+    )
     held = {
         "gathered_blocks": block,
         "gathered_embeddings": e * rest,
-        "activations_and_working": max(passing, end - block),
+        # a gradient of the rest is there from the loss on; at the end it is summed in fp32, and
+        # nothing is gathered
+        "activations_and_working": max(loss, back + e * rest, (4 + e) * rest - block - e * rest),
     }
     if offload:
         # what a share of the block in use takes on its way
-        return held | {"shares_on_their_way": -(-8 * (largest + rest) // gpus)}, shares
-    return shares | held, {}
+        held["shares_on_their_way"] = -(-8 * (largest + rest) // gpus)
+    return FullBytes(held_shares | held, shares if offload else {}, step, stay)
 
 
 def _fully_sharded(
@@ -118,12 +140,17 @@ def _fully_sharded(
     # downloads, disk, host and notes; the bytes of a GPU are counted anew
     plan = make_plan(mine, model, target)
     made = outline(mine, model, target)
-    parts, on_host = full_bytes(made, gpus, run.distributed.offload)
+    found = full_bytes(made, gpus, run.distributed.offload)
+    parts = found.on_gpu
+    notes = [n for n in plan.notes if RUN_AGAIN not in n] + recomputation(made, found.step)
+    gathered = "stay gathered until their way back" if found.stay else "are gathered twice"
+    notes.append(f"blocks {gathered}")
+    plan = replace(plan, notes=notes, recomputed=found.step.recomputed)
     if made.on_gpu:
         parts["cuda_context"] = CONTEXT
     else:
         plan = replace(plan, host_bytes={"process": plan.host_bytes["process"]})
-    host = plan.host_bytes | {f"{name}_of_a_share": size for name, size in on_host.items()}
+    host = plan.host_bytes | {f"{name}_of_a_share": size for name, size in found.on_host.items()}
     return _of_several(plan, parts, host, target, gpus)
 
 
@@ -134,7 +161,8 @@ def _of_several(
     here = min(gpus, _OF_A_NODE)
     on_gpu = target.memory is not None
     of_one = host if on_gpu else {**host, **parts}
-    notes = [n for n in plan.notes if not n.startswith(("fits:", "does not fit:", "no step like"))]
+    of_one_gpu = ("fits:", "does not fit:", "no step like", REPLAYED)
+    notes = [n for n in plan.notes if not n.startswith(of_one_gpu)]
     notes[0] += f", {gpus} of them"
     notes.append(
         f"bytes are those of each of {gpus}; the host's are of {here} processes on one machine"
@@ -169,17 +197,15 @@ def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
     shared = run.distributed.model_copy(update={"offload": False})
     # a row a GPU: what a batch takes is for the user to choose
     plain = {"optimizer": "adamw", "rounding": "master", "in_backward": False, "batch_size": 1}
-    train = run.train.model_copy(update=plain)
+    changed = {"distributed": shared, "train": run.train.model_copy(update=plain)}
+    if run.sft.activations == "auto":
+        changed["sft"] = run.sft.model_copy(update={"activations": "recompute"})
     for name in LARGE:
         target = find_target(name, "cuda")
-        made = outline(
-            rank_config(run.model_copy(update={"distributed": shared, "train": train}), 1),
-            model,
-            target,
-        )
+        made = outline(rank_config(run.model_copy(update=changed), 1), model, target)
 
         def holds(gpus: int, made: Outline = made, target: Target = target) -> bool:
-            return fits(target, CONTEXT + sum(full_bytes(made, gpus, False)[0].values()))
+            return fits(target, CONTEXT + sum(full_bytes(made, gpus, False).on_gpu.values()))
 
         low, high = 2, _MOST
         if not holds(high):

@@ -3,7 +3,15 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, arrange, held
+from tli_engine.models.arrangement import (
+    EVERYTHING,
+    NOTHING,
+    Arrangement,
+    Room,
+    arrange,
+    held,
+    left,
+)
 from tli_engine.models.linear_cross_entropy import chunk_rows
 from tli_engine.models.recompute import UNPLANNED, with_gaps
 from tli_engine.train.pack_graphs import wants_graphs
@@ -77,16 +85,25 @@ class Step:
         tokens: Of a pack.
         persistent: Bytes that are always held, optimizer included.
         optimizer: Bytes of the optimizer among them.
+        to_come: Of a GPU that holds shares of the weights: bytes of gradients, of states and of blocks on
+            their way, beside ``persistent``. By default those of a GPU that holds all.
     """
 
-    def __init__(self, outline: Outline, tokens: int, persistent: int, optimizer: int) -> None:
+    def __init__(
+        self,
+        outline: Outline,
+        tokens: int,
+        persistent: int,
+        optimizer: int,
+        to_come: int | None = None,
+    ) -> None:
         self._outline, self.tokens = outline, tokens
         self._blocks = BlockMemory(outline, tokens)
         self._first, self._depth = outline.first_trained, outline.early.depth
         self._workspaces = 0
         if outline.on_gpu:
             self._workspaces = _WORKSPACES_HOPPER if outline.target.hopper else _WORKSPACES
-        self._before = persistent - optimizer
+        self._before, self._to_come = persistent - optimizer, to_come
         self._parts = [self._blocks.parts(i) for i in range(self._first, self._depth)]
         self.arrangement = self._choose()
 
@@ -105,14 +122,31 @@ class Step:
         """The fullest moment."""
         return max(self.moments(), key=lambda moment: moment.total)
 
+    @property
+    def left(self) -> int | None:
+        """Bytes that are free at the fullest moment; None on a CPU."""
+        room = self._room()
+        if room is None:
+            return None
+        return left(self._parts, self._first, self._blocks.input, room, self.arrangement)
+
     def moments(self) -> Iterator[Moment]:
         """Those at which the most may be held."""
-        outline, train = self._outline, self._outline.run.train
+        if self._outline.causal is not None:
+            yield from self.of_loss()
+        yield from self.of_way_back()
+
+    def of_loss(self) -> Iterator[Moment]:
+        """Those of the loss, when all blocks have run."""
+        yield from self._loss(
+            self._earlier, sum(self._kept(i) for i in range(self._first, self._depth))
+        )
+
+    def of_way_back(self) -> Iterator[Moment]:
+        """Those from the loss on."""
+        outline, earlier = self._outline, self._earlier
         every = sum(t.nbytes for t in outline.trained.values())
-        earlier = every if train.accumulate > 1 and outline.causal is not None else 0
         kept = [self._kept(i) for i in range(self._first, self._depth)]
-        if outline.causal is not None:
-            yield from self._loss(earlier, sum(kept))
         gradients = earlier or self._head_gradient()
         for i in reversed(range(self._first, self._depth)):
             activations = sum(kept[: i - self._first + 1])
@@ -125,6 +159,14 @@ class Step:
                 gradients = (2 if outline.fused else 1) * every
             yield Moment(self._at_once(gradients), activations, working)
         yield self._update(every)
+
+    @property
+    def _earlier(self) -> int:
+        """Bytes of gradients of earlier batches of a step."""
+        outline = self._outline
+        if outline.run.train.accumulate == 1 or outline.causal is None:
+            return 0
+        return sum(t.nbytes for t in outline.trained.values())
 
     def _kept(self, number: int) -> int:
         """Bytes that a block and its input hold until its way back."""
@@ -200,24 +242,32 @@ class Step:
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""
-        outline, memory = self._outline, self._outline.target.memory
-        policy = outline.run.sft.activations
-        if outline.causal is None or policy == "save" or (policy == "auto" and memory is None):
+        policy, room = self._outline.run.sft.activations, self._room()
+        if self._outline.causal is None or policy == "save":
             return EVERYTHING
-        if policy == "recompute" or memory is None:
+        if policy == "recompute":
             return NOTHING
+        if room is None:
+            return EVERYTHING
+        return arrange(self._parts, self._first, self._blocks.input, room)
+
+    def _room(self) -> Room | None:
+        """What activations may take; None where nothing limits them."""
+        outline, memory = self._outline, self._outline.target.memory
+        if outline.causal is None or memory is None:
+            return None
         master = 4 * sum(t.numel() for t in outline.trained.values() if t.element_size() < 4)
         if outline.run.train.rounding == "stochastic":
             master = 0
         reserve = outline.causal.reserve()
-        there = self._before + master + self._workspaces // 2 + reserve.states
+        to_come = master + reserve.states if self._to_come is None else self._to_come
+        there = self._before + self._workspaces // 2 + to_come
         free = memory - context_of(outline.target) - int(UNPLANNED * memory)
         working = self._blocks.working()
         if not outline.fused:
             working = max(sum(part.kept for part in parts) for parts in self._parts)
         loss = reserve.loss + self.tokens * reserve.loss_of_token
-        room = with_gaps(free - there, working, loss)
-        return arrange(self._parts, self._first, self._blocks.input, room)
+        return with_gaps(free - there, working, loss)
 
 
 def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:

@@ -1,9 +1,11 @@
 """How a run of fine-tuning lies on several GPUs: what of it each of them holds."""
 
+from collections.abc import Callable
+
 from torch import nn
 
 from tli_engine.config import RunConfig
-from tli_engine.distributed.fully_sharded import shard_fully
+from tli_engine.distributed.gathered_blocks import Sharding, shard_fully
 from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
@@ -36,7 +38,6 @@ def check_distributed(config: RunConfig, world: World) -> None:
             (train.optimizer != "adamw", f"not train.optimizer: {train.optimizer}, but adamw"),
             (train.rounding != "master", "no train.rounding: stochastic; the shares are fp32"),
             (train.in_backward, "no train.in_backward: gradients are summed over the GPUs first"),
-            (train.engine == "fused", "no train.engine: fused; transformers' modules are gathered"),
             (config.objective == "joint", "no objective joint, which runs blocks on their own"),
         ]
         _refuse("method: full on several GPUs takes", wrong)
@@ -56,18 +57,39 @@ def loads_on_cpu(config: RunConfig, world: World) -> bool:
     return config.method == "full" and world.size > 1
 
 
-def shard_weights(model: CausalModel, config: RunConfig, world: World) -> dict[str, nn.Parameter]:
+def shard_weights(
+    model: CausalModel,
+    config: RunConfig,
+    world: World,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, nn.Parameter]:
     """Spread a model whose every weight is trained over the ranks; return what is trained.
 
-    ``sft.activations: auto`` runs every block again on the way back.
+    Joined layers of fused blocks are shared out as such. The parameters of before are of no use any
+    more; memory that they take is free once nobody holds them.
+
+    Args:
+        model: On the CPU, on the engine's ops if it is to be, each block to be joined yet.
+        config: The run.
+        world: The ranks.
+        say: Takes a line on what is decided in the first step.
     """
     device = choose_device(config.device)
-    dtype = choose_dtype(config.dtype, device)
-    if config.sft.activations == "auto":
-        model.activations = Activations("recompute")
-    shard_fully(
-        model, list(model.early.blocks), "loss", device, dtype, world, config.distributed.offload
+    fused = model.early.fused
+
+    def join() -> None:
+        if fused is not None:
+            for projection in fused.join().projections:
+                projection.stand_in()
+
+    options = Sharding(
+        device=device,
+        dtype=choose_dtype(config.dtype, device),
+        offload=config.distributed.offload,
+        runs_inside=fused is not None,
     )
+    blocks = list(model.early.blocks)
+    model.spread = shard_fully(model, blocks, "loss", options, world, join, say)
     model.early.computes_on = device
     return model.trainable()
 

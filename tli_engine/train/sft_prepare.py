@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from tli_engine.config import RunConfig
@@ -86,7 +87,7 @@ def prepare_sft(
     record["texts"] = {
         split: {"count": len(t), "sha256": t.digest()} for split, t in texts.items() if t
     }
-    tensors = _trained(model, config, record, say)
+    tensors = _trained(model, config, record, say, sharded=loads_on_cpu(config, world))
     unseen = stores.get("validation")
     validation = None if unseen is None else validation_of(unseen, config)
     return SftPrepared(
@@ -136,23 +137,33 @@ def _pairs(
 
 
 def _trained(
-    model: CausalModel, config: RunConfig, record: dict[str, Any], say: Callable[[str], None]
+    model: CausalModel,
+    config: RunConfig,
+    record: dict[str, Any],
+    say: Callable[[str], None],
+    *,
+    sharded: bool,
 ) -> dict[str, nn.Parameter]:
-    """Put the adapters on, or free the weights; return what is trained."""
+    """Put the adapters on, or free the weights, to be shared out if ``sharded``; what is trained."""
     if config.method == "full":
-        model.train_all()
+        model.train_all(own=not sharded)
     elif config.lora.init is None:
         add_lora(model.early, config.lora, model.early.depth, config.seed)
     else:
         record["lora_init_sha256"] = go_on_from(model.early, config, say)
-    fuse_for_texts(model, config, say)
+    fuse_for_texts(model, config, say, choose_device(config.device) if sharded else None)
     return model.trainable()
 
 
 def fuse_for_texts(
-    model: CausalModel, config: RunConfig, say: Callable[[str], None] = lambda line: None
+    model: CausalModel,
+    config: RunConfig,
+    say: Callable[[str], None] = lambda line: None,
+    moves_to: torch.device | None = None,
 ) -> None:
     """Put the blocks on the engine's ops if the run asks for it, or has a GPU and they can.
+
+    ``moves_to`` is the device to which weights are yet to be shared out, block by block.
 
     Raises:
         UserError: The run asks for what cannot run here.
@@ -160,12 +171,13 @@ def fuse_for_texts(
     sft, engine = config.sft, config.train.engine
     most = config.train.batch_size * sft.context
     model.activations = Activations(sft.activations, largest=most)
-    if engine == "modules" or (engine == "auto" and model.early.device.type != "cuda"):
+    computes_on = moves_to or model.early.device
+    if engine == "modules" or (engine == "auto" and computes_on.type != "cuda"):
         if sft.attention not in ("auto", "sdpa"):
             raise UserError(f"sft.attention: {sft.attention} needs train.engine: fused, on a GPU")
         return
     try:
-        model.fuse(sft.attention)
+        model.fuse(sft.attention, moves_to)
     except NotFusedError as reason:
         if engine == "fused":
             raise UserError(f"train.engine: fused cannot run this: {reason}") from None

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
-from tli_engine.distributed.fully_sharded import own_part, whole
+from tli_engine.distributed.fully_sharded import clip, own_part
 from tli_engine.errors import UserError
 from tli_engine.train.stochastic_adamw import StochasticAdamW
 
@@ -68,13 +68,8 @@ class Updates:
             norms, self._norms = self._norms, []
             total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
             return total
-        limit = self._train.max_grad_norm
-        if limit is None:
-            # nothing is to be multiplied by one
-            held = [t.grad for t in self._tensors.values() if t.grad is not None]
-            return whole(nn.utils.get_total_norm(held))
-        norm: Tensor = nn.utils.clip_grad_norm_(self._tensors.values(), limit)
-        return whole(norm)
+        held = [t.grad for t in self._tensors.values() if t.grad is not None]
+        return clip(held, self._train.max_grad_norm)
 
     def step(self) -> None:
         """Update all tensors, and free their gradients, or set them to zero."""
