@@ -12,7 +12,7 @@ from bench import goals
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
-FILLED = (README, README.parent / "docs" / "goals.md")
+FILLED = (README, *(README.parent / "docs" / name for name in ("goals.md", "several-gpus.md")))
 
 
 def published_table() -> str:
@@ -48,7 +48,7 @@ def _time(row: dict[str, float]) -> str:
 _TOKENS = (1, 16, 64, 128, 256, 512, 1024, 4096)
 # matrices by millions of weights
 _SIZES = (("over 100 M", 100, math.inf), ("58-67 M", 50, 100), ("17-25 M", 0, 50))
-_GPU = RESULTS / "NVIDIA-H100-80GB-HBM3"
+_GPU, _H200 = RESULTS / "NVIDIA-H100-80GB-HBM3", RESULTS / "NVIDIA-H200"
 
 
 def _gpu_rows(op: str) -> list[dict[str, Any]]:
@@ -264,6 +264,29 @@ def plan_table() -> str:
     return f"{line}\n\n" + "\n".join(lines)
 
 
+def scaling_table() -> str:
+    """Fine-tuning on one GPU and on two."""
+    lines = [
+        "| model | trained | GPUs | tokens/s | a step | of linear | peak of each GPU |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    trained = {
+        "lora": "adapters on all blocks, NF4",
+        "full": "all weights",
+        "full_8b": "all weights",
+    }
+    for row in json.loads((_H200 / "scaling.json").read_text())["rows"]:
+        notes, gpus = row["notes"], row["shape"]["gpus"]
+        # on two GPUs alone
+        alone = row["case"] in ("full_8b", "qlora_sharded")
+        lines.append(
+            f"| {row['model']} | {trained[row['case']]} | {gpus} | {notes['tokens_per_s']:,.0f} | "
+            f"{row['ms']:.0f} ms | {'' if alone else format(notes['efficiency'], '.2f')} | "
+            f"{row['peak_mib'] / 1024:.1f} GiB |"
+        )
+    return "\n".join(lines)
+
+
 def output_of(name: str) -> str:
     """What a command printed, from ``docs/output``."""
     text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
@@ -281,11 +304,12 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft": sft_table,
     "generation": generation_table,
     "plan": plan_table,
+    "scaling": scaling_table,
     "product_goals": partial(goals.product_table, _GPU),
     "exact_goals": partial(goals.exact_table, _GPU),
     "triton_goals": partial(goals.triton_table, _GPU),
     "conversion_goals": partial(goals.conversion_table, _GPU),
-    "decoded_goals": partial(goals.decoded_table, _GPU, RESULTS / "NVIDIA-H200"),
+    "decoded_goals": partial(goals.decoded_table, _GPU, _H200),
     "lora_goals": partial(goals.lora_table, _GPU),
     "step_goals": partial(goals.step_table, _GPU),
 }
