@@ -85,10 +85,17 @@ def _captures(hook: Any) -> bool:
 
 
 class CallState:
-    """Grad mode, autocast, modes, adapters and versions of the weights at a call."""
+    """Grad mode, autocast, modes, adapters and versions of the weights at a call.
+
+    Attributes:
+        grad: Whether gradients are wanted.
+        parts: The model's modules.
+        training: Of each module, whether it is in training mode.
+        adapters: Which are on, and which are merged, layer by layer.
+    """
 
     def __init__(self, parts: ModelParts, inputs: Sequence[Tensor], device: torch.device) -> None:
-        self._parts, self._device = parts, device.type
+        self.parts, self._device = parts, device.type
         self.grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = torch.is_autocast_enabled(self._device)
@@ -126,7 +133,7 @@ class CallState:
             UserError: The weights or the inputs have been written to meanwhile.
         """
         self._check(what)
-        parts = self._parts
+        parts = self.parts
         training, adapters = parts.training(), parts.adapters()
         if training != self.training:
             parts.set_training(self.training)
@@ -153,7 +160,7 @@ class CallState:
                 parts.set_adapters(adapters)
 
     def _check(self, what: str) -> None:
-        parts, now = self._parts, self._parts.parameters()
+        parts, now = self.parts, self.parts.parameters()
         same = parts.are_of() and len(now) == len(self._weights)
         same = same and all(map(is_, now, self._weights))
         same = same and _merged(parts.adapters()) == _merged(self.adapters)

@@ -15,6 +15,7 @@ from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.replace import mark, original_class
+from tli_engine.integrations.training_graphs import TrainingGraphs
 
 # model type in transformers, and the folder of its code
 _FAMILIES = {
@@ -33,13 +34,16 @@ class LazySettings:
     Attributes:
         stop_at: The last hidden state that may be read, or None.
         memo: Holds the hidden states of words, if it is to.
+        graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
-            calls ran, and those that they would have run, ``of_blocks``.
+            calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
+            training steps from graphs; ``launched: …``, calls whose blocks were not, and why.
     """
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
         self.memo: Memo | None = None
+        self.graphs: TrainingGraphs | None = None
         self.counts: Counter[str] = Counter()
         self._parts: ModelParts | None = None
 
@@ -166,7 +170,8 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     if found:
         run, read = found
     else:
-        run = LazyRun(call, *note_steps(call))
+        together = settings.graphs.run if settings.graphs is not None and state.grad else None
+        run = LazyRun(call, *note_steps(call), together=together)
         read = run.hidden_state
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth

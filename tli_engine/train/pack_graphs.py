@@ -15,8 +15,8 @@ from tli_engine.data.packing import TextPack
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import waits_for_lengths
+from tli_engine.models.graph_recorder import GraphRecorder
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
-from tli_engine.train.graph_recorder import GraphRecorder
 
 # weights of a block times tokens of a pack from which its products take longer than its launches: some
 # 40 launches of 25 us, against six operations a weight and token at 600 TFLOP/s, is 1e11; a host that

@@ -1,0 +1,191 @@
+"""Blocks of training steps on few tokens, replayed from CUDA graphs: their work is mostly the host's.
+
+A block is some fifty launches there and as many back. What is replayed is what would be launched, kernel
+by kernel and bit for bit. A call keeps its recording until its gradients are computed and its results
+given up: another call of the same shape meanwhile takes another.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tli_engine.integrations.lazy_run import Call, Step
+from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
+from tli_engine.integrations.static_blocks import NotStaticError, StaticBlocks
+from tli_engine.models.graph_recorder import GraphRecorder
+
+# calls of a shape before it is recorded: a recording costs as much as some three of them
+_CALLS_BEFORE = 2
+# tokens of a call, and tokens times blocks: of more, launches are a small part, and memory is not
+_MOST_TOKENS = 512
+_MOST_WORK = 4096
+# memory that a model's recordings hold, give or take one
+_BYTES = 1 << 30
+# a recording that so many calls did not take makes room for others
+_IDLE = 256
+# calls' kinds that are counted before all are forgotten: some scripts move their weights at each step
+_MOST_KINDS = 1024
+# what attends without asking the GPU how long texts are
+_ATTENTION = ("sdpa", "eager")
+
+
+def on_gpu(device: torch.device) -> Recorder | None:
+    """What records on a device; only GPUs have graphs."""
+    return GraphRecorder(device) if device.type == "cuda" else None
+
+
+class TrainingGraphs:
+    """Recordings of a model's blocks, forward and backward, by all that they depend on.
+
+    Args:
+        recorder: Makes what records on a device, or ``None``: then all is launched.
+        limit: Bytes that recordings hold.
+    """
+
+    def __init__(
+        self,
+        recorder: Callable[[torch.device], Recorder | None] = on_gpu,
+        limit: int = _BYTES,
+    ) -> None:
+        self._make_recorder, self._limit = recorder, limit
+        self._recorder: Recorder | None = None
+        self._device: torch.device | None = None
+        self._stream: object = None
+        self._calls: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, list[Recording]] = {}
+        self._number = self._held = 0
+        self._parts: object = None
+        self._modules: dict[tuple[int, ...], list[nn.Module]] = {}
+
+    def run(self, call: Call, steps: Sequence[Step], hidden: Tensor) -> Tensor | None:
+        """Run blocks on hidden states, ``[B, T, D]``; ``None``: they are to be launched.
+
+        Why they are is counted with the call's model, as ``launched: …``.
+        """
+        if self._device is None:
+            self._device, self._recorder = hidden.device, self._make_recorder(hidden.device)
+            self._stream = _stream(hidden.device)
+        if self._recorder is None:
+            return None
+        try:
+            self._check(call, steps, hidden)
+            blocks = StaticBlocks(steps, hidden, self._modules_of(call, steps))
+        except NotStaticError as reason:
+            call.counts[f"launched: {reason}"] += 1
+            return None
+        recording = self._take(call, blocks)
+        if recording is None:
+            return None
+        recording.used = self._number
+        call.counts["replayed"] += len(steps)
+        tensors = (*blocks.tensors, *blocks.weights.trained)
+        y: Tensor = Replayed.apply(Lease(recording), len(blocks.tensors), *tensors)  # type: ignore[no-untyped-call]
+        return y
+
+    def _check(self, call: Call, steps: Sequence[Step], hidden: Tensor) -> None:
+        tokens = hidden.shape[0] * hidden.shape[1]
+        attention = getattr(call.decoder.config, "_attn_implementation", None)
+        if attention not in _ATTENTION:
+            raise NotStaticError(f"attention is {attention}")
+        if tokens > _MOST_TOKENS or tokens * len(steps) > _MOST_WORK:
+            raise NotStaticError(f"more than {_MOST_TOKENS} tokens, or {_MOST_WORK} with blocks")
+        if hidden.device != self._device or _stream(hidden.device) != self._stream:
+            raise NotStaticError("on another device or stream than the first call")
+        reason = _observed(hidden.device)
+        if reason is not None:
+            raise NotStaticError(reason)
+
+    def _take(self, call: Call, blocks: StaticBlocks) -> Recording | None:
+        """A recording of such a call that no other reads any more."""
+        self._number += 1
+        config = call.decoder.config
+        key = (config._attn_implementation, *_numerics(), blocks.key)
+        if len(self._calls) >= _MOST_KINDS:
+            self._calls.clear()
+        self._calls[key] += 1
+        if self._calls[key] <= _CALLS_BEFORE:
+            return None
+        recordings = self._recordings.setdefault(key, [])
+        found = next((r for r in recordings if r.is_free), None)
+        if found is None:
+            found = self._record(call, blocks)
+            recordings += [] if found is None else [found]
+        return found
+
+    def _record(self, call: Call, blocks: StaticBlocks) -> Recording | None:
+        """A new recording, if there is room."""
+        assert self._recorder is not None
+        self._drop_idle()
+        if self._held > self._limit:
+            call.counts[f"launched: recordings hold {self._limit >> 20} MiB already"] += 1
+            return None
+        aliases = [nn.Parameter(p.detach()) for p in blocks.weights.trained]
+        device = blocks.tensors[0].device
+        before = _allocated(device)
+        try:
+            recording = Recording(blocks.function(aliases), blocks.tensors, aliases, self._recorder)
+        except RuntimeError as reason:
+            warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
+            self._recorder = None
+            return None
+        recording.nbytes = _allocated(device) - before
+        self._held += recording.nbytes
+        return recording
+
+    def _drop_idle(self) -> None:
+        for key, recordings in self._recordings.items():
+            idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
+            for recording in idle:
+                recordings.remove(recording)
+                self._held -= recording.nbytes
+                self._calls[key] = 0
+
+    def _modules_of(self, call: Call, steps: Sequence[Step]) -> list[nn.Module]:
+        if call.state.parts is not self._parts:
+            self._parts = call.state.parts
+            self._modules.clear()
+        key = tuple(id(step.block) for step in steps)
+        if key not in self._modules:
+            self._modules[key] = [m for step in steps for m in step.block.modules()]
+        return self._modules[key]
+
+
+def _observed(device: torch.device) -> str | None:
+    """What looks at, or changes, kernels as they are launched, which a replay would pass by."""
+    if torch.is_autocast_enabled(device.type):
+        return "under autocast"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "what is saved for the backward pass has hooks"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func"
+    if _get_current_dispatch_mode() is not None:
+        return "a mode watches what is launched"
+    if torch.is_anomaly_enabled():
+        return "anomalies are looked for"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "inside another graph"
+    return None
+
+
+def _numerics() -> tuple[Any, ...]:
+    """Settings that choose between kernels."""
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        *(cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+def _stream(device: torch.device) -> object:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
