@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from tests.integrations.conftest import adapt, gradients
+from tests.integrations.fake_graphs import FakeRecorder
 from tli_engine import accelerate, restore
 from tli_engine.integrations import training_graphs
 from tli_engine.integrations.lazy_model import settings_of
@@ -19,44 +20,6 @@ from tli_engine.integrations.training_graphs import TrainingGraphs
 
 Load = Callable[..., Any]
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
-
-
-class FakeGraph:
-    """Runs a function again into the tensors that it returned first."""
-
-    def __init__(self, run: Callable[[], Any], result: Any) -> None:
-        self._run, self._result = run, result
-
-    def replay(self) -> None:
-        with torch.enable_grad():
-            new = self._run()
-        with torch.no_grad():
-            for old, value in zip(_tensors(self._result), _tensors(new), strict=True):
-                old.detach().copy_(value.detach())
-
-
-class FakeRecorder:
-    """As :class:`tli_engine.models.graph_recorder.GraphRecorder`; counts what it records."""
-
-    recorded = 0
-
-    def launch(self, run: Callable[[], Any]) -> Any:
-        return run()
-
-    def record(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
-        self.recorded += 1
-        result = run()
-        # a graph writes where it wrote first: nothing is there before its first replay
-        for tensor in _tensors(result):
-            tensor.detach().fill_(float("nan"))
-        return FakeGraph(run, result), result
-
-
-def _tensors(result: Any) -> list[Tensor]:
-    if isinstance(result, Tensor):
-        return [result]
-    dx, flat = result
-    return [*([] if dx is None else [dx]), *flat]
 
 
 def recorded(model: Any, **options: Any) -> FakeRecorder:

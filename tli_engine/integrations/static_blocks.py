@@ -107,7 +107,9 @@ def _check(module: nn.Module) -> None:
 
         adapted: Any = module
         if plain_update(adapted) is None and not (adapted.disable_adapters and not adapted.merged):
-            raise NotStaticError(f"{name} adds more than one plain adapter")
+            raise NotStaticError(
+                f"{name} adds more than one adapter, one that drops out, or none plain"
+            )
 
 
 def _of_peft(d: dict[str, Any]) -> Hashable:

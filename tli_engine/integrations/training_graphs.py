@@ -19,6 +19,8 @@ from tli_engine.integrations.recording import Lease, Recorder, Recording, Replay
 from tli_engine.integrations.static_blocks import NotStaticError, StaticBlocks
 from tli_engine.models.graph_recorder import GraphRecorder
 
+# before a reason among a model's counts, which count the calls that it kept from a graph
+LAUNCHED = "launched: "
 # calls of a shape before it is recorded: a recording costs as much as some three of them
 _CALLS_BEFORE = 2
 # tokens of a call, and tokens times blocks: of more, launches are a small part, and memory is not
@@ -76,7 +78,7 @@ class TrainingGraphs:
             self._check(call, steps, hidden)
             blocks = StaticBlocks(steps, hidden, self._modules_of(call, steps))
         except NotStaticError as reason:
-            call.counts[f"launched: {reason}"] += 1
+            call.counts[f"{LAUNCHED}{reason}"] += 1
             return None
         recording = self._take(call, blocks)
         if recording is None:
@@ -122,7 +124,7 @@ class TrainingGraphs:
         assert self._recorder is not None
         self._drop_idle()
         if self._held > self._limit:
-            call.counts[f"launched: recordings hold {self._limit >> 20} MiB already"] += 1
+            call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
             return None
         aliases = [nn.Parameter(p.detach()) for p in blocks.weights.trained]
         device = blocks.tensors[0].device
