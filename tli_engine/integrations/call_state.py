@@ -53,12 +53,12 @@ class ModelParts:
             d["training"] = flag
 
     def adapters(self) -> list[tuple[object, ...]]:
-        """Which adapters are on, and which are merged, layer by layer."""
+        """Which adapters are on, which are merged, and their scalings, layer by layer."""
         return [_adapter_state(layer) for layer in self.adapted]
 
     def set_adapters(self, state: Sequence[Any]) -> None:
-        """Turn on the adapters that :meth:`adapters` gave; merged ones stay as they are."""
-        for layer, (disabled, active, _) in zip(self.adapted, state, strict=True):
+        """Turn on the adapters that :meth:`adapters` gave; what is merged or scaled stays as it is."""
+        for layer, (disabled, active, *_) in zip(self.adapted, state, strict=True):
             values = (disabled, list(active) if isinstance(active, tuple) else active)
             layer.update(zip(_ADAPTER_STATE, values, strict=True))
 
@@ -76,7 +76,9 @@ class ModelParts:
 def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
     active = layer["_active_adapter"]
     active = tuple(active) if isinstance(active, list) else active
-    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"])
+    scaling = layer.get("scaling")
+    scaling = tuple(scaling.items()) if isinstance(scaling, dict) else None
+    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"]), scaling
 
 
 def _captures(hook: Any) -> bool:
@@ -163,7 +165,7 @@ class CallState:
         parts, now = self.parts, self.parts.parameters()
         same = parts.are_of() and len(now) == len(self._weights)
         same = same and all(map(is_, now, self._weights))
-        same = same and _merged(parts.adapters()) == _merged(self.adapters)
+        same = same and _fixed(parts.adapters()) == _fixed(self.adapters)
         if not (same and _versions(now) == self._versions[0]):
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
@@ -176,8 +178,9 @@ class CallState:
             )
 
 
-def _merged(adapters: Sequence[tuple[object, ...]]) -> list[object]:
-    return [state[-1] for state in adapters]
+def _fixed(adapters: Sequence[tuple[object, ...]]) -> list[object]:
+    """What a reading does not change back: what is merged, and scalings."""
+    return [state[2:] for state in adapters]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
