@@ -5,8 +5,9 @@ training whose loss is at ``hidden_states[2]``, and an evaluation pair by pair w
 model. The model is a folder of random weights, in NF4, that both load; words are random letters. A
 script times itself, from the first call of the model on: ``ms`` is that, ``notes`` have the whole
 process's wall time and by how much the two ways' CSVs differ. Libraries set themselves up and graphs are
-captured inside the time. Kernels of the engine are compiled before, in an untimed run on a few pairs; its
-seconds are in ``notes`` too. Results are written after each run, so that none is lost to a time limit.
+captured inside the time. Kernels of the engine are compiled before, in an untimed run on a few pairs and
+a model of the same shape with three blocks; its seconds are in ``notes`` too. Results are written after
+each run, so that none is lost to a time limit.
 
 python -m bench drop_in [--model NAME] [--layers N] [--scripts scan train evaluate] [--keep]
     [--pairs N] [--train-pairs N] [--evaluate-pairs N] [--rounds N]
@@ -40,7 +41,8 @@ WAYS = {
     "transformers+bitsandbytes": [],
     "tli-engine": ["-m", "tli_engine", "run"],
 }
-# pairs of the engine's first, untimed run of each script; of training four steps
+# pairs of the engine's first, untimed run of each script, of training four steps; and the model's blocks
+_FEW_LAYERS = 3
 FEW = {"scan": 1, "train": 32, "evaluate": 2}
 # a cosine or a loss may differ by as much where only rounding differs
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 3e-2}
@@ -209,14 +211,15 @@ def cases(folder: Path, pairs: Mapping[str, int]) -> dict[str, Case]:
 
 def bench_scripts(args: argparse.Namespace, subject: Subject, folder: Path) -> None:
     """Time the chosen scripts, and write the results as they come."""
-    few = cases(folder, FEW)
+    few = cases(folder / "few", FEW)
     counts = {"scan": args.pairs, "train": args.train_pairs, "evaluate": args.evaluate_pairs}
     chosen = {name: case for name, case in cases(folder, counts).items() if name in args.scripts}
     labels = {label_of(subject, case) for case in chosen.values()}
     done = [r for r in earlier_rows("drop_in") if r.model not in labels] if args.keep else []
     if "evaluate" in chosen and "train" not in chosen:
-        # its adapter
-        run_case(few["train"], [], folder / "train.csv")
+        # the adapters that it reads
+        for where, model in ((folder, cases(folder, FEW)), (folder / "few", few)):
+            run_case(model["train"], WAYS["tli-engine"], where / "train.csv")
     for name, case in chosen.items():
         rows: list[Row] = []
         for rows in bench_script(case, few[name], subject, args.layers, folder, args.rounds):
@@ -240,17 +243,23 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def subject_of(model: str, layers: int) -> Subject:
+    """A model of random weights with so many blocks."""
+    if model == "tiny":
+        # bitsandbytes infers in bf16 on some CPUs, whatever dtype it is told
+        return tiny_subject(layers, torch.float32, nf4=False)
+    config = config_of(model)
+    config.num_hidden_layers = layers
+    return random_subject(model, config, torch.bfloat16, choose_device("auto"))
+
+
 def main() -> None:
     args = arguments()
-    if args.model == "tiny":
-        # bitsandbytes infers in bf16 on some CPUs, whatever dtype it is told
-        subject = tiny_subject(args.layers, torch.float32, nf4=False)
-    else:
-        config = config_of(args.model)
-        config.num_hidden_layers = args.layers
-        subject = random_subject(args.model, config, torch.bfloat16, choose_device("auto"))
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        few = subject_of(args.model, min(args.layers, _FEW_LAYERS))
+        write_model(few, folder / "few" / "model")
+        subject = subject_of(args.model, args.layers)
         write_model(subject, folder / "model")
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
