@@ -6,6 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tli_engine import accelerate
+from tli_engine.integrations.lazy_model import settings_of
+from tli_engine.integrations.training_graphs import LAUNCHED, TrainingGraphs
+
 
 class FakeGraph:
     """Runs a function again into the tensors that it returned first."""
@@ -43,3 +47,30 @@ def _tensors(result: Any) -> list[Tensor]:
         return [result]
     dx, flat = result
     return [*([] if dx is None else [dx]), *flat]
+
+
+def recorded(model: Any, **options: Any) -> FakeRecorder:
+    """Accelerate a model, with recordings of training steps as scripts have them."""
+    accelerate(model)
+    recorder = FakeRecorder()
+    for module in model.modules():
+        settings = settings_of(module)
+        if settings is not None:
+            settings.graphs = TrainingGraphs(lambda device: recorder, **options)
+            settings.counts.clear()
+    return recorder
+
+
+def counts(model: Any) -> dict[str, int]:
+    found = settings_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+    assert found is not None
+    return found.counts
+
+
+def reasons(model: Any) -> list[str]:
+    return [n.removeprefix(LAUNCHED) for n in counts(model) if n.startswith(LAUNCHED)]
+
+
+def read(model: Any, tokens: dict[str, Tensor], k: int = 2) -> Tensor:
+    state: Tensor = model(**tokens, output_hidden_states=True).hidden_states[k]
+    return state

@@ -106,7 +106,7 @@ class CallState:
         self.training, self.adapters = parts.training(), parts.adapters()
         self._inputs = list(inputs)
         self._weights = parts.parameters()
-        self._versions = _versions(self._weights), _versions(self._inputs)
+        self._versions = versions(self._weights), versions(self._inputs)
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -118,7 +118,7 @@ class CallState:
         """The state of the same call on copies of its inputs."""
         other = copy(self)
         other._inputs = list(inputs)
-        other._versions = self._versions[0], _versions(inputs)
+        other._versions = self._versions[0], versions(inputs)
         return other
 
     def same_weights(self, other: "CallState") -> bool:
@@ -166,12 +166,12 @@ class CallState:
         same = parts.are_of() and len(now) == len(self._weights)
         same = same and all(map(is_, now, self._weights))
         same = same and _fixed(parts.adapters()) == _fixed(self.adapters)
-        if not (same and _versions(now) == self._versions[0]):
+        if not (same and versions(now) == self._versions[0]):
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"
             )
-        if _versions(self._inputs) != self._versions[1]:
+        if versions(self._inputs) != self._versions[1]:
             raise UserError(
                 f"{what} was not read before the call's inputs were written to; read it right "
                 f"after the call, or write to a copy"
@@ -183,7 +183,8 @@ def _fixed(adapters: Sequence[tuple[object, ...]]) -> list[object]:
     return [state[2:] for state in adapters]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; -1 for those of inference mode."""
     # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
     with torch._C.DisableTorchFunctionSubclass():
         try:

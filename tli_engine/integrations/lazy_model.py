@@ -12,7 +12,7 @@ from torch.nn.modules import module as torch_module
 from tli_engine.errors import UserError
 from tli_engine.integrations.call_state import CallState, ModelParts
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
-from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
+from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.replace import mark, original_class
 from tli_engine.integrations.training_graphs import TrainingGraphs
@@ -170,8 +170,8 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     if found:
         run, read = found
     else:
-        together = settings.graphs.run if settings.graphs is not None and state.grad else None
-        run = LazyRun(call, *note_steps(call), together=together)
+        run_block = run_step if settings.graphs is None else settings.graphs.runner(call)
+        run = LazyRun(call, *note_steps(call), run_block)
         read = run.hidden_state
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth

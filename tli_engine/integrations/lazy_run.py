@@ -7,7 +7,7 @@ gave. Nothing of a family's code is repeated here.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -127,10 +127,6 @@ def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
     return step(hidden)
 
 
-# runs several blocks at once, or nothing
-RunTogether = Callable[[Call, Sequence[Step], Tensor], Tensor | None]
-
-
 class LazyRun:
     """A call, computed up to the last hidden state that was read.
 
@@ -139,7 +135,6 @@ class LazyRun:
         steps: Its blocks.
         embedded: ``hidden_states[0]``, ``[B, T, D]``.
         run: Runs one block.
-        together: Runs all blocks up to a hidden state, if it can; those between are then not held.
 
     Attributes:
         states: Hidden states that are held, by number; the last computed is always among them.
@@ -147,17 +142,15 @@ class LazyRun:
     """
 
     def __init__(
-        self,
-        call: Call,
-        steps: list[Step],
-        embedded: Tensor,
-        run: RunStep = run_step,
-        together: RunTogether | None = None,
+        self, call: Call, steps: list[Step], embedded: Tensor, run: RunStep = run_step
     ) -> None:
-        self._call, self._steps, self._embedded = call, steps, embedded
-        self._run, self._together = run, together
-        self.reached, self._hidden = 0, embedded
-        self.states: dict[int, Tensor] = {0: embedded}
+        self._call, self._steps, self._embedded, self._run = call, steps, embedded, run
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Start from the embeddings, again if need be: for a state that is no longer held."""
+        self.reached, self._hidden = 0, self._embedded
+        self.states: dict[int, Tensor] = {0: self._embedded}
 
     @property
     def depth(self) -> int:
@@ -172,18 +165,11 @@ class LazyRun:
                 f"hidden_states[{k}] lies above stop_at={stop_at}, which the model was "
                 f"accelerated with"
             )
-        if k not in self.states:
+        if k > self.reached:
             with self._call.state.again(f"hidden_states[{k}]"):
-                self._go_to_nearest(k)
-                if k > self.reached:
-                    self._advance(k)
+                while self.reached < k:
+                    self._advance()
         return self.states[k]
-
-    def _go_to_nearest(self, k: int) -> None:
-        """Start from the highest state below ``k``, of those that are held; ``k`` itself is not."""
-        self.states.setdefault(0, self._embedded)
-        self.reached = max(n for n in self.states if n <= k)
-        self._hidden = self.states[self.reached]
 
     def finish(self) -> Any:
         """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
@@ -208,17 +194,10 @@ class LazyRun:
         with self._call.state.again("the output"):
             return self._call.run(**changes)
 
-    def _advance(self, k: int) -> None:
-        steps = self._steps[self.reached : k]
-        hidden = self._together and self._together(self._call, steps, self._hidden)
-        if hidden is not None:
-            self._reach(k, hidden)
-            return
-        for step in steps:
-            self._reach(self.reached + 1, self._run(self.reached, step, self._hidden))
-
-    def _reach(self, k: int, hidden: Tensor) -> None:
-        self._call.counts["blocks"] += k - self.reached
-        self.reached, self._hidden = k, hidden
+    def _advance(self) -> None:
+        self._call.counts["blocks"] += 1
+        self._hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
+        self.reached += 1
         # transformers gives the last one after the norm
-        self.states[k] = self._call.decoder.norm(hidden) if k == self.depth else hidden
+        last = self.reached == self.depth
+        self.states[self.reached] = self._call.decoder.norm(self._hidden) if last else self._hidden

@@ -137,6 +137,8 @@ class Memo:
         return LazyRun(call, found, embed(call.arguments["input_ids"]), run_step)
 
     def _read(self, key: Key, run: LazyRun, k: int) -> Tensor:
+        if k <= run.reached and k not in run.states:
+            run.rewind()
         hidden = run.hidden_state(k)
         if self._runs.get(key) is run:
             self._sizes[key] = sum(state.nbytes for state in run.states.values())

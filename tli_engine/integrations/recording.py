@@ -1,4 +1,4 @@
-"""Blocks recorded forward and backward, and the node of autograd that replays them."""
+"""A block recorded forward and backward, and the node of autograd that replays it."""
 
 import weakref
 from collections.abc import Callable, Sequence
@@ -6,7 +6,9 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
+from tli_engine.integrations.call_state import CallState, versions
+from tli_engine.integrations.static_block import StaticBlock
 
 T = TypeVar("T")
 
@@ -29,15 +31,15 @@ class Recorder(Protocol):
 
 
 class Recording:
-    """A function of tensors and its gradients as two graphs; it serves one call at a time.
+    """A block and its gradients as two graphs; it serves one call at a time.
 
     Recordings of one recorder share their memory. What the way back needs of the way there, and what is
     read outside, is held here: no other recording is given that memory.
 
     Args:
-        run: The function, of ``inputs`` and of ``trained``, which it knows.
-        inputs: Of which the first may have a gradient; copied.
-        trained: Leaves on the same memory as the parameters.
+        block: As it is called.
+        tensors: What it is given; copied.
+        trained: Leaves on the same memory as its trained parameters.
         recorder: Makes the graphs.
 
     Attributes:
@@ -52,13 +54,13 @@ class Recording:
 
     def __init__(
         self,
-        run: Callable[[Sequence[Tensor]], Tensor],
-        inputs: Sequence[Tensor],
+        block: StaticBlock,
+        tensors: Sequence[Tensor],
         trained: Sequence[Tensor],
         recorder: Recorder,
     ) -> None:
-        self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in inputs]
-        self._run, self._trained = run, list(trained)
+        self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        self._block, self._trained = block, list(trained)
         self._dy = torch.empty(0)
         # kernels are compiled and libraries set themselves up outside the graphs
         recorder.launch(self._warm_up)
@@ -73,7 +75,7 @@ class Recording:
 
     def _go(self) -> Tensor:
         # held for ever, and with it what the way back reads
-        self._live = self._run(self._inputs)
+        self._live = self._block.run(self._inputs, self._trained)
         return self._live
 
     def _return(self) -> tuple[Tensor | None, list[Tensor | None]]:
@@ -99,7 +101,7 @@ class Recording:
         return lease is None or lease.is_over
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return a copy of what the function makes of ``inputs``."""
+        """Return a copy of what the block makes of ``inputs``."""
         groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
         for own, given in zip(self._inputs, inputs, strict=True):
             owns, others = groups.setdefault(own.dtype, ([], []))
@@ -151,18 +153,22 @@ class Lease:
 
 
 class Replayed(torch.autograd.Function):
-    """A call of a recording: its inputs, then the parameters that the gradients are of."""
+    """A call of a recording: what the block is given, then its trained parameters."""
 
     @staticmethod
-    def forward(ctx: Any, lease: Lease, inputs: int, *tensors: Tensor) -> Tensor:
-        """Return what the recorded function makes of the inputs."""
-        ctx.lease, ctx.inputs = lease, inputs
+    def forward(
+        ctx: Any, lease: Lease, block: StaticBlock, state: CallState, *tensors: Tensor
+    ) -> Tensor:
+        """Return what the block makes of its inputs; ``state`` is that of the model's call."""
+        ctx.lease, ctx.block, ctx.state = lease, block, state
         lease.node = weakref.ref(ctx)
-        ctx.save_for_backward(*(tensors[inputs:] or tensors[:1]))
-        return lease.recording.forward(tensors[:inputs])
+        first = len(tensors) - len(block.weights.trained)
+        ctx.inputs, ctx.versions = tensors[:first], versions(tensors[:first])
+        # something always: what was given up is told by it
+        ctx.save_for_backward(*(tensors[first:] or (tensors[0].new_empty(0),)))
+        return lease.recording.forward(ctx.inputs)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Any, ...]:
         """Return the gradients.
 
@@ -170,6 +176,23 @@ class Replayed(torch.autograd.Function):
             RuntimeError: A parameter was written to since, or the graph was given up.
         """
         # an error if the recording may be another call's by now
-        ctx.saved_tensors  # noqa: B018
-        dx, gradients = ctx.lease.recording.backward(dy)
-        return (None, None, dx, *[None] * (ctx.inputs - 1), *gradients)
+        trained, block = ctx.saved_tensors, ctx.block
+        if torch.is_grad_enabled():
+            if versions(ctx.inputs) != ctx.versions:
+                raise RuntimeError("a hidden state has been modified by an inplace operation")
+            with ctx.state.again("the gradient of a hidden state"):
+                trained = trained[: len(block.weights.trained)]
+                dx, gradients = _launched(block, ctx.inputs, trained, dy)
+        else:
+            dx, gradients = ctx.lease.recording.backward(dy)
+        return (None, None, None, dx, *[None] * (len(ctx.inputs) - 1), *gradients)
+
+
+def _launched(
+    block: StaticBlock, inputs: Sequence[Tensor], trained: Sequence[Tensor], dy: Tensor
+) -> tuple[Tensor | None, Sequence[Tensor | None]]:
+    """Gradients that have gradients, for ``create_graph=True``: the block runs once more."""
+    wanted = [*(t for t in inputs[:1] if t.requires_grad), *trained]
+    y = block.run(inputs, trained)
+    found = torch.autograd.grad(y, wanted, dy, create_graph=True, allow_unused=True)
+    return (found[0], found[1:]) if inputs[0].requires_grad else (None, found)

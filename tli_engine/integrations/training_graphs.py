@@ -1,7 +1,7 @@
 """Blocks of training steps on few tokens, replayed from CUDA graphs: their work is mostly the host's.
 
 A block is some fifty launches there and as many back. What is replayed is what would be launched, kernel
-by kernel and bit for bit. A call keeps its recording until its gradients are computed and its results
+by kernel and bit for bit. A call keeps a block's recording until its gradients are computed or its results
 given up: another call of the same shape meanwhile takes another.
 """
 
@@ -14,22 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from tli_engine.integrations.lazy_run import Call, Step
+from tli_engine.integrations.lazy_run import Call, RunStep, Step, run_step
 from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
-from tli_engine.integrations.static_blocks import NotStaticError, StaticBlocks
+from tli_engine.integrations.static_block import NotStaticError, StaticBlock, take_apart
 from tli_engine.models.graph_recorder import GraphRecorder
 
 # before a reason among a model's counts, which count the calls that it kept from a graph
 LAUNCHED = "launched: "
 # calls of a shape before it is recorded: a recording costs as much as some three of them
 _CALLS_BEFORE = 2
-# tokens of a call, and tokens times blocks: of more, launches are a small part, and memory is not
+# tokens of a call: of more, launches are a small part, and memory is not
 _MOST_TOKENS = 512
-_MOST_WORK = 4096
 # memory that a model's recordings hold, give or take one
 _BYTES = 1 << 30
-# a recording that so many calls did not take makes room for others
-_IDLE = 256
+# a recording that so many blocks' calls did not take makes room for others
+_IDLE = 4096
 # calls' kinds that are counted before all are forgotten: some scripts move their weights at each step
 _MOST_KINDS = 1024
 # what attends without asking the GPU how long texts are
@@ -62,51 +61,60 @@ class TrainingGraphs:
         self._recordings: dict[Hashable, list[Recording]] = {}
         self._number = self._held = 0
         self._parts: object = None
-        self._modules: dict[tuple[int, ...], list[nn.Module]] = {}
+        self._modules: dict[int, list[nn.Module]] = {}
 
-    def run(self, call: Call, steps: Sequence[Step], hidden: Tensor) -> Tensor | None:
-        """Run blocks on hidden states, ``[B, T, D]``; ``None``: they are to be launched.
+    def runner(self, call: Call) -> RunStep:
+        """What runs the blocks of a call: replayed if they can be, else launched.
 
-        Why they are is counted with the call's model, as ``launched: …``.
+        Why they are not is counted with the call's model, as :data:`LAUNCHED` and a reason.
         """
+        if not call.state.grad:
+            return run_step
+
+        def run(number: int, step: Step, hidden: Tensor) -> Tensor:
+            y = self._replay(call, step, hidden)
+            return step(hidden) if y is None else y
+
+        return run
+
+    def _replay(self, call: Call, step: Step, hidden: Tensor) -> Tensor | None:
         if self._device is None:
             self._device, self._recorder = hidden.device, self._make_recorder(hidden.device)
             self._stream = _stream(hidden.device)
         if self._recorder is None:
             return None
         try:
-            self._check(call, steps, hidden)
-            blocks = StaticBlocks(steps, hidden, self._modules_of(call, steps))
+            self._check(call, hidden)
+            block, tensors = take_apart(step, hidden, self._modules_of(call, step.block))
         except NotStaticError as reason:
             call.counts[f"{LAUNCHED}{reason}"] += 1
             return None
-        recording = self._take(call, blocks)
+        recording = self._take(call, block, tensors)
         if recording is None:
             return None
         recording.used = self._number
-        call.counts["replayed"] += len(steps)
-        tensors = (*blocks.tensors, *blocks.weights.trained)
-        y: Tensor = Replayed.apply(Lease(recording), len(blocks.tensors), *tensors)  # type: ignore[no-untyped-call]
+        call.counts["replayed"] += 1
+        given = (*tensors, *block.weights.trained)
+        y: Tensor = Replayed.apply(Lease(recording), block, call.state, *given)  # type: ignore[no-untyped-call]
         return y
 
-    def _check(self, call: Call, steps: Sequence[Step], hidden: Tensor) -> None:
-        tokens = hidden.shape[0] * hidden.shape[1]
+    def _check(self, call: Call, hidden: Tensor) -> None:
         attention = getattr(call.decoder.config, "_attn_implementation", None)
         if attention not in _ATTENTION:
             raise NotStaticError(f"attention is {attention}")
-        if tokens > _MOST_TOKENS or tokens * len(steps) > _MOST_WORK:
-            raise NotStaticError(f"more than {_MOST_TOKENS} tokens, or {_MOST_WORK} with blocks")
+        if hidden.shape[0] * hidden.shape[1] > _MOST_TOKENS:
+            raise NotStaticError(f"more than {_MOST_TOKENS} tokens")
         if hidden.device != self._device or _stream(hidden.device) != self._stream:
             raise NotStaticError("on another device or stream than the first call")
         reason = _observed(hidden.device)
         if reason is not None:
             raise NotStaticError(reason)
 
-    def _take(self, call: Call, blocks: StaticBlocks) -> Recording | None:
+    def _take(self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]) -> Recording | None:
         """A recording of such a call that no other reads any more."""
         self._number += 1
         config = call.decoder.config
-        key = (config._attn_implementation, *_numerics(), blocks.key)
+        key = (config._attn_implementation, *_numerics(), block.key)
         if len(self._calls) >= _MOST_KINDS:
             self._calls.clear()
         self._calls[key] += 1
@@ -115,22 +123,24 @@ class TrainingGraphs:
         recordings = self._recordings.setdefault(key, [])
         found = next((r for r in recordings if r.is_free), None)
         if found is None:
-            found = self._record(call, blocks)
+            found = self._record(call, block, tensors)
             recordings += [] if found is None else [found]
         return found
 
-    def _record(self, call: Call, blocks: StaticBlocks) -> Recording | None:
+    def _record(
+        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]
+    ) -> Recording | None:
         """A new recording, if there is room."""
         assert self._recorder is not None
         self._drop_idle()
         if self._held > self._limit:
             call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
             return None
-        aliases = [nn.Parameter(p.detach()) for p in blocks.weights.trained]
-        device = blocks.tensors[0].device
+        aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
+        device = tensors[0].device
         before = _allocated(device)
         try:
-            recording = Recording(blocks.function(aliases), blocks.tensors, aliases, self._recorder)
+            recording = Recording(block, tensors, aliases, self._recorder)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
             self._recorder = None
@@ -147,14 +157,14 @@ class TrainingGraphs:
                 self._held -= recording.nbytes
                 self._calls[key] = 0
 
-    def _modules_of(self, call: Call, steps: Sequence[Step]) -> list[nn.Module]:
+    def _modules_of(self, call: Call, block: nn.Module) -> list[nn.Module]:
         if call.state.parts is not self._parts:
+            # some were exchanged
             self._parts = call.state.parts
             self._modules.clear()
-        key = tuple(id(step.block) for step in steps)
-        if key not in self._modules:
-            self._modules[key] = [m for step in steps for m in step.block.modules()]
-        return self._modules[key]
+        if id(block) not in self._modules:
+            self._modules[id(block)] = list(block.modules())
+        return self._modules[id(block)]
 
 
 def _observed(device: torch.device) -> str | None:

@@ -1,11 +1,12 @@
-"""Blocks of a call as one function of tensors, which does the same whenever it runs.
+"""A block's call as a function of tensors, which does the same whenever it runs.
 
-What a graph holds of them besides tensors is fixed when it is recorded: everything that could change it
+What a graph holds of it besides tensors is fixed when it is recorded: everything that could change it
 later is looked at at each call, and is part of a key.
 """
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,22 +25,22 @@ _PLAIN = frozenset((bool, int, float, str))
 
 
 class NotStaticError(Exception):
-    """What blocks do depends on more than tensors; the message says on what."""
+    """What a block does depends on more than tensors; the message says on what."""
 
 
 class Weights:
-    """Parameters and frozen weights of blocks, where they lie now, and what else rules the blocks.
+    """Parameters and frozen weights of a block, where they lie now, and what else rules it.
 
     Attributes:
         trained: Parameters with a gradient, each once.
         key: Equal for calls that one graph serves.
 
     Raises:
-        NotStaticError: The blocks cannot be recorded.
+        NotStaticError: The block cannot be recorded.
     """
 
     def __init__(self, modules: Sequence[Any]) -> None:
-        """Look at ``modules``, all of the blocks."""
+        """Look at ``modules``, all of the block's."""
         self.trained: list[nn.Parameter] = []
         self._places: list[tuple[dict[str, Any], str, int]] = []
         numbers: dict[int, int] = {}
@@ -117,54 +118,58 @@ def _of_peft(d: dict[str, Any]) -> Hashable:
     return tuple(active) if isinstance(active, list) else active, tuple(d["scaling"].items())
 
 
-class StaticBlocks:
-    """Consecutive blocks as they are called, tensors apart from all else.
+@dataclass(frozen=True)
+class StaticBlock:
+    """A block as it is called, but for the tensors that it is given.
 
     Attributes:
-        tensors: What they are given, the hidden states ``[B, T, D]`` first; each tensor once.
-        form: What else they are given.
-        weights: What they hold.
-
-    Raises:
-        NotStaticError: They are given something whose meaning may change, or nothing to train.
+        block: Of the decoder.
+        args: What it is given, in the form of :func:`_take_apart`.
+        kwargs: By name, likewise.
+        weights: What it holds.
+        key: Equal for calls that one graph serves.
     """
 
-    def __init__(self, steps: Sequence[Step], hidden: Tensor, modules: Sequence[nn.Module]) -> None:
-        self._blocks = [step.block for step in steps]
-        self.tensors = [hidden]
-        numbers = {id(hidden): 0}
-        self.form = tuple(
-            (
-                _take_apart(step.args, self.tensors, numbers),
-                _take_apart(step.kwargs, self.tensors, numbers),
-            )
-            for step in steps
-        )
-        if any(t.requires_grad for t in self.tensors[1:]):
-            raise NotStaticError("blocks are given more than one tensor with a gradient")
-        self.weights = Weights(modules)
-        if not (self.weights.trained or hidden.requires_grad):
-            raise NotStaticError("nothing in them is trained")
+    block: nn.Module
+    args: Any
+    kwargs: Any
+    weights: Weights
+    key: Hashable
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for calls that one graph serves."""
-        shapes = ((t.shape, t.stride(), t.dtype, t.requires_grad) for t in self.tensors)
-        return (*shapes, self.form, self.weights.key)
+    def run(self, tensors: Sequence[Tensor], trained: Sequence[Tensor]) -> Tensor:
+        """Run the block on tensors, hidden states ``[B, T, D]`` first, with others for those trained."""
+        args, kwargs = _build(self.args, tensors), _build(self.kwargs, tensors)
+        with self.weights.replaced(trained):
+            return Step(self.block, args, kwargs)(tensors[0])
 
-    def function(self, others: Sequence[Tensor]) -> Callable[[Sequence[Tensor]], Tensor]:
-        """What runs the blocks on tensors such as :attr:`tensors`, with others for those trained."""
-        blocks, form, weights = self._blocks, self.form, self.weights
 
-        def run(tensors: Sequence[Tensor]) -> Tensor:
-            hidden = tensors[0]
-            with weights.replaced(others):
-                for block, (args, kwargs) in zip(blocks, form, strict=True):
-                    step = Step(block, _build(args, tensors), _build(kwargs, tensors))
-                    hidden = step(hidden)
-            return hidden
+def take_apart(
+    step: Step, hidden: Tensor, modules: Sequence[nn.Module]
+) -> tuple[StaticBlock, list[Tensor]]:
+    """Take apart a block's call on hidden states ``[B, T, D]``.
 
-        return run
+    Args:
+        step: The call.
+        hidden: What it runs on.
+        modules: All of the block's.
+
+    Returns:
+        The call but for its tensors, and these, ``hidden`` first; each once.
+
+    Raises:
+        NotStaticError: The block is given, or holds, what may do something else the next time.
+    """
+    tensors, numbers = [hidden], {id(hidden): 0}
+    args = _take_apart(step.args, tensors, numbers)
+    kwargs = _take_apart(step.kwargs, tensors, numbers)
+    if any(t.requires_grad for t in tensors[1:]):
+        raise NotStaticError("a block is given more than one tensor with a gradient")
+    weights = Weights(modules)
+    if not (weights.trained or hidden.requires_grad):
+        raise NotStaticError("nothing up to there is trained")
+    shapes = ((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)
+    key = (*shapes, args, kwargs, weights.key)
+    return StaticBlock(step.block, args, kwargs, weights, key), tensors
 
 
 def _take_apart(value: Any, tensors: list[Tensor], numbers: dict[int, int]) -> Any:
@@ -180,7 +185,7 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: dict[int, int]) -> A
         return type(value), tuple(_take_apart(v, tensors, numbers) for v in value)
     if value is None or type(value) in _PLAIN:
         return type(value), value
-    raise NotStaticError(f"blocks are given a {type(value).__name__}")
+    raise NotStaticError(f"a block is given a {type(value).__name__}")
 
 
 def _build(form: Any, tensors: Sequence[Tensor]) -> Any:
