@@ -237,7 +237,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scripts", nargs="+", choices=FEW, default=list(FEW))
     parser.add_argument("--keep", action="store_true", help="keep earlier rows of other scripts")
     parser.add_argument("--pairs", type=int, default=4, help="of the scan")
-    parser.add_argument("--train-pairs", type=int, default=640, help="8 a step, one epoch")
+    parser.add_argument("--train-pairs", type=int, default=320, help="8 a step, one epoch")
     parser.add_argument("--evaluate-pairs", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=1, help="runs of each script, each way")
     return parser.parse_args()
