@@ -115,8 +115,8 @@ def test_why_training_was_not_replayed_is_printed(
     script.write_text(text.replace("lora_dropout=0.0", "lora_dropout=0.5"))
     arguments = [*case.before, str(tmp_path / "out.csv"), str(tmp_path / "adapter"), "1"]
     assert main(["run", "--profile", str(script), *arguments]) == 0
-    # two steps of two calls
-    expected = "LlamaForCausalLM: training calls without graphs: 4 x: Linear4bit adds"
+    # two steps of two calls, two blocks each
+    expected = "LlamaForCausalLM: blocks trained without graphs: 8 x: Linear4bit adds"
     assert expected in capfd.readouterr().err
 
 

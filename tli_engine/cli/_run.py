@@ -40,7 +40,7 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
         table.add_row(name, *(f"{counts.get(key, 0):,}" for key in _COLUMNS))
     Console(stderr=True, highlight=False).print(table)
     for name, counts in ran.counts:
-        for key, calls in counts.items():
+        for key, blocks in counts.items():
             if key.startswith(LAUNCHED):
                 reason = key.removeprefix(LAUNCHED)
-                say(f"tli-engine: {name}: training calls without graphs: {calls:,} x: {reason}")
+                say(f"tli-engine: {name}: blocks trained without graphs: {blocks:,} x: {reason}")

@@ -37,7 +37,7 @@ class LazySettings:
         graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
             calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
-            training steps from graphs; ``launched: …``, calls whose blocks were not, and why.
+            training steps from graphs; ``launched: …``, those that were not, and why.
     """
 
     def __init__(self, stop_at: int | None) -> None:

@@ -19,7 +19,7 @@ from tli_engine.integrations.recording import Lease, Recorder, Recording, Replay
 from tli_engine.integrations.static_block import NotStaticError, StaticBlock, take_apart
 from tli_engine.models.graph_recorder import GraphRecorder
 
-# before a reason among a model's counts, which count the calls that it kept from a graph
+# before a reason among a model's counts, which count the blocks that it kept from a graph
 LAUNCHED = "launched: "
 # calls of a shape before it is recorded: a recording costs as much as some three of them
 _CALLS_BEFORE = 2
