@@ -285,6 +285,23 @@ def test_room_is_limited(
     assert reasons(model)[1].startswith("more than 512 tokens")
 
 
+def test_large_gradients_are_not_copied(
+    load: Load, tokens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training_graphs, "_MOST_TRAINED", 10_000)
+    model = load(nf4=False)
+    recorder = recorded(model)
+    for _ in range(3):
+        read(model, tokens)
+    assert recorder.recorded == 0
+    assert reasons(model) == ["more than 10,000 trained numbers in a block"]
+    model = adapt(model)
+    recorder = recorded(model)
+    for _ in range(3):
+        read(model, tokens)
+    assert recorder.recorded == 4
+
+
 def test_a_failed_recording_is_said_once(load: Load, tokens: dict[str, Tensor]) -> None:
     model = adapt(load(nf4=False))
     recorder = recorded(model)

@@ -25,6 +25,8 @@ LAUNCHED = "launched: "
 _CALLS_BEFORE = 2
 # tokens of a call: of more, launches are a small part, and memory is not
 _MOST_TOKENS = 512
+# trained numbers of a block: copying gradients of more costs what launches do
+_MOST_TRAINED = 1 << 24
 # memory that a model's recordings hold, give or take one
 _BYTES = 1 << 30
 # a recording that so many blocks' calls did not take makes room for others
@@ -86,6 +88,8 @@ class TrainingGraphs:
         try:
             self._check(call, hidden)
             block, tensors = take_apart(step, hidden, self._modules_of(call, step.block))
+            if sum(p.numel() for p in block.weights.trained) > _MOST_TRAINED:
+                raise NotStaticError(f"more than {_MOST_TRAINED:,} trained numbers in a block")
         except NotStaticError as reason:
             call.counts[f"{LAUNCHED}{reason}"] += 1
             return None
