@@ -145,6 +145,20 @@ def test_a_changed_scaling_is_seen(load: Load) -> None:
         out[3]
 
 
+def test_another_attention_is_seen(model: Any) -> None:
+    remember(model)
+    found = []
+    for implementation in ("sdpa", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found.append(states(model)[3])
+        assert torch.equal(found[-1], states(model, use_cache=True)[3])
+    assert not torch.equal(found[0], found[1])
+    unread = states(model, {"input_ids": WORD["input_ids"] + 1})
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="attention was changed from sdpa to eager"):
+        unread[2]
+
+
 def test_replaced_modules_and_merged_adapters_are_seen(load: Load) -> None:
     model = adapt(load(nf4=False)).eval()
     base = model.get_base_model()

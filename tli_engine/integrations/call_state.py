@@ -22,8 +22,9 @@ class ModelParts:
         adapted: What PEFT's layers among them hold, by name.
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module) -> None:
+    def __init__(self, model: Any, embedding: nn.Module) -> None:
         """Find the modules of ``model``; hooks of itself and of ``embedding`` run at the call anyway."""
+        self._config = model.config
         self._dicts = [m.__dict__ for m in model.modules()]
         self.adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
@@ -34,6 +35,12 @@ class ModelParts:
         later = [d for d in self._dicts if all(d is not m.__dict__ for m in at_call)]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
+
+    @property
+    def attention(self) -> str | None:
+        """How the model attends: ``sdpa``, say; masks are made for it."""
+        name: str | None = getattr(self._config, "_attn_implementation", None)
+        return name
 
     def are_of(self) -> bool:
         """Whether the model still consists of these modules."""
@@ -104,6 +111,7 @@ class CallState:
         self._autocast_dtype = torch.get_autocast_dtype(self._device)
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self.training, self.adapters = parts.training(), parts.adapters()
+        self._attention = parts.attention
         self._inputs = list(inputs)
         self._weights = parts.parameters()
         self._versions = versions(self._weights), versions(self._inputs)
@@ -112,7 +120,7 @@ class CallState:
     def key(self) -> tuple[object, ...]:
         """What two calls must share, beside tokens and weights, to have one result."""
         precision = (self._autocast, self._autocast_dtype)
-        return (self.grad, self._inference, *precision, *self.adapters)
+        return (self.grad, self._inference, self._attention, *precision, *self.adapters)
 
     def of_inputs(self, inputs: Sequence[Tensor]) -> "CallState":
         """The state of the same call on copies of its inputs."""
@@ -170,6 +178,11 @@ class CallState:
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"
+            )
+        if parts.attention != self._attention:
+            raise UserError(
+                f"{what} was not read before the model's attention was changed from "
+                f"{self._attention} to {parts.attention}; read it right after the call"
             )
         if versions(self._inputs) != self._versions[1]:
             raise UserError(
