@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tests.integrations.conftest import adapt
 from tli_engine import accelerate
+from tli_engine.errors import UserError
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.replay import Replays
@@ -128,6 +129,34 @@ def test_a_step_of_an_optimizer_is_seen(model: Any) -> None:
     optimizer.step()
     assert writes() > seen
     assert not torch.equal(states(model)[2], before)
+
+
+def test_a_changed_scaling_is_seen(load: Load) -> None:
+    model = adapt(load(nf4=False)).eval()
+    remember(model)
+    before = states(model)[2]
+    out = states(model)
+    layer = model.get_base_model().model.layers[1].self_attn.q_proj
+    layer.scale_layer(3.0)
+    after = states(model)[2]
+    assert not torch.equal(after, before)
+    assert torch.equal(after, states(model, use_cache=True)[2])
+    with pytest.raises(UserError, match="was not read before the model's weights changed"):
+        out[3]
+
+
+def test_another_attention_is_seen(model: Any) -> None:
+    remember(model)
+    found = []
+    for implementation in ("sdpa", "eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        found.append(states(model)[3])
+        assert torch.equal(found[-1], states(model, use_cache=True)[3])
+    assert not torch.equal(found[0], found[1])
+    unread = states(model, {"input_ids": WORD["input_ids"] + 1})
+    model.set_attn_implementation("eager")
+    with pytest.raises(UserError, match="attention was changed from sdpa to eager"):
+        unread[2]
 
 
 def test_replaced_modules_and_merged_adapters_are_seen(load: Load) -> None:

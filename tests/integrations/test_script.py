@@ -5,6 +5,7 @@ import runpy
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,21 @@ import torch
 
 from bench import bench_drop_in
 from bench.bench_drop_in import (
+    FEW,
     SCRIPTS,
     Case,
+    Timing,
     cases,
     numbers,
     tiny_subject,
     write_model,
     write_pairs,
 )
+from bench.harness import Row, write_results
+from tests.integrations.fake_graphs import FakeRecorder
 from tli_engine.cli import main
 from tli_engine.integrations.script import ScriptRun, accelerated_loading
+from tli_engine.integrations.training_graphs import TrainingGraphs
 
 ROOT = Path(__file__).resolve().parents[2]
 Load = Callable[..., Any]
@@ -66,7 +72,7 @@ def test_scripts_of_the_published_kind_give_the_same(
 ) -> None:
     # bitsandbytes infers in bf16 on some CPUs, so its own results are coarse there
     tolerance = {"dense": 1e-5, "nf4": 3e-2}[kind]
-    for case in cases(work / kind, 3, 16, 4):
+    for case in cases(work / kind, {"scan": 3, "train": 16, "evaluate": 4}).values():
         out = work / f"{kind}.csv"
         plain, run = (results(case, out, monkeypatch, run) for run in (False, True))
         # a row a layer, a step, a pair
@@ -92,8 +98,26 @@ def test_what_is_printed(work: Path, tmp_path: Path) -> None:
     assert "lazy hidden states: the model" in result.stderr
     # 8 pairs, 5 layers, one after another: each word goes through each block once
     line = next(line for line in result.stderr.splitlines() if line.split()[1:2] == ["80"])
-    assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320"]
+    assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320", "0"]
     assert len(numbers(tmp_path / "out.csv")) == 10
+
+
+def test_why_training_was_not_replayed_is_printed(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    make = TrainingGraphs
+    monkeypatch.setattr(
+        "tli_engine.integrations.script.TrainingGraphs", lambda: make(lambda device: FakeRecorder())
+    )
+    case = cases(work / "nf4", FEW | {"train": 16})["train"]
+    script = tmp_path / "script.py"
+    text = (SCRIPTS / case.script).read_text()
+    script.write_text(text.replace("lora_dropout=0.0", "lora_dropout=0.5"))
+    arguments = [*case.before, str(tmp_path / "out.csv"), str(tmp_path / "adapter"), "1"]
+    assert main(["run", "--profile", str(script), *arguments]) == 0
+    # two steps of two calls, two blocks each
+    expected = "LlamaForCausalLM: blocks trained without graphs: 8 x: Linear4bit adds"
+    assert expected in capfd.readouterr().err
 
 
 SCRIPT = """
@@ -206,16 +230,51 @@ def test_what_cannot_be_accelerated_runs_as_it_is(load: Load) -> None:
 @pytest.mark.slow
 def test_the_bench_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
-    options = ["--layers", "4", "--pairs", "2", "--train-pairs", "8", "--evaluate-pairs", "2"]
+    monkeypatch.setattr("bench.harness.RESULTS", tmp_path)
+    options = ["--layers", "4", "--scripts", "evaluate", "--evaluate-pairs", "2", "--keep"]
     monkeypatch.setattr(sys, "argv", ["drop_in", "--model", "tiny", *options])
-    # the others are run above
-    monkeypatch.setattr(bench_drop_in, "cases", lambda *args: cases(*args)[:1])
+    other = Row("script", {}, "tiny fp32: scan_layers", "tli-engine", 1.0, 1.0, 1.0, 1.0)
+    old = replace(other, model="tiny fp32: evaluate_pairs")
+    write_results("drop_in", [other, old], [])
     bench_drop_in.main()
     result = json.loads((tmp_path / "cpu" / "drop_in.json").read_text())
     assert {"device", "torch", "peers", "commit", "rows"} <= result.keys()
-    rows = result["rows"]
+    kept, *rows = result["rows"]
+    assert Row(**kept) == other
     assert [row["provider"] for row in rows] == ["transformers", "tli-engine"]
     for row in rows:
-        assert row["case"] == "script"
+        assert (row["case"], row["model"]) == ("script", "tiny fp32: evaluate_pairs")
         assert row["ms"] > 0
         assert row["notes"]["max_difference"] < 1e-4
+    assert rows[1]["notes"]["first_run_pairs"] == 2
+
+
+def test_results_are_written_after_each_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A run that is cut short keeps what was measured; one whose results are off is an error."""
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["drop_in", "--scripts", "scan", "train", "--pairs", "3"])
+    monkeypatch.setattr(bench_drop_in, "write_model", lambda _, folder: folder.mkdir(parents=True))
+    ran = []
+
+    def run(case: Case, way: list[str], out: Path) -> Timing:
+        ran.append((case.script, case.pairs, bool(way)))
+        if len(ran) == 6:
+            return Timing(1.0, 2.0, [0.5, 0.9])
+        return Timing(0.5 if way else 2.0, 3.0, [0.5, 0.5])
+
+    monkeypatch.setattr(bench_drop_in, "run_case", run)
+    with pytest.raises(SystemExit, match=r"train_early.py: results differ by 0.4; not timed"):
+        bench_drop_in.main()
+    # a few pairs by the engine, then all of them both ways
+    scan = "scan_layers.py"
+    assert ran[:3] == [(scan, 1, True), (scan, 3, False), (scan, 3, True)]
+    rows = json.loads((tmp_path / "cpu" / "drop_in.json").read_text())["rows"]
+    assert [(r["model"], r["provider"]) for r in rows] == [
+        ("tiny fp32: scan_layers", "transformers"),
+        ("tiny fp32: scan_layers", "tli-engine"),
+        ("tiny fp32: train_early", "transformers"),
+    ]
+    assert [r["ratio_to_baseline"] for r in rows] == [1.0, 4.0, 1.0]
+    assert capsys.readouterr().out.count("written: ") == 3

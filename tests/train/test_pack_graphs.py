@@ -18,9 +18,9 @@ from tli_engine.models.adapters import adapters, add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.files import ModelFiles, open_model
+from tli_engine.models.graph_recorder import GraphRecorder
 from tli_engine.testing import example_store, save_tiny_model
 from tli_engine.train import pack_graphs
-from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.pack_graphs import PackGraphs, block_weights, captures, why_not_captured
 from tli_engine.train.sft_loop import SftTrainer
 from tli_engine.train.sft_order import SftOrder

@@ -4,6 +4,17 @@ from pathlib import Path
 
 from tli_engine.cli.console import plain_table, say
 from tli_engine.integrations.script import ScriptRun, run_script
+from tli_engine.integrations.training_graphs import LAUNCHED
+
+# what is counted of a model, and what it is called
+_COLUMNS = {
+    "calls": "calls",
+    "lazy": "lazy",
+    "words": "words found again",
+    "blocks": "blocks run",
+    "of_blocks": "of",
+    "replayed": "replayed",
+}
 
 
 def run(script: Path, arguments: tuple[str, ...], profile: bool) -> int:
@@ -22,10 +33,14 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
     from rich.console import Console
 
     table = plain_table(f"{seconds:.1f} s")
-    table.add_column("model")
-    for column in ("calls", "lazy", "words found again", "blocks run", "of"):
+    table.add_column("model", min_width=max((len(name) for name, _ in ran.counts), default=0))
+    for column in _COLUMNS.values():
         table.add_column(column, justify="right")
     for name, counts in ran.counts:
-        figures = (counts.get(n, 0) for n in ("calls", "lazy", "words", "blocks", "of_blocks"))
-        table.add_row(name, *(f"{figure:,}" for figure in figures))
+        table.add_row(name, *(f"{counts.get(key, 0):,}" for key in _COLUMNS))
     Console(stderr=True, highlight=False).print(table)
+    for name, counts in ran.counts:
+        for key, blocks in counts.items():
+            if key.startswith(LAUNCHED):
+                reason = key.removeprefix(LAUNCHED)
+                say(f"tli-engine: {name}: blocks trained without graphs: {blocks:,} x: {reason}")

@@ -22,8 +22,9 @@ class ModelParts:
         adapted: What PEFT's layers among them hold, by name.
     """
 
-    def __init__(self, model: nn.Module, embedding: nn.Module) -> None:
+    def __init__(self, model: Any, embedding: nn.Module) -> None:
         """Find the modules of ``model``; hooks of itself and of ``embedding`` run at the call anyway."""
+        self._config = model.config
         self._dicts = [m.__dict__ for m in model.modules()]
         self.adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
@@ -34,6 +35,12 @@ class ModelParts:
         later = [d for d in self._dicts if all(d is not m.__dict__ for m in at_call)]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
+
+    @property
+    def attention(self) -> str | None:
+        """How the model attends: ``sdpa``, say; masks are made for it."""
+        name: str | None = getattr(self._config, "_attn_implementation", None)
+        return name
 
     def are_of(self) -> bool:
         """Whether the model still consists of these modules."""
@@ -53,12 +60,12 @@ class ModelParts:
             d["training"] = flag
 
     def adapters(self) -> list[tuple[object, ...]]:
-        """Which adapters are on, and which are merged, layer by layer."""
+        """Which adapters are on, which are merged, and their scalings, layer by layer."""
         return [_adapter_state(layer) for layer in self.adapted]
 
     def set_adapters(self, state: Sequence[Any]) -> None:
-        """Turn on the adapters that :meth:`adapters` gave; merged ones stay as they are."""
-        for layer, (disabled, active, _) in zip(self.adapted, state, strict=True):
+        """Turn on the adapters that :meth:`adapters` gave; what is merged or scaled stays as it is."""
+        for layer, (disabled, active, *_) in zip(self.adapted, state, strict=True):
             values = (disabled, list(active) if isinstance(active, tuple) else active)
             layer.update(zip(_ADAPTER_STATE, values, strict=True))
 
@@ -76,7 +83,9 @@ class ModelParts:
 def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
     active = layer["_active_adapter"]
     active = tuple(active) if isinstance(active, list) else active
-    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"])
+    scaling = layer.get("scaling")
+    scaling = tuple(scaling.items()) if isinstance(scaling, dict) else None
+    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"]), scaling
 
 
 def _captures(hook: Any) -> bool:
@@ -85,31 +94,39 @@ def _captures(hook: Any) -> bool:
 
 
 class CallState:
-    """Grad mode, autocast, modes, adapters and versions of the weights at a call."""
+    """Grad mode, autocast, modes, adapters and versions of the weights at a call.
+
+    Attributes:
+        grad: Whether gradients are wanted.
+        parts: The model's modules.
+        training: Of each module, whether it is in training mode.
+        adapters: Which are on, and which are merged, layer by layer.
+    """
 
     def __init__(self, parts: ModelParts, inputs: Sequence[Tensor], device: torch.device) -> None:
-        self._parts, self._device = parts, device.type
+        self.parts, self._device = parts, device.type
         self.grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = torch.is_autocast_enabled(self._device)
         self._autocast_dtype = torch.get_autocast_dtype(self._device)
         self._autocast_cache = torch.is_autocast_cache_enabled()
         self.training, self.adapters = parts.training(), parts.adapters()
+        self._attention = parts.attention
         self._inputs = list(inputs)
         self._weights = parts.parameters()
-        self._versions = _versions(self._weights), _versions(self._inputs)
+        self._versions = versions(self._weights), versions(self._inputs)
 
     @property
     def key(self) -> tuple[object, ...]:
         """What two calls must share, beside tokens and weights, to have one result."""
         precision = (self._autocast, self._autocast_dtype)
-        return (self.grad, self._inference, *precision, *self.adapters)
+        return (self.grad, self._inference, self._attention, *precision, *self.adapters)
 
     def of_inputs(self, inputs: Sequence[Tensor]) -> "CallState":
         """The state of the same call on copies of its inputs."""
         other = copy(self)
         other._inputs = list(inputs)
-        other._versions = self._versions[0], _versions(inputs)
+        other._versions = self._versions[0], versions(inputs)
         return other
 
     def same_weights(self, other: "CallState") -> bool:
@@ -126,7 +143,7 @@ class CallState:
             UserError: The weights or the inputs have been written to meanwhile.
         """
         self._check(what)
-        parts = self._parts
+        parts = self.parts
         training, adapters = parts.training(), parts.adapters()
         if training != self.training:
             parts.set_training(self.training)
@@ -153,27 +170,34 @@ class CallState:
                 parts.set_adapters(adapters)
 
     def _check(self, what: str) -> None:
-        parts, now = self._parts, self._parts.parameters()
+        parts, now = self.parts, self.parts.parameters()
         same = parts.are_of() and len(now) == len(self._weights)
         same = same and all(map(is_, now, self._weights))
-        same = same and _merged(parts.adapters()) == _merged(self.adapters)
-        if not (same and _versions(now) == self._versions[0]):
+        same = same and _fixed(parts.adapters()) == _fixed(self.adapters)
+        if not (same and versions(now) == self._versions[0]):
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"
             )
-        if _versions(self._inputs) != self._versions[1]:
+        if parts.attention != self._attention:
+            raise UserError(
+                f"{what} was not read before the model's attention was changed from "
+                f"{self._attention} to {parts.attention}; read it right after the call"
+            )
+        if versions(self._inputs) != self._versions[1]:
             raise UserError(
                 f"{what} was not read before the call's inputs were written to; read it right "
                 f"after the call, or write to a copy"
             )
 
 
-def _merged(adapters: Sequence[tuple[object, ...]]) -> list[object]:
-    return [state[-1] for state in adapters]
+def _fixed(adapters: Sequence[tuple[object, ...]]) -> list[object]:
+    """What a reading does not change back: what is merged, and scalings."""
+    return [state[2:] for state in adapters]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to; -1 for those of inference mode."""
     # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
     with torch._C.DisableTorchFunctionSubclass():
         try:

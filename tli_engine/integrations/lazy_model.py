@@ -12,9 +12,10 @@ from torch.nn.modules import module as torch_module
 from tli_engine.errors import UserError
 from tli_engine.integrations.call_state import CallState, ModelParts
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
-from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps
+from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.replace import mark, original_class
+from tli_engine.integrations.training_graphs import TrainingGraphs
 
 # model type in transformers, and the folder of its code
 _FAMILIES = {
@@ -33,13 +34,16 @@ class LazySettings:
     Attributes:
         stop_at: The last hidden state that may be read, or None.
         memo: Holds the hidden states of words, if it is to.
+        graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
-            calls ran, and those that they would have run, ``of_blocks``.
+            calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
+            training steps from graphs; ``launched: …``, those that were not, and why.
     """
 
     def __init__(self, stop_at: int | None) -> None:
         self.stop_at = stop_at
         self.memo: Memo | None = None
+        self.graphs: TrainingGraphs | None = None
         self.counts: Counter[str] = Counter()
         self._parts: ModelParts | None = None
 
@@ -166,7 +170,8 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     if found:
         run, read = found
     else:
-        run = LazyRun(call, *note_steps(call))
+        run_block = run_step if settings.graphs is None else settings.graphs.runner(call)
+        run = LazyRun(call, *note_steps(call), run_block)
         read = run.hidden_state
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth

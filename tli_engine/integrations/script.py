@@ -17,6 +17,7 @@ from tli_engine.errors import UserError
 from tli_engine.integrations.accelerate import accelerate
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.memo import Memo
+from tli_engine.integrations.training_graphs import TrainingGraphs
 from tli_engine.integrations.weight_writes import watched
 
 Say = Callable[[str], None]
@@ -53,7 +54,7 @@ class ScriptRun:
         for module in model.modules():
             settings = settings_of(module)
             if settings is not None and settings.memo is None:
-                settings.memo = Memo()
+                settings.memo, settings.graphs = Memo(), TrainingGraphs()
                 self.counts.append((type(module).__name__, settings.counts))
         for line in str(summary).splitlines():
             self._say(f"{name}: {line}")

@@ -27,10 +27,10 @@ from tli_engine.distributed.gathered import gather_rows, share_of
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.fused import Rows
+from tli_engine.models.graph_recorder import GraphRecorder
 from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 from tli_engine.train.engine import Observed
 from tli_engine.train.flat_adamw import FlatAdamW
-from tli_engine.train.graph_recorder import GraphRecorder
 from tli_engine.train.module_step import check_finite
 from tli_engine.train.order import batch_rows, step_seed
 from tli_engine.train.readback import Readback

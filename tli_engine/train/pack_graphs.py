@@ -15,8 +15,8 @@ from tli_engine.data.packing import TextPack
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import waits_for_lengths
+from tli_engine.models.graph_recorder import GraphRecorder
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
-from tli_engine.train.graph_recorder import GraphRecorder
 
 # weights of a block times tokens of a pack up to which a step is taken to wait for its launches. On one H100
 # four packs at 4.5e11 (Llama-3-8B's shape, 2,048 tokens) took 746 ms, of which the GPU was busy 461; one at

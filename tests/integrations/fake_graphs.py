@@ -1,0 +1,76 @@
+"""A stand-in for CUDA graphs, which a CPU has not: tensors stay where they are, and are written anew."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tli_engine import accelerate
+from tli_engine.integrations.lazy_model import settings_of
+from tli_engine.integrations.training_graphs import LAUNCHED, TrainingGraphs
+
+
+class FakeGraph:
+    """Runs a function again into the tensors that it returned first."""
+
+    def __init__(self, run: Callable[[], Any], result: Any) -> None:
+        self._run, self._result = run, result
+
+    def replay(self) -> None:
+        with torch.enable_grad():
+            new = self._run()
+        with torch.no_grad():
+            for old, value in zip(_tensors(self._result), _tensors(new), strict=True):
+                old.detach().copy_(value.detach())
+
+
+class FakeRecorder:
+    """As :class:`tli_engine.models.graph_recorder.GraphRecorder`; counts what it records."""
+
+    recorded = 0
+
+    def launch(self, run: Callable[[], Any]) -> Any:
+        return run()
+
+    def record(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
+        self.recorded += 1
+        result = run()
+        # a graph writes where it wrote first: nothing is there before its first replay
+        for tensor in _tensors(result):
+            tensor.detach().fill_(float("nan"))
+        return FakeGraph(run, result), result
+
+
+def _tensors(result: Any) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    dx, flat = result
+    return [*([] if dx is None else [dx]), *flat]
+
+
+def recorded(model: Any, **options: Any) -> FakeRecorder:
+    """Accelerate a model, with recordings of training steps as scripts have them."""
+    accelerate(model)
+    recorder = FakeRecorder()
+    for module in model.modules():
+        settings = settings_of(module)
+        if settings is not None:
+            settings.graphs = TrainingGraphs(lambda device: recorder, **options)
+            settings.counts.clear()
+    return recorder
+
+
+def counts(model: Any) -> dict[str, int]:
+    found = settings_of(model.get_base_model() if hasattr(model, "peft_config") else model)
+    assert found is not None
+    return found.counts
+
+
+def reasons(model: Any) -> list[str]:
+    return [n.removeprefix(LAUNCHED) for n in counts(model) if n.startswith(LAUNCHED)]
+
+
+def read(model: Any, tokens: dict[str, Tensor], k: int = 2) -> Tensor:
+    state: Tensor = model(**tokens, output_hidden_states=True).hidden_states[k]
+    return state

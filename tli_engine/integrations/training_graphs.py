@@ -1,0 +1,207 @@
+"""Blocks of training steps on few tokens, replayed from CUDA graphs: their work is mostly the host's.
+
+A block is some fifty launches there and as many back. What is replayed is what would be launched, kernel
+by kernel and bit for bit. A call keeps a block's recording until its gradients are computed or its results
+given up: another call of the same shape meanwhile takes another.
+"""
+
+import warnings
+from collections import Counter
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+
+from tli_engine.integrations.lazy_run import Call, RunStep, Step, run_step
+from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
+from tli_engine.integrations.static_block import NotStaticError, StaticBlock, take_apart
+from tli_engine.models.graph_recorder import GraphRecorder
+
+# before a reason among a model's counts, which count the blocks that it kept from a graph
+LAUNCHED = "launched: "
+# calls of a shape before it is recorded: a recording costs as much as some three of them
+_CALLS_BEFORE = 2
+# tokens of a call: of more, launches are a small part, and memory is not
+_MOST_TOKENS = 512
+# trained numbers of a block: copying gradients of more costs what launches do
+_MOST_TRAINED = 1 << 24
+# memory that a model's recordings hold, give or take one
+_BYTES = 1 << 30
+# a recording that so many blocks' calls did not take makes room for others
+_IDLE = 4096
+# calls' kinds that are counted before all are forgotten: some scripts move their weights at each step
+_MOST_KINDS = 1024
+# what attends without asking the GPU how long texts are
+_ATTENTION = ("sdpa", "eager")
+
+
+def on_gpu(device: torch.device) -> Recorder | None:
+    """What records on a device; only GPUs have graphs."""
+    return GraphRecorder(device) if device.type == "cuda" else None
+
+
+class TrainingGraphs:
+    """Recordings of a model's blocks, forward and backward, by all that they depend on.
+
+    Args:
+        recorder: Makes what records on a device, or ``None``: then all is launched.
+        limit: Bytes that recordings hold.
+    """
+
+    def __init__(
+        self,
+        recorder: Callable[[torch.device], Recorder | None] = on_gpu,
+        limit: int = _BYTES,
+    ) -> None:
+        self._make_recorder, self._limit = recorder, limit
+        self._recorder: Recorder | None = None
+        self._device: torch.device | None = None
+        self._stream: object = None
+        self._calls: Counter[Hashable] = Counter()
+        self._recordings: dict[Hashable, list[Recording]] = {}
+        self._number = self._held = 0
+        self._parts: object = None
+        self._modules: dict[int, list[nn.Module]] = {}
+
+    def runner(self, call: Call) -> RunStep:
+        """What runs the blocks of a call: replayed if they can be, else launched.
+
+        Why they are not is counted with the call's model, as :data:`LAUNCHED` and a reason.
+        """
+        if not call.state.grad:
+            return run_step
+
+        def run(number: int, step: Step, hidden: Tensor) -> Tensor:
+            y = self._replay(call, step, hidden)
+            return step(hidden) if y is None else y
+
+        return run
+
+    def _replay(self, call: Call, step: Step, hidden: Tensor) -> Tensor | None:
+        if self._device is None:
+            self._device, self._recorder = hidden.device, self._make_recorder(hidden.device)
+            self._stream = _stream(hidden.device)
+        if self._recorder is None:
+            return None
+        try:
+            self._check(call, hidden)
+            block, tensors = take_apart(step, hidden, self._modules_of(call, step.block))
+            if sum(p.numel() for p in block.weights.trained) > _MOST_TRAINED:
+                raise NotStaticError(f"more than {_MOST_TRAINED:,} trained numbers in a block")
+        except NotStaticError as reason:
+            call.counts[f"{LAUNCHED}{reason}"] += 1
+            return None
+        recording = self._take(call, block, tensors)
+        if recording is None:
+            return None
+        recording.used = self._number
+        call.counts["replayed"] += 1
+        given = (*tensors, *block.weights.trained)
+        y: Tensor = Replayed.apply(Lease(recording), block, call.state, *given)  # type: ignore[no-untyped-call]
+        return y
+
+    def _check(self, call: Call, hidden: Tensor) -> None:
+        attention = getattr(call.decoder.config, "_attn_implementation", None)
+        if attention not in _ATTENTION:
+            raise NotStaticError(f"attention is {attention}")
+        if hidden.shape[0] * hidden.shape[1] > _MOST_TOKENS:
+            raise NotStaticError(f"more than {_MOST_TOKENS} tokens")
+        if hidden.device != self._device or _stream(hidden.device) != self._stream:
+            raise NotStaticError("on another device or stream than the first call")
+        reason = _observed(hidden.device)
+        if reason is not None:
+            raise NotStaticError(reason)
+
+    def _take(self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]) -> Recording | None:
+        """A recording of such a call that no other reads any more."""
+        self._number += 1
+        config = call.decoder.config
+        key = (config._attn_implementation, *_numerics(), block.key)
+        if len(self._calls) >= _MOST_KINDS:
+            self._calls.clear()
+        self._calls[key] += 1
+        if self._calls[key] <= _CALLS_BEFORE:
+            return None
+        recordings = self._recordings.setdefault(key, [])
+        found = next((r for r in recordings if r.is_free), None)
+        if found is None:
+            found = self._record(call, block, tensors)
+            recordings += [] if found is None else [found]
+        return found
+
+    def _record(
+        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]
+    ) -> Recording | None:
+        """A new recording, if there is room."""
+        assert self._recorder is not None
+        self._drop_idle()
+        if self._held > self._limit:
+            call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
+            return None
+        aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
+        device = tensors[0].device
+        before = _allocated(device)
+        try:
+            recording = Recording(block, tensors, aliases, self._recorder)
+        except RuntimeError as reason:
+            warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
+            self._recorder = None
+            return None
+        recording.nbytes = _allocated(device) - before
+        self._held += recording.nbytes
+        return recording
+
+    def _drop_idle(self) -> None:
+        for key, recordings in self._recordings.items():
+            idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
+            for recording in idle:
+                recordings.remove(recording)
+                self._held -= recording.nbytes
+                self._calls[key] = 0
+
+    def _modules_of(self, call: Call, block: nn.Module) -> list[nn.Module]:
+        if call.state.parts is not self._parts:
+            # some were exchanged
+            self._parts = call.state.parts
+            self._modules.clear()
+        if id(block) not in self._modules:
+            self._modules[id(block)] = list(block.modules())
+        return self._modules[id(block)]
+
+
+def _observed(device: torch.device) -> str | None:
+    """What looks at, or changes, kernels as they are launched, which a replay would pass by."""
+    if torch.is_autocast_enabled(device.type):
+        return "under autocast"
+    if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        return "what is saved for the backward pass has hooks"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "inside a transform of torch.func"
+    if _get_current_dispatch_mode() is not None:
+        return "a mode watches what is launched"
+    if torch.is_anomaly_enabled():
+        return "anomalies are looked for"
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return "inside another graph"
+    return None
+
+
+def _numerics() -> tuple[Any, ...]:
+    """Settings that choose between kernels."""
+    cuda: Any = torch.backends.cuda
+    return (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_float32_matmul_precision(),
+        *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
+        *(cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
+    )
+
+
+def _stream(device: torch.device) -> object:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
