@@ -69,9 +69,7 @@ def test_cores_are_shared_out(
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setenv("RAYON_NUM_THREADS", "7")
-    program.write_text(
-        '#!/bin/sh\necho "${OMP_NUM_THREADS:-none} $RAYON_NUM_THREADS" > threads\n'
-    )
+    program.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-none} $RAYON_NUM_THREADS" > threads\n')
     assert run("a", jobs=jobs) == {"a": 0}
     # what the user has set stands
     assert Path("threads").read_text() == f"{threads} 7\n"
