@@ -260,13 +260,21 @@ def _sizes(packs: Sequence[TextPack]) -> tuple[int, int]:
 
 @torch.no_grad()
 def mean_loss(
-    model: CausalModel, examples: Examples, batches: Sequence[Batch], world: World = ALONE
+    model: CausalModel,
+    examples: Examples,
+    batches: Sequence[Batch],
+    world: World = ALONE,
+    look: Callable[[], None] = lambda: None,
 ) -> float:
-    """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches."""
+    """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches.
+
+    ``look`` is called before each batch, equally often on all ranks; what it raises ends this.
+    """
     total, labels = torch.zeros((), dtype=torch.float64), 0
     size = max(map(len, batches))
     with without_dropout(model):
         for batch in batches_of_rank(list(batches), size, world):
+            look()
             pack = pack_of(examples, batch)
             total += model.loss(pack.to(model.early.device)).double().cpu()
             labels += pack.labels
