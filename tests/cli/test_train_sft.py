@@ -187,6 +187,7 @@ def test_evaluating_a_run_gives_the_loss_that_training_measured(
     again = json.loads(Path("run/evaluation.json").read_text())
     for stage in ("before", "after"):
         assert again["loss"]["validation"][stage] == pytest.approx(trained[stage], abs=1e-6)
+    assert again["loss"]["validation"]["best_step"] == trained["best_step"]
     assert "throughput" in again
     assert "on 2 unseen articles" in result.out
     assert again["text"].keys() == {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"}
