@@ -312,7 +312,7 @@ def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
         (("--set", "compare.beams=2"), "was begun with another compare.beams"),
         (("--set", "compare.arms=[half]"), "compare.arms.0: input should be 'full'"),
         (("--set", "compare.seed=1"), "compare.seed: unknown key; known here: arms, seeds"),
-        (("--set", "compare.seeds=[1, 1]"), "compare: seeds must be different ones"),
+        (("--set", "compare.seeds=[1, 1]"), "compare.seeds must be different ones"),
         (("--set", "compare.set.joint.align.layer=x"), "arm joint: align.layer"),
         (("--set", "data.test=none.jsonl"), "none.jsonl"),
     ],
