@@ -90,17 +90,14 @@ def save_checkpoint(run: Path, trainer: Resumable, keep: int, world: World = ALO
         return final
     there = final.is_dir() and not problems(final)
     # a partner that was slow to look must not see it written
-    if there if shards is None else world.share(there):
-        return final
-    state = {"step": trainer.step, **trainer.notes()}
-    if shards is None:
-        tensors, optimizer = trainer.state()
-        _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
-    else:
-        _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
-    if not world.is_first:
-        return final
-    found = _checkpoints(run)
+    if not (there if shards is None else world.share(there)):
+        state = {"step": trainer.step, **trainer.notes()}
+        if shards is None:
+            tensors, optimizer = trainer.state()
+            _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
+        else:
+            _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
+    found = _checkpoints(run) if world.is_first else [final]
     for old in (*found[: found.index(final)], *found[found.index(final) + keep :]):
         shutil.rmtree(old, ignore_errors=True)
     return final
