@@ -117,6 +117,33 @@ def test_an_interrupted_measurement_is_made_once(
     assert evaluation("run") == evaluation("whole")
 
 
+def test_a_best_of_an_end_that_was_lost_is_not_an_earlier_one(
+    cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run goes on from before its best weights so far, and its time ends before it has them again."""
+    path = sft_config(sft={"evaluate_steps": 1}, train={"steps": 6, "checkpoint_steps": 2})
+    losses = [3.0, 2.5, 2.0, 2.2, 1.0]
+    monkeypatch.setattr(SftTrainer, "validate", lambda self, *args: losses[self.step])
+    append = MetricsLog.append
+
+    def crashing(self: MetricsLog, step: dict[str, Any]) -> None:
+        if step["step"] == 4:
+            raise OSError("crashed")
+        append(self, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", crashing)
+        assert cli("train", path, "--run", "run").status == 1
+    monkeypatch.setattr(SftTrainer, "is_spent", property(lambda self: self.step >= 3))
+    assert cli("train", "--resume", "--run", "run").status == 0
+    # those of step 2 are lost
+    assert evaluation("run")["validation"] == {"before": 3.0, "after": 2.2, "best_step": 3}
+    losses[1:3] = [3.0, 3.0]
+    assert cli("train", path, "--run", "whole").status == 0
+    name = "adapter/adapter_model.safetensors"
+    assert Path("run", name).read_bytes() == Path("whole", name).read_bytes()
+
+
 def metrics(run: str) -> list[dict[str, float]]:
     """The lines of a run, but for times and memory."""
     lines = map(json.loads, Path(run, "metrics.jsonl").read_text().splitlines())

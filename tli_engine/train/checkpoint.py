@@ -224,7 +224,12 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     Raises:
         UserError: The checkpoint is of another model or other adapters.
     """
-    notes = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    notes = _state(path)
+    best = path.parent.parent / _BEST
+    found = _state(best)["step"] if best.is_dir() else None
+    if "loss" in (noted := notes.get("best", {})) and noted["step"] != found:
+        # a later one, of an end of the run that was lost, took its place: the next is the best
+        notes["best"] = {name: noted[name] for name in ("before",) if name in noted}
     shards = trainer.shards()
     try:
         if shards is not None:
@@ -237,6 +242,11 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
+    return values
 
 
 def _fill(path: Path, shards: Shards) -> None:
