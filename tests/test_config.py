@@ -360,7 +360,11 @@ def test_languages_may_be_comma_separated() -> None:
 def test_what_does_not_go_together(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError) as raised:
         resolve(**values)
-    assert message in one_line(raised)
+    line = one_line(raised)
+    assert message in line
+    # a whole section is no help
+    assert "(got {" not in line
+    assert "top level" not in line
 
 
 def test_articles_alone_are_short_for_a_section_of_data() -> None:

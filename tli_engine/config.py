@@ -334,7 +334,7 @@ def resolve_config(values: dict[str, Any], where: str) -> RunConfig:
 
 
 def explain(error: Any, root: Any = None) -> str:
-    """One line on an error of pydantic's: the key, what is wrong, what is allowed."""
+    """One line on an error of pydantic's: the key, what is wrong and allowed, a single value."""
     key = ".".join(str(part) for part in error["loc"]) or "(top level)"
     if error["type"] == "extra_forbidden":
         section: Any = root or RunConfig
@@ -346,7 +346,9 @@ def explain(error: Any, root: Any = None) -> str:
     if error["type"] == "model_type":
         return f"{key}: must be a section of keys (got {error['input']!r})"
     message = error["msg"].removeprefix("Value error, ")
-    return f"{key}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+    line = f"{key}: {message[0].lower()}{message[1:]}"
+    names_keys = error["type"] == "value_error" and isinstance(error["input"], dict)
+    return line.removeprefix("(top level): ") if names_keys else f"{line} (got {error['input']!r})"
 
 
 def to_yaml(config: RunConfig) -> str:

@@ -1,9 +1,10 @@
-"""A tiny random Llama and word pairs, made once, for commands that need a model."""
+"""A tiny random Llama, word pairs and articles, for commands that need a model."""
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -27,6 +28,15 @@ mvua,rain,control
 mlango,door,control
 kisu,knife,control
 """
+
+ARTICLES = [
+    ("Mvua kubwa imenyesha mjini leo asubuhi.", "Mvua mjini"),
+    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
+    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
+    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
+    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
+    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
+]
 
 
 class Result(NamedTuple):
@@ -153,3 +163,35 @@ def trained(tmp_path_factory: pytest.TempPathFactory, config_file: Path, _one_th
 def run(trained: Path, tmp_path: Path) -> Path:
     """A copy of the finished run."""
     return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+@pytest.fixture
+def articles(tmp_path: Path) -> Path:
+    path = tmp_path / "train.jsonl"
+    lines = [json.dumps({"text": text, "summary": summary}) for text, summary in ARTICLES]
+    path.write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
+    (tmp_path / "unseen.jsonl").write_text("\n".join(lines[4:]) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def sft_config(tmp_path: Path, tiny_model: Path, articles: Path) -> Callable[..., Path]:
+    def write(**changes: Any) -> Path:
+        values: dict[str, Any] = {
+            "model": str(tiny_model),
+            "device": "cpu",
+            "objective": "sft",
+            "data": {"texts": str(articles), "validation": str(tmp_path / "unseen.jsonl")},
+            "prompt": {"instruction": "Fupisha: {text}"},
+            "lora": {"layers": "0-1", "r": 4, "alpha": 8, "dropout": 0.1},
+            "sft": {"context": 80, "evaluate_steps": 2},
+            "train": {"steps": 4, "batch_size": 1, "learning_rate": 1e-2, "checkpoint_steps": 3},
+        }
+        for section, change in changes.items():
+            old = values.get(section)
+            values[section] = old | change if isinstance(old, dict) else change
+        path = tmp_path / "sft.yaml"
+        path.write_text(yaml.safe_dump(values), encoding="utf-8")
+        return path
+
+    return write

@@ -214,6 +214,36 @@ def test_an_interrupted_run_goes_on(
         assert found[0] == found[1], name
 
 
+def test_an_interrupted_run_goes_on_elsewhere(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The comparison's folder and the articles were moved after the first of an arm's two runs."""
+    there = Path(shutil.copytree(config.parent, tmp_path / "there"))
+    for path in (there / config.name, *there.glob("*.jsonl")):
+        text = path.read_text(encoding="utf-8").replace(str(config.parent), str(there))
+        path.write_text(text, encoding="utf-8")
+    append = MetricsLog.append
+
+    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
+        append(self, step)
+        if "labels" in step:
+            signal.raise_signal(signal.SIGINT)
+
+    only = ("--only", "tli-then-lora-early:5")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", stopping)
+        result = cli("compare", there / config.name, "--out", "there/out", *only)
+    assert result.status == 130
+    shutil.move(there / "out", tmp_path / "out")
+    shutil.rmtree(there)
+    result = cli("compare", config, "--out", "out", *only)
+    assert result.status == 0, result.err
+    assert "resuming after step 1 of 3" in result.err
+    for name in ("predictions.jsonl", "adapter/adapter_model.safetensors"):
+        found = [(f / "tli-then-lora-early-5" / name).read_bytes() for f in (Path("out"), compared)]
+        assert found[0] == found[1], name
+
+
 def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) -> None:
     options = ("--set", "compare.keep_weights=false")
     assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
@@ -312,7 +342,7 @@ def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
         (("--set", "compare.beams=2"), "was begun with another compare.beams"),
         (("--set", "compare.arms=[half]"), "compare.arms.0: input should be 'full'"),
         (("--set", "compare.seed=1"), "compare.seed: unknown key; known here: arms, seeds"),
-        (("--set", "compare.seeds=[1, 1]"), "compare: seeds must be different ones"),
+        (("--set", "compare.seeds=[1, 1]"), "compare.seeds must be different ones"),
         (("--set", "compare.set.joint.align.layer=x"), "arm joint: align.layer"),
         (("--set", "data.test=none.jsonl"), "none.jsonl"),
     ],

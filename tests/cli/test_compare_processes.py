@@ -1,5 +1,6 @@
 """Runs of a comparison in processes of their own: several at a time, and signals."""
 
+import os
 import signal
 import sys
 import threading
@@ -58,3 +59,21 @@ def test_all_that_run_are_told(program: Path) -> None:
     )
     threading.Timer(0.7, signal.raise_signal, [signal.SIGTERM]).start()
     assert run("a", "b", "c", jobs=2) == {"a": 143, "b": 143}
+
+
+@pytest.mark.parametrize(("jobs", "cores", "threads"), [(2, 5, "2"), (3, 2, "1"), (1, 4, "none")])
+def test_cores_are_shared_out(
+    jobs: int, cores: int, threads: str, program: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Threads of several runs on the same cores wait for one another; a run alone has them all."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setenv("RAYON_NUM_THREADS", "7")
+    program.write_text('#!/bin/sh\necho "${OMP_NUM_THREADS:-none} $RAYON_NUM_THREADS" > threads\n')
+    assert run("a", jobs=jobs) == {"a": 0}
+    # what the user has set stands
+    assert Path("threads").read_text() == f"{threads} 7\n"
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    monkeypatch.delenv("RAYON_NUM_THREADS")
+    assert run("a", jobs=jobs) == {"a": 0}
+    assert Path("threads").read_text() == f"3 {threads if jobs > 1 else ''}\n"

@@ -1,27 +1,14 @@
 """``tli-engine train`` on summaries: from articles to an adapter or a model that others load."""
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-
-from tli_engine.train.metrics import MetricsLog
 
 Cli = Callable[..., Any]
-
-ARTICLES = [
-    ("Mvua kubwa imenyesha mjini leo asubuhi.", "Mvua mjini"),
-    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
-    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
-    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
-    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
-    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
-]
 
 
 @pytest.fixture(autouse=True)
@@ -30,38 +17,6 @@ def _without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "tli_engine.cli._train_sft.plot_losses", lambda steps, before, path: path.write_bytes(b"")
     )
-
-
-@pytest.fixture
-def articles(tmp_path: Path) -> Path:
-    path = tmp_path / "train.jsonl"
-    lines = [json.dumps({"text": text, "summary": summary}) for text, summary in ARTICLES]
-    path.write_text("\n".join(lines[:4]) + "\n", encoding="utf-8")
-    (tmp_path / "unseen.jsonl").write_text("\n".join(lines[4:]) + "\n", encoding="utf-8")
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path, tiny_model: Path, articles: Path) -> Callable[..., Path]:
-    def write(**changes: Any) -> Path:
-        values: dict[str, Any] = {
-            "model": str(tiny_model),
-            "device": "cpu",
-            "objective": "sft",
-            "data": {"texts": str(articles), "validation": str(tmp_path / "unseen.jsonl")},
-            "prompt": {"instruction": "Fupisha: {text}"},
-            "lora": {"layers": "0-1", "r": 4, "alpha": 8, "dropout": 0.1},
-            "sft": {"context": 80, "evaluate_steps": 2},
-            "train": {"steps": 4, "batch_size": 1, "learning_rate": 1e-2, "checkpoint_steps": 3},
-        }
-        for section, change in changes.items():
-            old = values.get(section)
-            values[section] = old | change if isinstance(old, dict) else change
-        path = tmp_path / "sft.yaml"
-        path.write_text(yaml.safe_dump(values), encoding="utf-8")
-        return path
-
-    return write
 
 
 def summed_loss(model: Any, tokenizer: Any, text: str, summary: str) -> tuple[float, int]:
@@ -77,18 +32,24 @@ def summed_loss(model: Any, tokenizer: Any, text: str, summary: str) -> tuple[fl
     ).item(), len(answer)
 
 
+def unseen() -> list[tuple[str, str]]:
+    """The articles that are not trained on, and their summaries."""
+    lines = map(json.loads, Path("unseen.jsonl").read_text(encoding="utf-8").splitlines())
+    return [(line["text"], line["summary"]) for line in lines]
+
+
 def loss_of(model: Any, tokenizer: Any) -> float:
-    losses = [summed_loss(model, tokenizer, *article) for article in ARTICLES[4:]]
+    losses = [summed_loss(model, tokenizer, *article) for article in unseen()]
     return sum(loss for loss, _ in losses) / sum(count for _, count in losses)
 
 
 def test_an_adapter_that_peft_reads(
-    cli: Cli, config: Callable[..., Path], tiny_model: Path
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path
 ) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = cli("train", config(), "--run", "run")
+    result = cli("train", sft_config(), "--run", "run")
     assert result.status == 0, result.err
     assert "3 blocks, lora training of" in result.err
     assert "on 4 articles, on cpu" in result.err
@@ -107,11 +68,11 @@ def test_an_adapter_that_peft_reads(
 
 
 def test_a_model_that_transformers_reads(
-    cli: Cli, config: Callable[..., Path], tiny_model: Path
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path
 ) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    result = cli("train", config(method="full", train={"learning_rate": 1e-3}), "--run", "run")
+    result = cli("train", sft_config(method="full", train={"learning_rate": 1e-3}), "--run", "run")
     assert result.status == 0, result.err
     assert "full training of" in result.err
     measured = json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"]
@@ -123,42 +84,11 @@ def test_a_model_that_transformers_reads(
     assert cli("verify", "run").status == 0
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_an_interrupted_run_goes_on_bit_for_bit(
-    cli: Cli, config: Callable[..., Path], method: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = config(method=method)
-    assert cli("train", path, "--run", "whole").status == 0
-    append = MetricsLog.append
-
-    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
-        append(self, step)
-        if step["step"] == 3:
-            signal.raise_signal(signal.SIGINT)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", stopping)
-        result = cli("train", path, "--run", "run")
-    assert result.status != 0
-    assert "resume with: tli-engine train --resume --run run" in result.err
-    assert cli("train", "--resume", "--run", "run").status == 0
-    name = "model/model.safetensors" if method == "full" else "adapter/adapter_model.safetensors"
-    assert (Path("whole") / name).read_bytes() == (Path("run") / name).read_bytes()
-    losses = [
-        [
-            json.loads(line)["loss"]
-            for line in (Path(run) / "metrics.jsonl").read_text().splitlines()
-        ]
-        for run in ("whole", "run")
-    ]
-    assert losses[0] == losses[1]
-
-
 def test_joint_training_takes_pairs_too(
-    cli: Cli, config: Callable[..., Path], pairs_file: Path
+    cli: Cli, sft_config: Callable[..., Path], pairs_file: Path
 ) -> None:
     values = {"data": {"pairs": str(pairs_file)}, "sft": {"align_pairs": 4}, "align": {"layer": 2}}
-    result = cli("train", config(objective="joint", **values), "--run", "run")
+    result = cli("train", sft_config(objective="joint", **values), "--run", "run")
     assert result.status == 0, result.err
     assert "on 4 articles and 10 pairs, on cpu" in result.err
     first = json.loads(Path("run/metrics.jsonl").read_text().splitlines()[0])
@@ -185,23 +115,23 @@ def test_joint_training_takes_pairs_too(
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
 def test_wrong_input_is_one_line(
-    cli: Cli, config: Callable[..., Path], changes: dict[str, Any], message: str
+    cli: Cli, sft_config: Callable[..., Path], changes: dict[str, Any], message: str
 ) -> None:
-    result = cli("train", config(**changes), "--run", "run")
+    result = cli("train", sft_config(**changes), "--run", "run")
     assert result.status == 2, result.err
     (line,) = result.err.strip().splitlines()[-1:]
     assert message in line
     assert not Path("run").exists() or not any(Path("run").iterdir())
 
 
-def test_full_training_of_nf4_weights_is_refused(cli: Cli, config: Callable[..., Path]) -> None:
-    result = cli("train", config(method="full", quantize="nf4"), "--run", "run")
+def test_full_training_of_nf4_weights_is_refused(cli: Cli, sft_config: Callable[..., Path]) -> None:
+    result = cli("train", sft_config(method="full", quantize="nf4"), "--run", "run")
     assert result.status == 2
     assert "method full trains the weights" in result.err
 
 
 def test_no_memory_is_said_and_checkpoints_stay(
-    cli: Cli, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tli_engine.train.sft_step import SftStep
 
@@ -214,7 +144,7 @@ def test_no_memory_is_said_and_checkpoints_stay(
 
     with monkeypatch.context() as patch:
         patch.setattr(SftStep, "run", running_out)
-        result = cli("train", config(), "--run", "run")
+        result = cli("train", sft_config(), "--run", "run")
     assert result.status == 1
     assert "Tried to allocate 2 GiB; held at the peak: weights 0.0 GiB" in result.err
     assert cli("train", "--resume", "--run", "run").status == 0
@@ -222,11 +152,11 @@ def test_no_memory_is_said_and_checkpoints_stay(
 
 @pytest.mark.parametrize("engine", ["modules", "fused"])
 def test_after_a_loss_that_is_no_number_the_checkpoint_is_whole(
-    engine: str, cli: Cli, config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    engine: str, cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from tli_engine.train.sft_step import SftStep
 
-    path, run = config(train={"engine": engine, "checkpoint_steps": 1}), SftStep.run
+    path, run = sft_config(train={"engine": engine, "checkpoint_steps": 1}), SftStep.run
     assert cli("train", path, "--run", "whole").status == 0
 
     def spoiling(self: SftStep, step: int) -> Any:
@@ -247,16 +177,17 @@ def test_after_a_loss_that_is_no_number_the_checkpoint_is_whole(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_evaluating_a_run_gives_the_loss_that_training_measured(
-    cli: Cli, config: Callable[..., Path], method: str
+    cli: Cli, sft_config: Callable[..., Path], method: str
 ) -> None:
     changes = {"learning_rate": 1e-3} if method == "full" else {}
-    assert cli("train", config(method=method, train=changes), "--run", "run").status == 0
+    assert cli("train", sft_config(method=method, train=changes), "--run", "run").status == 0
     trained = json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"]
     result = cli("evaluate", "run")
     assert result.status == 0, result.err
     again = json.loads(Path("run/evaluation.json").read_text())
     for stage in ("before", "after"):
         assert again["loss"]["validation"][stage] == pytest.approx(trained[stage], abs=1e-6)
+    assert again["loss"]["validation"]["best_step"] == trained["best_step"]
     assert "throughput" in again
     assert "on 2 unseen articles" in result.out
     assert again["text"].keys() == {"bleu", "chrf", "rouge1", "rouge2", "rougeL", "rougeLsum"}
@@ -269,13 +200,13 @@ def test_evaluating_a_run_gives_the_loss_that_training_measured(
 
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_summaries_are_those_that_transformers_writes(
-    cli: Cli, config: Callable[..., Path], tiny_model: Path, method: str
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path, method: str
 ) -> None:
     peft = pytest.importorskip("peft")
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     changes = {"learning_rate": 1e-3} if method == "full" else {}
-    assert cli("train", config(method=method, train=changes), "--run", "run").status == 0
+    assert cli("train", sft_config(method=method, train=changes), "--run", "run").status == 0
     result = cli("evaluate", "run", "--max-new-tokens", "6", "--batch-size", "1")
     assert result.status == 0, result.err
     assert "this run: 2 articles" in result.err
@@ -286,7 +217,7 @@ def test_summaries_are_those_that_transformers_writes(
     if method == "lora":
         model = peft.PeftModel.from_pretrained(model, "run/adapter")
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    for (text, _), line in zip(ARTICLES[4:], lines, strict=True):
+    for (text, _), line in zip(unseen(), lines, strict=True):
         prompt = tokenizer(f"Fupisha: {text}", return_tensors="pt")
         written = model.generate(
             input_ids=prompt["input_ids"], max_new_tokens=6, do_sample=False, pad_token_id=1
@@ -296,10 +227,10 @@ def test_summaries_are_those_that_transformers_writes(
 
 
 def test_a_joint_run_is_measured_on_pairs_and_articles(
-    cli: Cli, config: Callable[..., Path], pairs_file: Path, tmp_path: Path
+    cli: Cli, sft_config: Callable[..., Path], pairs_file: Path, tmp_path: Path
 ) -> None:
     data = {"pairs": str(pairs_file)}
-    path = config(objective="joint", data=data, align={"layer": 2}, sft={"align_pairs": 4})
+    path = sft_config(objective="joint", data=data, align={"layer": 2}, sft={"align_pairs": 4})
     assert cli("train", path, "--run", "run").status == 0
     result = cli("evaluate", "run", "--max-new-tokens", "2", "--no-final-layer")
     assert result.status == 0, result.err
@@ -311,9 +242,9 @@ def test_a_joint_run_is_measured_on_pairs_and_articles(
     assert found["throughput"].keys() == {"tokens_per_s", "words_per_s"}
 
 
-def test_one_run_against_another(cli: Cli, config: Callable[..., Path]) -> None:
+def test_one_run_against_another(cli: Cli, sft_config: Callable[..., Path]) -> None:
     for run, seed in (("run", 0), ("other", 1)):
-        assert cli("train", config(seed=seed), "--run", run).status == 0
+        assert cli("train", sft_config(seed=seed), "--run", run).status == 0
     result = cli("evaluate", "run", "--against", "other")
     assert result.status == 2
     assert "other/predictions.jsonl: no such file" in result.err
@@ -332,9 +263,9 @@ def test_one_run_against_another(cli: Cli, config: Callable[..., Path]) -> None:
 
 
 def test_a_run_without_unseen_articles_cannot_be_evaluated(
-    cli: Cli, config: Callable[..., Path]
+    cli: Cli, sft_config: Callable[..., Path]
 ) -> None:
-    path = config(data={"validation": None})
+    path = sft_config(data={"validation": None})
     result = cli("train", path, "--run", "run")
     assert result.status == 0, result.err
     assert json.loads(Path("run/evaluation.json").read_text())["loss"]["validation"] is None

@@ -237,6 +237,26 @@ def test_checkpoints_of_an_abandoned_end_do_not_push_out_the_new(
     assert_resumes(run, whole)
 
 
+def test_what_is_left_of_an_old_checkpoint_goes(
+    config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Power was cut while the last checkpoint, written by then, made earlier ones go."""
+    run, remove = tmp_path / "run", shutil.rmtree
+
+    def cutting(path: Path, **how: Any) -> None:
+        if path.name == "step-000015" and (run / "checkpoints" / f"step-{STEPS:06d}").is_dir():
+            (path / "state.json").unlink()
+            raise PowerCutError
+        remove(path, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", cutting)
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+    assert_resumes(run, whole)
+    assert main(["verify", str(run)]) == 0
+
+
 def test_other_pairs_are_refused(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:

@@ -57,6 +57,13 @@ def test_free_folders(name: str, overwrite: bool, tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
+def test_a_folder_whose_run_was_killed_as_it_began_is_free(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.part").write_text("model:")
+    create(tmp_path, overwrite=False)
+    write_text(tmp_path / "config.yaml", "model: m\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["config.yaml"]
+
+
 @pytest.mark.parametrize("act", [check_free, create])
 def test_a_folder_that_holds_something_is_refused(act: object, run: Path) -> None:
     before = tree(run)

@@ -1,5 +1,6 @@
 """Runs of a comparison, each in a process of its own, one after the other or several at a time."""
 
+import os
 import signal
 import subprocess
 import sys
@@ -14,6 +15,8 @@ from tli_engine.cli.signals import stop_on_signals
 STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # of the output of runs that run at the same time, which would be mixed up
 LOGS = "logs"
+# torch's threads, and the tokenizers': each takes all cores unless it is told
+_THREADS = ("OMP_NUM_THREADS", "RAYON_NUM_THREADS")
 # how long runs are waited for before signals are looked at
 _LOOK_EVERY = 0.2
 
@@ -27,7 +30,8 @@ def run_parts(out: Path, settings: Path, parts: Sequence[str], jobs: int) -> dic
         out: Folder of the comparison.
         settings: Its configuration.
         parts: Names.
-        jobs: Above 1, the output of each goes to a file in the folder's ``logs``.
+        jobs: Above 1, the output of each goes to a file in the folder's ``logs``, and each has its share
+            of the cores' threads, unless the environment says how many.
     """
     waiting = list(parts)
     running: dict[str, tuple[subprocess.Popen[bytes], float]] = {}
@@ -66,11 +70,15 @@ def _begin(out: Path, settings: Path, part: str, jobs: int) -> "subprocess.Popen
     # in a session of its own: Ctrl-C reaches it through us, once
     if jobs == 1:
         return subprocess.Popen(command, start_new_session=True)
+    threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
+    environment = dict.fromkeys(_THREADS, threads) | os.environ
     path = out / LOGS / f"{part.replace(':', '-')}.txt"
     path.parent.mkdir(exist_ok=True)
     say(f"{part}: begins; its output goes to {path}")
     with path.open("ab") as log:
-        return subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        return subprocess.Popen(
+            command, start_new_session=True, stdout=log, stderr=log, env=environment
+        )
 
 
 def _wait(process: "subprocess.Popen[bytes]") -> None:

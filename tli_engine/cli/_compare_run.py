@@ -149,7 +149,10 @@ def _train(config: RunConfig, folder: Path) -> int:
     if not path.is_file():
         return run_training(config, folder.name, folder, overwrite=False)
     if problems(folder):
-        return resume_training(resolve_config(read_yaml(path), str(path)), folder)
+        begun = resolve_config(read_yaml(path), str(path))
+        # files may lie elsewhere than where the run was begun
+        here = {name: getattr(config, name) for name in ("model", "data", "lora")}
+        return resume_training(begun.model_copy(update=here), folder)
     return 0
 
 

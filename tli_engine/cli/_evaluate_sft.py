@@ -141,6 +141,9 @@ def _record(folder: Path, found: dict[str, Any]) -> None:
         warn(f"{line}: the run is not as its training left it")
     path = folder / "evaluation.json"
     earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    # which step was the best one, training alone knows
+    trained = earlier.get("loss", {}).get("validation") or {}
+    found["loss"] = {"validation": trained | found["loss"]["validation"]}
     # those of word pairs, where a run has them too
     found["baselines"] = earlier.get("baselines", {}) | found["baselines"]
     write_json(path, earlier | found)

@@ -119,7 +119,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     kept: list[dict[str, Any]] = []
     if (path := checkpoint.path) is not None:
         world.together(lambda: load_checkpoint(path, trainer))
-        kept = [step for step in read_metrics(folder) if step["step"] <= trainer.step]
+        kept = [step for step in read_metrics(folder) if step["step"] <= trainer.reported]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
     start, first = time.perf_counter(), trainer.step

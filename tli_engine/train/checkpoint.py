@@ -90,17 +90,14 @@ def save_checkpoint(run: Path, trainer: Resumable, keep: int, world: World = ALO
         return final
     there = final.is_dir() and not problems(final)
     # a partner that was slow to look must not see it written
-    if there if shards is None else world.share(there):
-        return final
-    state = {"step": trainer.step, **trainer.notes()}
-    if shards is None:
-        tensors, optimizer = trainer.state()
-        _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
-    else:
-        _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
-    if not world.is_first:
-        return final
-    found = _checkpoints(run)
+    if not (there if shards is None else world.share(there)):
+        state = {"step": trainer.step, **trainer.notes()}
+        if shards is None:
+            tensors, optimizer = trainer.state()
+            _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
+        else:
+            _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
+    found = _checkpoints(run) if world.is_first else [final]
     for old in (*found[: found.index(final)], *found[found.index(final) + keep :]):
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -227,7 +224,12 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     Raises:
         UserError: The checkpoint is of another model or other adapters.
     """
-    notes = json.loads((path / _FILES[2]).read_text(encoding="utf-8"))
+    notes = _state(path)
+    best = path.parent.parent / _BEST
+    found = _state(best)["step"] if best.is_dir() else None
+    if "loss" in (noted := notes.get("best", {})) and noted["step"] != found:
+        # a later one, of an end of the run that was lost, took its place: the next is the best
+        notes["best"] = {name: noted[name] for name in ("before",) if name in noted}
     shards = trainer.shards()
     try:
         if shards is not None:
@@ -240,6 +242,11 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
+    return values
 
 
 def _fill(path: Path, shards: Shards) -> None:

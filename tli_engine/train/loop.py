@@ -114,6 +114,11 @@ class Trainer:
         """:attr:`is_spent` on any rank; each has a clock of its own."""
         return self.config.train.seconds is not None and self.world.any(self.is_spent)
 
+    @property
+    def reported(self) -> int:
+        """Steps whose figures were given to ``on_step``."""
+        return self.step
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Adapter tensors, and the optimizer's as ``<tensor>/<statistic>``."""
         adapter = {name: tensor.detach().cpu() for name, tensor in self.engine.tensors.items()}

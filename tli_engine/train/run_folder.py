@@ -12,6 +12,9 @@ from typing import Any
 
 from tli_engine.errors import UserError
 
+# the first file of a run
+_CONFIG = "config.yaml"
+
 
 def default_folder(recipe: str) -> Path:
     """``runs/<recipe>-<UTC time>``."""
@@ -30,7 +33,9 @@ def check_free(folder: Path, overwrite: bool, option: str = ", or --overwrite") 
         UserError: It is a file, not empty, or not writable.
     """
     check_writable(folder)
-    if folder.is_dir() and any(folder.iterdir()):
+    # of a run that was killed as it began
+    begun = folder / _part_of(_CONFIG)
+    if folder.is_dir() and any(path != begun for path in folder.iterdir()):
         if not overwrite:
             raise UserError(f"{folder}: is not empty; choose another folder{option}")
         if not _is_run(folder):
@@ -59,7 +64,7 @@ def check_writable(folder: Path) -> None:
 
 def _is_run(folder: Path) -> bool:
     """Whether :func:`create` and a run made it: any project may have a ``config.yaml``."""
-    config = folder / "config.yaml"
+    config = folder / _CONFIG
     return config.is_file() and b"\nprovenance:" in config.read_bytes()
 
 
@@ -82,9 +87,14 @@ def create(folder: Path, overwrite: bool, option: str = ", or --overwrite") -> N
         raise UserError(f"{folder}: cannot be made: {e.strerror}; choose another folder") from None
 
 
+def _part_of(name: str) -> str:
+    """What a file is called until it is whole."""
+    return f".{name}.part"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(f".{path.name}.part")
+    part = path.with_name(_part_of(path.name))
     try:
         with part.open("w", encoding="utf-8") as f:
             f.write(text)

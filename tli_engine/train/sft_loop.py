@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from tli_engine.models.device import peak_mib
 from tli_engine.train.checkpoint import Shards
 from tli_engine.train.joined_names import join_parts
 from tli_engine.train.memory import out_of_memory
+from tli_engine.train.run_folder import plain_json
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder
 from tli_engine.train.sft_step import Examples, SftObserved, SftStep, mean_loss
@@ -83,6 +85,10 @@ class Best:
         return False
 
 
+class _StoppedError(Exception):
+    """A measurement was left; it is made when the run goes on."""
+
+
 @dataclass
 class SftTrainer:
     """Runs the steps of fine-tuning.
@@ -115,6 +121,8 @@ class SftTrainer:
     best: Best = field(default_factory=Best, init=False)
     total_steps: int = field(default=0, init=False)
     seconds: float = field(default=0.0, init=False)
+    # the last step, if the loss on unseen articles after it is still to be measured
+    _unmeasured: SftMetrics | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self.total_steps = self.order.total_steps
@@ -137,8 +145,15 @@ class SftTrainer:
     def _has_ended(self) -> bool:
         return self.step >= self.total_steps or self.stopped_early or self.is_spent
 
+    @property
+    def reported(self) -> int:
+        """Steps whose figures were given to ``on_step``."""
+        return self.step - (self._unmeasured is not None)
+
     def run(self, until: Callable[[], bool] = lambda: False) -> None:
         """Train to the end, or to the first step after which ``until`` holds.
+
+        It is asked before each batch of unseen articles, too; then a step may be done and not reported.
 
         Raises:
             TrainingError: A tensor without a finite gradient, a loss that is not finite, or no memory.
@@ -147,21 +162,24 @@ class SftTrainer:
         try:
             # dropout draws from torch's global generator, which is the caller's
             with torch.random.fork_rng():
-                if self.step == 0 and self.validation is not None:
-                    self.best.before = self.validate()
-                while not self._has_ended and not until():
-                    self._one_step()
+                with suppress(_StoppedError):
+                    self._run(until)
                 self.engine.forget()
         except torch.OutOfMemoryError as e:
             raise TrainingError(out_of_memory(self.model, self.engine.updates, e)) from None
         finally:
             self.model.eval()
 
-    def validate(self) -> float:
+    def validate(self, until: Callable[[], bool]) -> float:
         """Cross-entropy of the articles that are not trained on, nats a label."""
         assert self.validation is not None
+
+        def look() -> None:
+            if until():
+                raise _StoppedError
+
         unseen = self.validation
-        return mean_loss(self.model, unseen.examples, unseen.batches, self.world)
+        return mean_loss(self.model, unseen.examples, unseen.batches, self.world, look)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Trained tensors, and the optimizer's."""
@@ -178,7 +196,9 @@ class SftTrainer:
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides."""
         # JSON has no infinity and no NaN
-        return {"best": {k: v for k, v in vars(self.best).items() if math.isfinite(v)}}
+        best = {k: v for k, v in vars(self.best).items() if math.isfinite(v)}
+        step = self._unmeasured
+        return {"best": best} | ({} if step is None else {"unmeasured": plain_json(vars(step))})
 
     def restore(
         self,
@@ -201,7 +221,12 @@ class SftTrainer:
         copies = {f"{name}/master": tensors[name] for name in masters}
         self.engine.updates.restore(copies | statistics)
         self.step = step
-        self.best = Best(**(notes or {}).get("best", {}))
+        notes = notes or {}
+        self.best = Best(**notes.get("best", {}))
+        if (left := notes.get("unmeasured")) is not None:
+            figures = {k: math.nan if v is None else v for k, v in left["figures"].items()}
+            self._unmeasured = SftMetrics(**left | {"figures": figures})
+            self.seconds += self._unmeasured.seconds
 
     @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
@@ -220,18 +245,21 @@ class SftTrainer:
         lines = (self._watch(s["step"], s) for s in steps if "cosine_true" in s)
         return [line for line in lines if line]
 
-    def _one_step(self) -> None:
+    def _run(self, until: Callable[[], bool]) -> None:
+        if self.step == 0 and self.validation is not None:
+            self.best.before = self.validate(until)
+        if self._unmeasured is not None:
+            self._measure(self._unmeasured, until)
+        while not self._has_ended and not until():
+            self._one_step(until)
+
+    def _one_step(self, until: Callable[[], bool]) -> None:
         start, step = time.perf_counter(), self.step
         observed = self.engine.run(step)
         # the slowest's: all ranks end after the same step
         (seconds,) = self.world.largest([time.perf_counter() - start])
         self.step += 1
         self.seconds += seconds
-        figures, is_best = self._figures(observed), False
-        due = self.step % self.config.sft.evaluate_steps == 0 or self._has_ended
-        if due and self.validation is not None:
-            figures["validation_loss"] = self.validate()
-            is_best = self.best.update(figures["validation_loss"], self.step)
         metrics = SftMetrics(
             step=self.step,
             epoch=1 + self.order.epoch(step),
@@ -243,13 +271,28 @@ class SftTrainer:
             tokens_per_s=observed.tokens / seconds,
             seconds=seconds,
             peak_mib=peak_mib(self.model.early.device),
-            figures=figures,
+            figures=self._figures(observed),
         )
-        if is_best:
+        due = self.step % self.config.sft.evaluate_steps == 0 or self._has_ended
+        if due and self.validation is not None:
+            self._measure(metrics, until)
+        else:
+            self._report(metrics)
+
+    def _measure(self, metrics: SftMetrics, until: Callable[[], bool]) -> None:
+        """Measure the loss on unseen articles after a step, and report both."""
+        self._unmeasured = metrics
+        metrics.figures["validation_loss"] = self.validate(until)
+        self._unmeasured = None
+        if self.best.update(metrics.figures["validation_loss"], self.step):
             # before a checkpoint says that it is there
             self.on_best()
+        self._report(metrics)
+
+    def _report(self, metrics: SftMetrics) -> None:
         self.on_step(metrics)
-        line = self._watch(self.step, figures) if observed.aligned else None
+        figures = metrics.figures
+        line = self._watch(self.step, figures) if "cosine_true" in figures else None
         if line is not None:
             self.on_warning(line)
 

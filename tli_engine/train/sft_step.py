@@ -260,15 +260,23 @@ def _sizes(packs: Sequence[TextPack]) -> tuple[int, int]:
 
 @torch.no_grad()
 def mean_loss(
-    model: CausalModel, examples: Examples, batches: Sequence[Batch], world: World = ALONE
+    model: CausalModel,
+    examples: Examples,
+    batches: Sequence[Batch],
+    world: World = ALONE,
+    look: Callable[[], None] = lambda: None,
 ) -> float:
-    """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches."""
+    """Cross-entropy of examples, nats a label, dropout off; each rank runs a share of the batches.
+
+    ``look`` is called before each batch, equally often on all ranks; what it raises ends this.
+    """
     device, labels = model.early.device, 0
     # nothing waits for the device before all is launched
     total = torch.zeros((), dtype=torch.float64, device=device)
     size = max(map(len, batches))
     with without_dropout(model):
         for batch in batches_of_rank(list(batches), size, world):
+            look()
             pack = pack_of(examples, batch)
             total += model.loss(pack.to(device))
             labels += pack.labels
