@@ -250,7 +250,7 @@ def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> 
     for writes, reads, name in ((world, ALONE, "several"), (ALONE, world, "one")):
         run = folder / "shards" / f"{name}-{world.size}"
         first = Tuner(folder, config, writes)
-        first.trainer.run(until=lambda trainer=first.trainer: trainer.step == 2)
+        first.trainer.run(until=lambda trainer=first.trainer: trainer.reported == 2)
         # alone, every rank has the same: the first writes
         path = save_checkpoint(run, first.trainer, 2, world if writes is ALONE else writes)
         assert world.share(problems(path)) == []
@@ -267,7 +267,7 @@ def check_shards_resume_where_layers_are_joined(world: World, folder: Path) -> N
     changes: dict[str, Any] = {"method": "full", "train": {"learning_rate": 1e-3}}
     config = config_of("sft", **changes)
     first = Tuner(folder, config, world)
-    first.trainer.run(until=lambda: first.trainer.step == 2)
+    first.trainer.run(until=lambda: first.trainer.reported == 2)
     path = save_checkpoint(folder / "shards" / f"joined-{world.size}", first.trainer, 2, world)
     fused = config_of("sft", **changes | {"train": changes["train"] | {"engine": "fused"}})
     expected, second = Tuner(folder, config).run(), Tuner(folder, fused)
@@ -277,7 +277,7 @@ def check_shards_resume_where_layers_are_joined(world: World, folder: Path) -> N
     close(figures(second.steps), figures(expected.steps[2:]))
     # and the other way
     alone = Tuner(folder, fused)
-    alone.trainer.run(until=lambda: alone.trainer.step == 2)
+    alone.trainer.run(until=lambda: alone.trainer.reported == 2)
     path = save_checkpoint(folder / "shards" / f"alone-{world.size}", alone.trainer, 2, world)
     assert world.share(problems(path)) == []
     several = Tuner(folder, config, world)
@@ -314,7 +314,7 @@ def check_write_shards(world: World, folder: Path) -> None:
     """For other numbers of ranks to read: see test_on_ranks.py."""
     config = config_of("sft", method="full", train={"learning_rate": 1e-3})
     tuner = Tuner(folder, config, world)
-    tuner.trainer.run(until=lambda: tuner.trainer.step == 2)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 2)
     save_checkpoint(folder / "shards" / "written", tuner.trainer, 2, world)
 
 

@@ -211,7 +211,7 @@ def check_ends_on_a_loss_that_is_not_finite(world: World, folder: Path) -> None:
 
 def check_ends_where_one_is_out_of_memory(world: World, folder: Path) -> None:
     tuner = Tuner(folder, config_of("sft"), world)
-    tuner.trainer.run(until=lambda: tuner.trainer.step == 2)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 2)
     loss = tuner.model.loss
 
     def fails(pack: Any) -> Tensor:

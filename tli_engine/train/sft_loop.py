@@ -170,7 +170,7 @@ class SftTrainer:
         finally:
             self.model.eval()
 
-    def validate(self, until: Callable[[], bool]) -> float:
+    def validate(self, until: Callable[[], bool] = lambda: False) -> float:
         """Cross-entropy of the articles that are not trained on, nats a label."""
         assert self.validation is not None
 
