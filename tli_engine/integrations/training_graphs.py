@@ -21,7 +21,7 @@ from tli_engine.models.graph_recorder import GraphRecorder
 
 # before a reason among a model's counts, which count the blocks that it kept from a graph
 LAUNCHED = "launched: "
-# calls of a shape before it is recorded: a recording costs as much as some three of them
+# calls of a shape before it is recorded: a recording runs the block twice more, and waits for the device
 _CALLS_BEFORE = 2
 # tokens of a call: of more, launches are a small part, and memory is not
 _MOST_TOKENS = 512
