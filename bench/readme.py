@@ -274,6 +274,7 @@ def scaling_table() -> str:
         "lora": "adapters on all blocks, NF4",
         "full": "all weights",
         "full_8b": "all weights",
+        "qlora_sharded": "adapters on all blocks, NF4 in shares",
     }
     for row in json.loads((_H200 / "scaling.json").read_text())["rows"]:
         notes, gpus = row["notes"], row["shape"]["gpus"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_scaling
+from bench import bench_scaling, readme
 from bench.bench_scaling import arguments, chosen_jobs, compared, missing, row_of, run_ranks
 from bench.harness import Row
 from bench.scaling_worker import Job
@@ -33,6 +33,17 @@ def test_efficiency_is_that_of_each_gpu() -> None:
     assert two.ratio_to_baseline == pytest.approx(1.6)
     assert two.notes["efficiency"] == pytest.approx(0.8)
     assert Row(**json.loads(json.dumps(asdict(two)))) == two
+
+
+def test_every_case_has_a_row_in_the_docs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = chosen_jobs(arguments(["--gpus", "2", "1"]))
+    rows = compared([row_of(job, replace(REPORT, peak_mib=1024.0)) for job in jobs])
+    text = json.dumps({"rows": [asdict(row) for row in rows]})
+    (tmp_path / "scaling.json").write_text(text, encoding="utf-8")
+    monkeypatch.setattr(readme, "_H200", tmp_path)
+    lines = readme.scaling_table().splitlines()[2:]
+    assert len(lines) == len(jobs)
+    assert "| adapters on all blocks, NF4 in shares | 2 |" in lines[-1]
 
 
 def test_too_few_gpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,7 +252,7 @@ def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> 
         first = Tuner(folder, config, writes)
         first.trainer.run(until=lambda trainer=first.trainer: trainer.reported == 2)
         # alone, every rank has the same: the first writes
-        path = save_checkpoint(run, first.trainer, 2, world if writes is ALONE else writes)
+        path = save_checkpoint(run, first.trainer, 2, world)
         assert world.share(problems(path)) == []
         assert not any(p.suffix in (".pt", ".distcp") for p in path.iterdir())
         second = Tuner(folder, config, reads)

@@ -82,3 +82,18 @@ def test_a_weight_written_to_before_the_way_back_is_an_error(
     state.sum().backward()
     with pytest.raises(RuntimeError, match="second time"):
         state.sum().backward()
+
+
+def test_inputs_are_given_up_with_what_was_saved(load: Load, tokens: dict[str, Tensor]) -> None:
+    """Some scripts hold the losses of all steps."""
+    model = adapt(load())
+    recorded(model)
+    for _ in range(3):
+        state = read(model, tokens)
+    node: Any = state.grad_fn
+    state.sum().backward(retain_graph=True)
+    assert node.inputs
+    state.sum().backward()
+    assert not node.inputs
+    with pytest.raises(RuntimeError, match="second time"):
+        state.sum().backward()

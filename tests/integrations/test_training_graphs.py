@@ -17,9 +17,12 @@ from tests.integrations.fake_graphs import counts, read, reasons, recorded
 from tli_engine import accelerate
 from tli_engine.integrations import training_graphs
 from tli_engine.integrations.lazy_model import settings_of
+from tli_engine.integrations.lazy_run import Step
+from tli_engine.integrations.static_block import NotStaticError, take_apart
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
 Load = Callable[..., Any]
+_ELSEWHERE = torch.empty((), device="meta")
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"]
 
 
@@ -130,6 +133,12 @@ def test_recordings_are_used_again(load: Load, tokens: dict[str, Tensor]) -> Non
     assert all(torch.equal(held[0], state) for state in held)
 
 
+def test_what_a_block_is_given_lies_where_it_runs() -> None:
+    step = Step(nn.Identity(), (), {"position": _ELSEWHERE})
+    with pytest.raises(NotStaticError, match="given a tensor on another device"):
+        take_apart(step, torch.ones(1, 2, 3, requires_grad=True), [])
+
+
 def _scale(model: Any) -> None:
     model.get_base_model().model.layers[1].self_attn.v_proj.scaling["default"] *= 3
 
@@ -137,6 +146,13 @@ def _scale(model: Any) -> None:
 def _exchange_data(model: Any) -> None:
     weight = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
     weight.data = weight.data * 2
+
+
+def _lay_out_anew(model: Any) -> None:
+    """At the same place, with the same shape."""
+    weight = model.get_base_model().model.layers[0].self_attn.q_proj.lora_A["default"].weight
+    rows, columns = weight.shape
+    weight.data = weight.data.view(columns, rows).t()
 
 
 def _write_4bit(model: Any) -> None:
@@ -165,7 +181,7 @@ def _second_adapter(model: Any) -> None:
 @pytest.mark.parametrize(
     "change",
     [
-        *(_scale, _exchange_data, _write_4bit, _merge, _exchange_module, _epsilon),
+        *(_scale, _exchange_data, _lay_out_anew, _write_4bit, _merge, _exchange_module, _epsilon),
         *(_second_adapter, lambda model: model.get_base_model().set_attn_implementation("eager")),
     ],
 )
@@ -194,9 +210,10 @@ def test_what_changes_is_never_replayed_as_it_was(
         (lambda m: m.model.layers[1].register_full_backward_pre_hook(lambda *a: None), "hooks", 1),
         (lambda m: m.gradient_checkpointing_enable(), "run again", 0),
         (lambda m: setattr(m.model.layers[0].mlp, "act_fn", _Own()), "library", 1),
+        (lambda m: m.model.layers[1].mlp.register_buffer("b", _ELSEWHERE), "another device", 1),
         (lambda m: m.requires_grad_(False), "nothing up to there is trained", 0),
     ],
-    ids=["attention", "forward", "dropout", "hook", "checkpointing", "library", "frozen"],
+    ids=["attention", "forward", "dropout", "hook", "checkpointing", "library", "device", "frozen"],
 )
 def test_what_may_differ_is_launched_and_said(
     load: Load, tokens: dict[str, Tensor], prepare: Callable[[Any], None], reason: str, others: int
@@ -280,6 +297,10 @@ def test_room_is_limited(
     for _ in range(6):
         read(model, shapes[1], 1)
     assert recorder.recorded == 4
+    settings = settings_of(model.get_base_model())
+    assert settings is not None
+    assert settings.graphs is not None
+    assert len(settings.graphs._recordings) == 1
     big = {n: t.repeat(200, 1) for n, t in tokens.items()}
     read(model, big, 1)
     assert reasons(model)[1].startswith("more than 512 tokens")
@@ -327,3 +348,31 @@ def test_only_gpus_have_graphs(load: Load, tokens: dict[str, Tensor]) -> None:
         read(model, tokens)
     assert not settings.counts["replayed"]
     assert not reasons(model)
+
+
+def test_the_first_device_with_graphs_counts(load: Load, tokens: dict[str, Tensor]) -> None:
+    """A model may be called on a CPU before it is moved."""
+    model = adapt(load(nf4=False))
+    recorder = recorded(model)
+    settings = settings_of(model.get_base_model())
+    assert settings is not None
+    found = iter((None, None))
+    settings.graphs = TrainingGraphs(lambda device: next(found, recorder))
+    for _ in range(4):
+        read(model, tokens)
+    assert recorder.recorded == 4
+
+
+def test_precision_set_by_either_way(load: Load, tokens: dict[str, Tensor]) -> None:
+    """Once a script has set the newer, PyTorch's getter of the older is an error."""
+    model = adapt(load(nf4=False))
+    recorder, matmul = recorded(model), torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    try:
+        for precision in ("ieee", "tf32"):
+            matmul.fp32_precision = precision
+            for _ in range(3):
+                read(model, tokens)
+    finally:
+        matmul.fp32_precision = before
+    assert recorder.recorded == 8

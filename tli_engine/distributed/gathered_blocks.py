@@ -198,7 +198,8 @@ def bytes_to_come(
     """Bytes on a GPU beside its share of the weights, activations, and blocks that stay whole.
 
     Gradients and states of the share, or what is on its way of an offloaded one; the gradient of what is
-    in no block; a block, the next one and its copy, and the gradient of one, in fp32 too as it is summed.
+    in no block; a block, and the next one, as gathered or its copy; the gradient of one, in fp32 too as it
+    is summed.
 
     Args:
         blocks: Weights of each block.

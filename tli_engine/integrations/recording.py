@@ -2,10 +2,12 @@
 
 import weakref
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd import Variable
 
 from tli_engine.integrations.call_state import CallState, versions
 from tli_engine.integrations.static_block import StaticBlock
@@ -185,7 +187,16 @@ class Replayed(torch.autograd.Function):
                 dx, gradients = _launched(block, ctx.inputs, trained, dy)
         else:
             dx, gradients = ctx.lease.recording.backward(dy)
-        return (None, None, None, dx, *[None] * (len(ctx.inputs) - 1), *gradients)
+        others = len(ctx.inputs) - 1
+        # autograd gives up what was saved, unless it is to be retained, when this has returned
+        Variable._execution_engine.queue_callback(partial(_give_up, ctx))
+        return (None, None, None, dx, *[None] * others, *gradients)
+
+
+def _give_up(ctx: Any) -> None:
+    """Let go of a call's inputs if no gradients can be asked for any more; its loss may be held for long."""
+    if ctx.lease.is_over:
+        ctx.inputs = ()
 
 
 def _launched(

@@ -39,8 +39,8 @@ class Weights:
         NotStaticError: The block cannot be recorded.
     """
 
-    def __init__(self, modules: Sequence[Any]) -> None:
-        """Look at ``modules``, all of the block's."""
+    def __init__(self, modules: Sequence[Any], device: torch.device) -> None:
+        """Look at ``modules``, all of the block's, which runs on ``device``."""
         self.trained: list[nn.Parameter] = []
         self._places: list[tuple[dict[str, Any], str, int]] = []
         numbers: dict[int, int] = {}
@@ -55,7 +55,10 @@ class Weights:
                     for name, tensor in holder.items():
                         if tensor is None:
                             continue
+                        if tensor.device != device:
+                            raise NotStaticError(f"{name} is on another device than hidden states")
                         found += (name, tensor.data_ptr(), tensor.dtype, tensor.requires_grad)
+                        found += (tensor.shape, tensor.stride())
                         if tensor.requires_grad:
                             self._note(holder, name, tensor, numbers)
         found += [_of_peft(m.__dict__) for m in modules if "_disable_adapters" in m.__dict__]
@@ -164,7 +167,10 @@ def take_apart(
     kwargs = _take_apart(step.kwargs, tensors, numbers)
     if any(t.requires_grad for t in tensors[1:]):
         raise NotStaticError("a block is given more than one tensor with a gradient")
-    weights = Weights(modules)
+    # a graph would hold the numbers that the host read of it
+    if any(t.device != hidden.device for t in tensors):
+        raise NotStaticError("a block is given a tensor on another device than hidden states")
+    weights = Weights(modules, hidden.device)
     if not (weights.trained or hidden.requires_grad):
         raise NotStaticError("nothing up to there is trained")
     shapes = ((t.shape, t.stride(), t.dtype, t.requires_grad) for t in tensors)

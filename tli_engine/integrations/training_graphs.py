@@ -21,7 +21,7 @@ from tli_engine.models.graph_recorder import GraphRecorder
 
 # before a reason among a model's counts, which count the blocks that it kept from a graph
 LAUNCHED = "launched: "
-# calls of a shape before it is recorded: a recording costs as much as some three of them
+# calls of a shape before it is recorded: a recording runs the block twice more, and waits for the device
 _CALLS_BEFORE = 2
 # tokens of a call: of more, launches are a small part, and memory is not
 _MOST_TOKENS = 512
@@ -57,6 +57,7 @@ class TrainingGraphs:
     ) -> None:
         self._make_recorder, self._limit = recorder, limit
         self._recorder: Recorder | None = None
+        self._failed = False
         self._device: torch.device | None = None
         self._stream: object = None
         self._calls: Counter[Hashable] = Counter()
@@ -80,10 +81,7 @@ class TrainingGraphs:
         return run
 
     def _replay(self, call: Call, step: Step, hidden: Tensor) -> Tensor | None:
-        if self._device is None:
-            self._device, self._recorder = hidden.device, self._make_recorder(hidden.device)
-            self._stream = _stream(hidden.device)
-        if self._recorder is None:
+        if self._failed or not self._can_record(hidden.device):
             return None
         try:
             self._check(call, hidden)
@@ -101,6 +99,13 @@ class TrainingGraphs:
         given = (*tensors, *block.weights.trained)
         y: Tensor = Replayed.apply(Lease(recording), block, call.state, *given)  # type: ignore[no-untyped-call]
         return y
+
+    def _can_record(self, device: torch.device) -> bool:
+        """Whether there is a recorder: of the first device that has one, and of its stream then."""
+        if self._recorder is None:
+            self._recorder = self._make_recorder(device)
+            self._device, self._stream = device, _stream(device)
+        return self._recorder is not None
 
     def _check(self, call: Call, hidden: Tensor) -> None:
         attention = getattr(call.decoder.config, "_attn_implementation", None)
@@ -124,11 +129,11 @@ class TrainingGraphs:
         self._calls[key] += 1
         if self._calls[key] <= _CALLS_BEFORE:
             return None
-        recordings = self._recordings.setdefault(key, [])
-        found = next((r for r in recordings if r.is_free), None)
+        found = next((r for r in self._recordings.get(key, ()) if r.is_free), None)
         if found is None:
             found = self._record(call, block, tensors)
-            recordings += [] if found is None else [found]
+            if found is not None:
+                self._recordings.setdefault(key, []).append(found)
         return found
 
     def _record(
@@ -147,19 +152,23 @@ class TrainingGraphs:
             recording = Recording(block, tensors, aliases, self._recorder)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
-            self._recorder = None
+            self._failed = True
             return None
         recording.nbytes = _allocated(device) - before
         self._held += recording.nbytes
         return recording
 
     def _drop_idle(self) -> None:
-        for key, recordings in self._recordings.items():
+        for key, recordings in list(self._recordings.items()):
             idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
             for recording in idle:
                 recordings.remove(recording)
                 self._held -= recording.nbytes
-                self._calls[key] = 0
+            if idle:
+                del self._calls[key]
+            if not recordings:
+                # a key holds frozen weights
+                del self._recordings[key]
 
     def _modules_of(self, call: Call, block: nn.Module) -> list[nn.Module]:
         if call.state.parts is not self._parts:
@@ -191,9 +200,13 @@ def _observed(device: torch.device) -> str | None:
 def _numerics() -> tuple[Any, ...]:
     """Settings that choose between kernels."""
     cuda: Any = torch.backends.cuda
+    matmul = cuda.matmul
     return (
         torch.are_deterministic_algorithms_enabled(),
-        torch.get_float32_matmul_precision(),
+        # torch.get_float32_matmul_precision() is an error once a script has set this one
+        matmul.fp32_precision,
+        matmul.allow_bf16_reduced_precision_reduction,
+        matmul.allow_fp16_reduced_precision_reduction,
         *(cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled()),
         *(cuda.math_sdp_enabled(), cuda.cudnn_sdp_enabled()),
     )

@@ -115,7 +115,7 @@ def full_bytes(made: Outline, gpus: int, offload: bool) -> FullBytes:
     before = held_shares.get("weights", 0) + e * rest
     step = Step(made, made.run.train.batch_size * made.run.sft.context, before, 0, to_come)
     stay = step.left is None or e * sum(sizes) <= step.left
-    # all blocks, or one, the next and its copy; the gradient of one, which is summed in fp32
+    # all blocks, or one and the next; the gradient of one, which is summed in fp32
     block = (e * sum(sizes) if stay else 2 * e * largest) + (e + 4) * largest
     loss, back = (
         max(m.activations + m.working for m in moments)
