@@ -14,7 +14,7 @@ from tli_engine.kernels.semaphores import semaphores
 MAX_RANKS, MAX_GROUPS = 64, 3
 # rows of x, and 64 columns of the contraction a CTA, that the product for few rows takes
 GEMV_M, GEMV_COLUMNS = 8, 64
-# rows from which decoding for cuBLAS took 0.9 of the time, but of fast forward products (8,192, H100, H200)
+# rows from which decoding for cuBLAS took 0.9 of the time, but of fast forward products; see bench/LOG.md
 _DECODE_ROWS = 6144
 
 

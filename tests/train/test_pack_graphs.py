@@ -317,7 +317,11 @@ def test_a_loss_that_is_no_number_ends_the_run(files: ModelFiles) -> None:
 @pytest.mark.parametrize(
     ("config", "change", "reason"),
     [
-        (config_of(train={"engine": "modules"}), {}, "transformers' modules wait"),
+        (
+            config_of(train={"engine": "modules", "cuda_graph": True}),
+            {},
+            "transformers' modules wait",
+        ),
         (config_of(), {"attention": "sdpa"}, "sft.attention=varlen does not"),
         (config_of("full", train={"in_backward": True}), {}, "train.in_backward updates"),
         (config_of(train={"optimizer": "adamw-8bit"}), {}, None),
@@ -345,6 +349,17 @@ def test_what_keeps_a_step_from_being_captured_is_said(
         assert found is not None
         assert reason in found
         assert said == [f"train.cuda_graph: a step's kernels are launched one by one: {found}"]
+
+
+def test_modules_that_no_graph_was_asked_for_are_launched_without_a_word(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = config_of(train={"engine": "modules"})
+    model, _ = step_of(files, config)
+    monkeypatch.setattr(EarlyModel, "device", torch.device("cuda"))
+    said: list[str] = []
+    assert not captures(config, model, said.append)
+    assert said == []
 
 
 def test_the_rule_is_a_blocks_weights_times_tokens(

@@ -142,7 +142,7 @@ def test_it_says_how_many_gpus_72b_takes() -> None:
         assert total / (room - 5 * GIB) <= count <= total / (room - 30 * GIB) + 1
     plan = planned("qwen2-72b", 8, method="full", train={"steps": 9, "batch_size": 8})
     assert any(n.startswith("does not fit: ") for n in plan.notes)
-    (line,) = (note for note in plan.notes if "takes at least" in note)
+    (line,) = (note for note in plan.notes if "in shares over several GPUs" in note)
     assert f"{counts['h100']} x h100, {counts['h200']} x h200" in line
     enough = planned("qwen2-72b", counts["h200"], "h200", method="full",
                      train={"steps": 9, "batch_size": counts["h200"]})  # fmt: skip

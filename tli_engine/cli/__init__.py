@@ -16,7 +16,7 @@ from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 _LAST_WORDS = 5.0
 _COMMANDS = {
     "scan": "measure the alignment of two languages at every layer",
-    "train": "train adapters on a few early layers",
+    "train": "train adapters on early blocks, or any weights on summaries",
     "plan": "say what a run would take: downloads, disk, memory, time",
     "evaluate": "measure a run's alignment before and after training",
     "compare": "several ways of training on the same data, side by side",

@@ -56,7 +56,7 @@ def command(
 
     The section compare of CONFIG has arms and seeds. Each is a run folder in --out; those that have
     their figures are not run again, and one that was interrupted goes on. With --only, runs can be
-    made one at a time and on several machines; copy their folders together, and --gather. Small
+    made one at a time and on several machines; copy their folders and one compare.yaml together, and --gather. Small
     models leave most of a GPU idle: --jobs runs several side by side. Memory is each run's own then,
     times are not, and come from the runs that had the device to themselves if there are any. Writes
     report.html, report.json and a card, with figures alone: no article and no summary.

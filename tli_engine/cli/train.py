@@ -21,7 +21,8 @@ from tli_engine.errors import ConfigError
 @click.command("train")
 @click.argument("config", required=False, type=click.Path(path_type=Path))
 @click.option(
-    "--recipe", help="A shipped configuration, in place of CONFIG: demo, paper, qwen2-72b."
+    "--recipe",
+    help="A shipped configuration, in place of CONFIG: demo, paper, qwen2-72b, xlsum-swahili, qwen2-72b-xlsum.",
 )
 @click.option(
     "--set",

@@ -46,7 +46,8 @@ def wants_graphs(config: RunConfig, model: CausalModel) -> bool:
     """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
     tokens = config.train.batch_size * config.sft.context
     if config.train.cuda_graph == "auto":
-        return block_weights(model) * tokens <= _LAUNCH_BOUND
+        # transformers' modules have none
+        return 0 < block_weights(model) * tokens <= _LAUNCH_BOUND
     return config.train.cuda_graph
 
 

@@ -187,7 +187,8 @@ def _with_counts(plan: Plan, run: RunConfig, model: Survey) -> Plan:
     """Say how many GPUs of which kind the run takes."""
     counts = ", ".join(f"{count} x {name}" for name, count in gpus_needed(run, model))
     line = (
-        f"every weight trained, bf16 with fp32 master, nothing offloaded, takes at least {counts}"
+        "every weight trained, bf16 with fp32 master, nothing offloaded, in shares over several GPUs: "
+        f"at least {counts}"
     )
     return replace(plan, notes=[*plan.notes, line])
 

@@ -148,8 +148,9 @@ def _costs(report: Report) -> Iterator[str]:
         parts = [
             f"{100 * share:.2g} % of the parameters",
             f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
-            f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time",
         ]
+        if arm["side_by_side"] == reference["side_by_side"] == 1:
+            parts.append(f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time")
         if arm["energy_joules"] and reference["energy_joules"]:
             ratio = arm["energy_joules"] / reference["energy_joules"]
             parts.append(f"{ratio:.2f} times the energy")
