@@ -44,6 +44,25 @@ def _rows(folder: Path, op: str) -> list[dict[str, Any]]:
     return rows
 
 
+def _of_size(
+    rows: Iterable[dict[str, Any]], least: float, most: float = math.inf
+) -> list[dict[str, Any]]:
+    """Those of matrices with so many millions of weights, ``most`` left out."""
+    return [r for r in rows if least <= r["shape"]["N"] * r["shape"]["K"] / 1e6 < most]
+
+
+def _over_cublas(
+    rows: Iterable[dict[str, Any]], case: str, tokens: int, provider: str
+) -> list[float]:
+    """CuBLAS' time over a provider's, for each shape."""
+    ms = {
+        (r["model"], r["provider"]): r["ms"]
+        for r in rows
+        if (r["case"], r["shape"]["M"]) == (case, tokens)
+    }
+    return [time / ms[model, provider] for (model, of), time in ms.items() if of == "cublas-bf16"]
+
+
 def _judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
     """A range, in bold where all of it is as good as the goal."""
     found = [round(value, 2) for value in values]
@@ -56,21 +75,16 @@ def _judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
 def product_table(folder: Path) -> str:
     """The NF4 product in fast numerics: goals, and the lowest and highest ratio over the shapes."""
     rows = _rows(folder, "nf4_linear")
-    ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
-    weights = {r["model"]: r["shape"]["N"] * r["shape"]["K"] / 1e6 for r in rows}
     lines = [
         "| weights | tokens | goal, forward | reached | goal, dX | reached |",
         "|---|---:|---:|---:|---:|---:|",
     ]
     for (title, least, most), goals in _PRODUCT.items():
-        models = [m for m, millions in weights.items() if least <= millions < most]
+        sized = _of_size(rows, least, most)
         for tokens, by_case in goals.items():
             cells = []
             for case, goal in zip(("fwd", "dx"), by_case, strict=True):
-                ratios = [
-                    ms[case, m, tokens, "cublas-bf16"] / ms[case, m, tokens, "tli-engine:fast"]
-                    for m in models
-                ]
+                ratios = _over_cublas(sized, case, tokens, "tli-engine:fast")
                 cells.append(f"{goal:g} | {_judged(ratios, goal)}")
             lines.append(f"| {title} | {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -95,45 +109,28 @@ def exact_table(folder: Path) -> str:
 
 def decoded_table(*folders: Path) -> str:
     """Decoding and cuBLAS, as Triton's way takes many rows; the first folder that has a number of tokens."""
+    measured = {folder.name.split("-")[1]: _rows(folder, "nf4_linear") for folder in folders}
     lines = ["| tokens | GPU | goal | forward | dX |", "|---:|---|---:|---:|---:|"]
     for tokens, goal in _DECODED.items():
-        for folder in folders:
-            rows = [r for r in _rows(folder, "nf4_linear") if r["shape"]["M"] == tokens]
-            if not rows:
-                continue
-            ms = {(r["case"], r["model"], r["provider"]): r["ms"] for r in rows}
-            cells = [
-                _judged(
-                    [
-                        time / ms[case, model, "tli-engine:triton"]
-                        for (of, model, provider), time in ms.items()
-                        if (of, provider) == (case, "cublas-bf16")
-                    ],
-                    goal,
-                )
-                for case in ("fwd", "dx")
-            ]
-            name = folder.name.split("-")[1]
-            lines.append(f"| {tokens:,} | {name} | {goal:g} | {' | '.join(cells)} |")
-            break
+        name, rows = next(
+            (name, rows)
+            for name, rows in measured.items()
+            if any(r["shape"]["M"] == tokens for r in rows)
+        )
+        cells = (
+            _judged(_over_cublas(rows, case, tokens, "tli-engine:triton"), goal)
+            for case in ("fwd", "dx")
+        )
+        lines.append(f"| {tokens:,} | {name} | {goal:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def triton_table(folder: Path) -> str:
     """Triton's fused forward product on matrices of 58 M weights and more."""
-    rows = [
-        r
-        for r in _rows(folder, "nf4_linear")
-        if r["case"] == "fwd" and r["shape"]["N"] * r["shape"]["K"] >= _LARGE * 1e6
-    ]
-    ms = {(r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
+    rows = _of_size(_rows(folder, "nf4_linear"), _LARGE)
     lines = ["| tokens | goal | reached |", "|---:|---:|---:|"]
     for tokens in (1, 16, 64):
-        ratios = [
-            time / ms[model, tokens, "tli-engine:triton"]
-            for (model, of, provider), time in ms.items()
-            if (of, provider) == (tokens, "cublas-bf16")
-        ]
+        ratios = _over_cublas(rows, "fwd", tokens, "tli-engine:triton")
         lines.append(f"| {tokens} | {_TRITON:g} | {_judged(ratios, _TRITON)} |")
     return "\n".join(lines)
 
@@ -147,9 +144,8 @@ def conversion_table(folder: Path) -> str:
     for title, (op, case, provider, share, ratio) in _CONVERSIONS.items():
         rows = [
             r
-            for r in _rows(folder, op)
+            for r in _of_size(_rows(folder, op), _LARGE)
             if (r["case"], r["provider"]) == (case, provider)
-            and r["shape"]["N"] * r["shape"]["K"] >= _LARGE * 1e6
         ]
         shares = _judged((r["roofline"] for r in rows), share)
         ratios = _judged((r["ratio_to_baseline"] for r in rows), ratio)
