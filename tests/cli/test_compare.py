@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.interrupt import at_step
 from tli_engine.cli import _compare, main
 from tli_engine.evaluate.compare.config import ARMS
 from tli_engine.train.metrics import MetricsLog
@@ -194,16 +195,9 @@ def test_what_is_done_is_not_done_again(
 def test_an_interrupted_run_goes_on(
     cli: Cli, config: Path, compared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    append = MetricsLog.append
-
-    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
-        append(self, step)
-        if step["step"] == 2:
-            signal.raise_signal(signal.SIGINT)
-
     arguments = ("compare", config, "--out", "cut", "--set", "compare.arms=[lora-early]")
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", stopping)
+        patch.setattr(MetricsLog, "append", at_step(2))
         result = cli(*arguments)
     assert result.status == 130
     assert "the same command goes on" in result.err

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tests.interrupt import at_step
 from tli_engine.models.causal import CausalModel
 from tli_engine.train.metrics import MetricsLog
 from tli_engine.train.sft_loop import SftTrainer
@@ -34,15 +35,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(
 ) -> None:
     path = sft_config(method=method, train={"engine": engine})
     assert cli("train", path, "--run", "whole").status == 0
-    append = MetricsLog.append
-
-    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
-        append(self, step)
-        if step["step"] == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", stopping)
+        patch.setattr(MetricsLog, "append", at_step(3))
         result = cli("train", path, "--run", "run")
     assert result.status != 0
     assert "resume with: tli-engine train --resume --run run" in result.err

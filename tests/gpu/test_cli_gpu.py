@@ -1,7 +1,6 @@
 """Commands from end to end on a GPU, where the engine's ops and CUDA graphs are the default."""
 
 import json
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,8 @@ import pytest
 import torch
 import yaml
 
+from tests.cli.conftest import ARTICLES
+from tests.interrupt import at_step
 from tli_engine.cli import main
 from tli_engine.evaluate.compare.config import ARMS
 from tli_engine.testing import save_tiny_model
@@ -27,14 +28,6 @@ WORDS = [
     ("samaki", "fish"), ("jua", "sun"), ("mwezi", "moon"), ("chumvi", "salt"), ("kitabu", "book"),
 ]  # fmt: skip
 CONTROL = [("barabara", "road"), ("mvua", "rain"), ("mlango", "door"), ("kisu", "knife")]
-ARTICLES = [
-    ("Mvua kubwa imenyesha mjini leo asubuhi.", "Mvua mjini"),
-    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
-    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
-    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
-    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
-    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
-]
 Write = Callable[..., Path]
 
 
@@ -81,15 +74,8 @@ def losses(run: str) -> list[float]:
 def goes_on_alike(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Train, whole and interrupted; ``run`` is the second."""
     succeeds("train", config, "--run", "whole")
-    append = MetricsLog.append
-
-    def stopping(self: MetricsLog, step: dict[str, Any]) -> None:
-        append(self, step)
-        if step["step"] == 3:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", stopping)
+        patch.setattr(MetricsLog, "append", at_step(3))
         assert main(["train", str(config), "--run", "run"]) != 0
     succeeds("train", "--resume", "--run", "run")
     assert losses("run") == pytest.approx(losses("whole"), abs=5e-3)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.interrupt import at_step
 from tli_engine.cli import _train_align, main
 from tli_engine.testing import save_tiny_model
 from tli_engine.train.metrics import MetricsLog
@@ -68,17 +69,6 @@ def whole(config: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, 
     return losses(run), adapter_digest(run)
 
 
-def at_step(step: int, action: Callable[[], None]) -> Callable[..., None]:
-    append = MetricsLog.append
-
-    def appended(self: MetricsLog, metrics: dict[str, Any]) -> None:
-        append(self, metrics)
-        if metrics["step"] == step:
-            action()
-
-    return appended
-
-
 def assert_resumes(run: Path, whole: tuple[Any, str]) -> None:
     assert main(["train", "--resume", "--run", str(run)]) == 0
     assert (losses(run), adapter_digest(run)) == whole
@@ -132,7 +122,7 @@ def test_interrupted_twice(
     run = tmp_path / "run"
     for step, command in ((4, [str(config)]), (13, ["--resume"])):
         with monkeypatch.context() as patch:
-            stop = at_step(step, lambda: signal.raise_signal(signal.SIGINT))
+            stop = at_step(step)
             patch.setattr(MetricsLog, "append", stop)
             assert main(["train", *command, "--run", str(run)]) == 130
     assert_resumes(run, whole)
@@ -229,7 +219,7 @@ def test_checkpoints_of_an_abandoned_end_do_not_push_out_the_new(
     for name in ("step-000015", "step-000020"):
         (run / "checkpoints" / name / "manifest.json").unlink()
     with monkeypatch.context() as patch:
-        stop = at_step(7, lambda: signal.raise_signal(signal.SIGINT))
+        stop = at_step(7)
         patch.setattr(MetricsLog, "append", stop)
         assert main(["train", "--resume", "--run", str(run)]) == 130
     left = {p.name for p in (run / "checkpoints").iterdir()}
@@ -266,7 +256,7 @@ def test_other_pairs_are_refused(
     other.write_text(config.read_text().replace(str(config.parent), str(folder)))
     run = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop = at_step(3, lambda: signal.raise_signal(signal.SIGINT))
+        stop = at_step(3)
         patch.setattr(MetricsLog, "append", stop)
         assert main(["train", str(other), "--run", str(run)]) == 130
     (folder / "pairs.json").write_text(json.dumps([{"swahili": "a", "english": "b"}] * 3))

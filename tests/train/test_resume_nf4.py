@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.interrupt import at_step
 from tli_engine.cli import _train_align, main
 from tli_engine.nn import NF4Linear
 from tli_engine.testing import save_tiny_model
@@ -53,17 +52,6 @@ def cut() -> None:
     raise PowerCutError
 
 
-def at_step(step: int, action: Callable[[], None]) -> Callable[..., None]:
-    append = MetricsLog.append
-
-    def appended(self: MetricsLog, metrics: dict[str, Any]) -> None:
-        append(self, metrics)
-        if metrics["step"] == step:
-            action()
-
-    return appended
-
-
 def test_goes_on_bit_for_bit(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls, forward = [], NF4Linear.lora_forward
 
@@ -82,7 +70,7 @@ def test_goes_on_bit_for_bit(config: Path, tmp_path: Path, monkeypatch: pytest.M
 
     stopped, crashed = tmp_path / "stopped", tmp_path / "crashed"
     with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", at_step(3, lambda: signal.raise_signal(signal.SIGINT)))
+        patch.setattr(MetricsLog, "append", at_step(3))
         assert main(["train", str(config), "--run", str(stopped)]) == 130
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "append", at_step(7, cut))
