@@ -12,17 +12,32 @@ from tli_engine.integrations.training_graphs import LAUNCHED, TrainingGraphs
 
 
 class FakeGraph:
-    """Runs a function again into the tensors that it returned first."""
+    """Runs a function again into the tensors that it returned first.
 
-    def __init__(self, run: Callable[[], Any], result: Any) -> None:
-        self._run, self._result = run, result
+    Args:
+        run: The function.
+        result: Of its first run.
+        pool: Graphs that share its memory, in the order of their recording.
+    """
+
+    def __init__(self, run: Callable[[], Any], result: Any, pool: list["FakeGraph"]) -> None:
+        self._run, self._result, self._pool = run, result, pool
+        self._is_overwritten = False
+        # a way back reads what the way there left, which was recorded before it
+        self._needed = pool[-1] if pool and isinstance(result, tuple) else self
+        pool.append(self)
 
     def replay(self) -> None:
+        # what was recorded later lies where this had what it needed for a while
+        for later in self._pool[self._pool.index(self) + 1 :]:
+            later._is_overwritten = True
+        self._is_overwritten = False
         with torch.enable_grad():
             new = self._run()
         with torch.no_grad():
             for old, value in zip(_tensors(self._result), _tensors(new), strict=True):
-                old.detach().copy_(value.detach())
+                lost = float("nan") if self._needed._is_overwritten else 0
+                old.detach().copy_(value.detach() + lost)
 
 
 class FakeRecorder:
@@ -33,13 +48,19 @@ class FakeRecorder:
     def launch(self, run: Callable[[], Any]) -> Any:
         return run()
 
-    def record(self, run: Callable[[], Any]) -> tuple[FakeGraph, Any]:
+    def new_pool(self) -> list[FakeGraph]:
+        return []
+
+    def memory(self) -> int:
+        return 100 * self.recorded
+
+    def record(self, run: Callable[[], Any], pool: list[FakeGraph]) -> tuple[FakeGraph, Any]:
         self.recorded += 1
         result = run()
         # a graph writes where it wrote first: nothing is there before its first replay
         for tensor in _tensors(result):
             tensor.detach().fill_(float("nan"))
-        return FakeGraph(run, result), result
+        return FakeGraph(run, result, pool), result
 
 
 def _tensors(result: Any) -> list[Tensor]:

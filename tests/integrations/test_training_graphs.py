@@ -284,8 +284,6 @@ def test_room_is_limited(
     load: Load, tokens: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = adapt(load(nf4=False))
-    sizes = iter(range(0, 10_000, 100))
-    monkeypatch.setattr(training_graphs, "_allocated", lambda device: next(sizes))
     monkeypatch.setattr(training_graphs, "_IDLE", 6)
     recorder = recorded(model, limit=50)
     shapes = [{n: t[:, :length] for n, t in tokens.items()} for length in range(2, 7)]
@@ -327,7 +325,7 @@ def test_a_failed_recording_is_said_once(load: Load, tokens: dict[str, Tensor]) 
     model = adapt(load(nf4=False))
     recorder = recorded(model)
 
-    def fail(run: Any) -> Any:
+    def fail(run: Any, pool: Any) -> Any:
         raise RuntimeError("operation not permitted when stream is capturing")
 
     recorder.record = fail  # type: ignore[method-assign]

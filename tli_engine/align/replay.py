@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.align.pairing import Figures, Pairing
+from tli_engine.models.graph_recorder import capture
 
 # pairs up to which the launches cost more than what they compute
 _FEW_PAIRS = 8192
@@ -51,7 +52,7 @@ class _Replay:
         self._vectors = vectors.clone()
         self._stream = torch.cuda.Stream(vectors.device)  # type: ignore[no-untyped-call]
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        with capture(self._graph):
             self._figures = _compare(pairing, self._vectors)
 
     def __call__(self, vectors: Tensor) -> list[Figures]:

@@ -28,15 +28,21 @@ class Recorder(Protocol):
     def launch(self, run: Callable[[], T]) -> T:
         """Run it."""
 
-    def record(self, run: Callable[[], T]) -> tuple[Graph, T]:
+    def new_pool(self) -> Any:
+        """Memory for graphs of which another's replay must not overwrite anything."""
+
+    def record(self, run: Callable[[], T], pool: Any) -> tuple[Graph, T]:
         """The graph, and what ``run`` returned, which each replay writes."""
+
+    def memory(self) -> int:
+        """Bytes taken on the device."""
 
 
 class Recording:
     """A block and its gradients as two graphs; it serves one call at a time.
 
-    Recordings of one recorder share their memory. What the way back needs of the way there, and what is
-    read outside, is held here: no other recording is given that memory.
+    Both lie in memory of their own: calls of one shape and of another come in any order, and others run
+    between a call's way there and its way back, which needs what was left there.
 
     Args:
         block: As it is called.
@@ -46,12 +52,11 @@ class Recording:
 
     Attributes:
         used: Number of the call that used it last.
-        nbytes: Memory that it holds.
+        nbytes: Memory that its graphs hold.
         lease: Of that call.
     """
 
     used = 0
-    nbytes = 0
     lease: "weakref.ref[Lease] | None" = None
 
     def __init__(
@@ -66,10 +71,12 @@ class Recording:
         self._dy = torch.empty(0)
         # kernels are compiled and libraries set themselves up outside the graphs
         recorder.launch(self._warm_up)
-        self._forward, y = recorder.record(self._go)
+        before, pool = recorder.memory(), recorder.new_pool()
+        self._forward, y = recorder.record(self._go, pool)
         self._y = y.detach()
         self._dy = torch.zeros_like(self._y)
-        self._backward, (self._dx, self._gradients) = recorder.record(self._return)
+        self._backward, (self._dx, self._gradients) = recorder.record(self._return, pool)
+        self.nbytes = recorder.memory() - before
 
     def _warm_up(self) -> None:
         self._dy = torch.zeros_like(self._go())

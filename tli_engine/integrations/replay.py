@@ -6,6 +6,8 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from tli_engine.models.graph_recorder import capture
+
 # calls of a shape before it is captured: libraries set themselves up in the first, and few are not worth it
 _CALLS_BEFORE = 3
 
@@ -18,7 +20,7 @@ class Captured:
     def __init__(self, run: Run, x: Tensor, pool: object) -> None:
         self._x = x.clone()
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, pool=pool):  # type: ignore[arg-type]
+        with capture(self._graph, pool):
             self._y = run(self._x)
 
     def __call__(self, x: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ _MOST_TOKENS = 512
 # trained numbers of a block: copying gradients of more costs what launches do
 _MOST_TRAINED = 1 << 24
 # memory that a model's recordings hold, give or take one
-_BYTES = 1 << 30
+_BYTES = 2 << 30
 # a recording that so many blocks' calls did not take makes room for others
 _IDLE = 4096
 # calls' kinds that are counted before all are forgotten: some scripts move their weights at each step
@@ -146,15 +146,12 @@ class TrainingGraphs:
             call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
             return None
         aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
-        device = tensors[0].device
-        before = _allocated(device)
         try:
             recording = Recording(block, tensors, aliases, self._recorder)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
             self._failed = True
             return None
-        recording.nbytes = _allocated(device) - before
         self._held += recording.nbytes
         return recording
 
@@ -214,7 +211,3 @@ def _numerics() -> tuple[Any, ...]:
 
 def _stream(device: torch.device) -> object:
     return torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-
-def _allocated(device: torch.device) -> int:
-    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

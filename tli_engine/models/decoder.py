@@ -11,6 +11,7 @@ from tli_engine.data.words import Pack, Word, pack
 from tli_engine.models.causal import CausalModel, soft_capped
 from tli_engine.models.document_attention import Documents
 from tli_engine.models.fused import Rows
+from tli_engine.models.graph_recorder import capture
 from tli_engine.models.kv_cache import CachedAttention, KVCache, Prefill
 from tli_engine.models.packed_attention import Attends
 
@@ -170,7 +171,7 @@ class _CapturedStep:
             run(self._tokens)
         torch.cuda.current_stream(tokens.device).wait_stream(stream)
         self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph, stream=stream):
+        with capture(self._graph, stream=stream):
             self._logits: Tensor = run(self._tokens)
 
     def __call__(self, tokens: Tensor) -> Tensor:
