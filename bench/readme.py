@@ -51,8 +51,8 @@ _SIZES = (("over 100 M", 100, math.inf), ("58-67 M", 50, 100), ("17-25 M", 0, 50
 _GPU, _H200 = RESULTS / "NVIDIA-H100-80GB-HBM3", RESULTS / "NVIDIA-H200"
 
 
-def _gpu_rows(op: str) -> list[dict[str, Any]]:
-    rows: list[dict[str, Any]] = json.loads((_GPU / f"{op}.json").read_text())["rows"]
+def _gpu_rows(op: str, of: Path = _GPU) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((of / f"{op}.json").read_text())["rows"]
     return rows
 
 
@@ -182,7 +182,7 @@ def words_table() -> str:
 
 def steps_table() -> str:
     """The training step of word pairs on a GPU, against the published one and its cut."""
-    rows = [r for r in _gpu_rows("tli_step") if r["case"] == "step"]
+    rows = [r for r in _gpu_rows("tli_step", _H200) if r["case"] == "step"]
     by_key = {(r["model"], r["shape"]["tokens"], r["provider"]): r for r in rows}
     lines = [
         "| tokens a step | published | cut to two blocks | tli-engine, exact | fast | weights resident in bf16 |",
@@ -220,7 +220,7 @@ def sft_table() -> str:
         f"| {row['model']} | {cases[row['case']]} | {row['provider']} | "
         f"{row['notes']['tokens_per_s']:,.0f} | {_wall_and_gpu(row)} | "
         f"{row['peak_mib'] / 1024:.1f} GiB |"
-        for row in _gpu_rows("train_step")
+        for row in _gpu_rows("train_step", _H200)
     ]
     return "\n".join(lines)
 
@@ -276,7 +276,7 @@ def scaling_table() -> str:
         "full_8b": "all weights",
         "qlora_sharded": "adapters on all blocks, NF4 in shares",
     }
-    for row in json.loads((_H200 / "scaling.json").read_text())["rows"]:
+    for row in _gpu_rows("scaling", _H200):
         notes, gpus = row["notes"], row["shape"]["gpus"]
         # on two GPUs alone
         alone = row["case"] in ("full_8b", "qlora_sharded")
@@ -312,7 +312,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "conversion_goals": partial(goals.conversion_table, _GPU),
     "decoded_goals": partial(goals.decoded_table, _GPU, _H200),
     "lora_goals": partial(goals.lora_table, _GPU),
-    "step_goals": partial(goals.step_table, _GPU),
+    "step_goals": partial(goals.step_table, _H200),
 }
 
 

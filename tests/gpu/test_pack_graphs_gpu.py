@@ -209,3 +209,25 @@ def test_what_cannot_be_captured_is_launched_and_said(opened: Open) -> None:
     assert len(steps) == STEPS
     (line,) = said
     assert "train.cuda_graph: a step's kernels are launched one by one: sdpa asks" in line
+
+
+def test_activations_of_several_shapes_are_held_once(opened: Open) -> None:
+    """Those of a graph, and those of what is launched since its shape is new, or one too many."""
+    store = examples(*(512,) * 16, 300)
+    config = config_of("full", sft={"context": 512}, train={"batch_size": 16})
+    trainer, _ = trainer_of(opened("llama"), config, store)
+    trainer.model.train()
+    graphs = trainer.engine.graphs
+    assert graphs is not None
+    texts = list(range(16))
+    packs = [trainer.engine.pack([some]) for some in (texts, texts[1:], [*texts[1:], 16])]
+    before, taken = torch.cuda.memory_reserved(), []
+    torch.cuda.reset_peak_memory_stats()
+    for pack in packs:
+        for _ in range(2):
+            graphs.add(pack, pack.labels)
+        taken.append(torch.cuda.max_memory_reserved() - before)
+    assert graphs.captured == len(packs)
+    # of 8,192 tokens, then of fewer
+    assert taken[0] > 100 << 20
+    assert taken[-1] <= 1.25 * taken[0]

@@ -2,10 +2,11 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import contextmanager, nullcontext
+from typing import Any, NamedTuple, TypeVar
 
 import torch
+from torch.autograd.grad_mode import set_multithreading_enabled
 
 T = TypeVar("T")
 
@@ -49,32 +50,62 @@ def capture(
             gc.enable()
 
 
+class _Pool(NamedTuple):
+    """Memory that graphs share, by its number."""
+
+    id: tuple[int, int]
+
+
 class GraphRecorder:
     """Records what functions launch; its graphs must never run side by side.
 
     Kernels are compiled, and libraries take their workspaces, in a first call, which no graph may hold:
-    :meth:`launch` what is to be recorded once before. What waits for the device cannot be recorded.
+    :meth:`launch` what is to be recorded once before. What waits for the device cannot be recorded. Backward
+    passes run in the calling thread: libraries have workspaces of each thread.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self._device = torch.device("cuda", index)
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = self.new_pool()
+        self._holder: torch.cuda.CUDAGraph | None = None
 
-    def new_pool(self) -> Any:
+    def new_pool(self) -> _Pool:
         """Memory for graphs of which another's replay must not overwrite anything."""
-        return torch.cuda.graph_pool_handle()
+        return _Pool(torch.cuda.graph_pool_handle())
 
-    def launch(self, run: Callable[[], T]) -> T:
-        """Run in the stream that records, between what the current stream does before and after."""
+    def launch(self, run: Callable[[], T], in_pool: bool = False) -> T:
+        """Run in the stream that records, between what the current stream does before and after.
+
+        Args:
+            run: Launches.
+            in_pool: Take memory where graphs have theirs, which nothing else can use while they are kept.
+        """
         current = torch.cuda.current_stream(self._device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            result = run()
-        current.wait_stream(self._stream)
+        with self._of_graphs() if in_pool else nullcontext():
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream), set_multithreading_enabled(False):
+                result = run()
+            current.wait_stream(self._stream)
         return result
 
-    def record(self, run: Callable[[], T], pool: Any = None) -> tuple[torch.cuda.CUDAGraph, T]:
+    @contextmanager
+    def _of_graphs(self) -> Iterator[None]:
+        """Let the calling thread take memory from the graphs' pool."""
+        if self._holder is None:
+            # a pool that no graph holds is gone
+            torch.zeros(1, device=self._device)
+            self._holder, _ = self.record(lambda: torch.zeros(1, device=self._device))
+        # the allocator gives back nothing of what it keeps elsewhere in there (pytorch/pytorch#159674)
+        torch.cuda.empty_cache()
+        pool: Any = self._pool
+        with torch.cuda.use_mem_pool(pool, self._device):
+            yield
+
+    def record(
+        self, run: Callable[[], T], pool: _Pool | None = None
+    ) -> tuple[torch.cuda.CUDAGraph, T]:
         """The graph, and what ``run`` returned: tensors that each replay writes. It is not run yet.
 
         A graph's replay may overwrite what those recorded after it in the same pool wrote: these lie where
@@ -88,7 +119,8 @@ class GraphRecorder:
             RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
         """
         graph = torch.cuda.CUDAGraph()
-        with capture(graph, self._pool if pool is None else pool, self._stream):
+        memory = self._pool if pool is None else pool
+        with capture(graph, memory.id, self._stream), set_multithreading_enabled(False):
             result = run()
         return graph, result
 

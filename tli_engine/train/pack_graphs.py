@@ -86,11 +86,22 @@ class _Prepared:
     loss: Tensor | None = None
 
 
+def add_gradient(model: CausalModel, pack: TextPack, labels: int) -> Tensor:
+    """Add the gradient of a pack's part of a step's loss, launched kernel by kernel; return that part.
+
+    It is over all labels of the step: batches of few labels weigh no more than their labels.
+    """
+    part = model.loss(pack.to(model.early.device)) / labels
+    torch.autograd.backward(part)
+    return part.detach()
+
+
 class PackGraphs:
     """Adds up gradients of packs, each filled up to one of few shapes.
 
     A shape's first pack is launched kernel by kernel, in the stream that records; its second is recorded.
     A graph adds to the gradients that the tensors have when it is recorded: they must stay where they are.
+    What is launched takes its memory where graphs have theirs: activations are held once, not twice.
 
     Args:
         model: Its blocks fused.
@@ -112,10 +123,10 @@ class PackGraphs:
         """Graphs so far."""
         return sum(prepared.graph is not None for prepared in self._shapes.values())
 
-    def add(self, pack: TextPack, labels: int) -> Tensor | None:
+    def add(self, pack: TextPack, labels: int) -> Tensor:
         """Add the gradient of a pack's part of a step's loss; return that part, a scalar in fp32.
 
-        It is overwritten by the next pack. None: the pack has a shape too many, and nothing was done.
+        It is overwritten by the next pack.
 
         Args:
             pack: On the host.
@@ -129,7 +140,7 @@ class PackGraphs:
         if prepared is None:
             if len(self._shapes) >= _MOST_SHAPES:
                 self._warn()
-                return None
+                return self._launch(lambda: add_gradient(self._model, pack, labels))
             prepared = _Prepared(FilledBuffer(shape, self._model.early.device))
             self._shapes[shape] = prepared
         fill(prepared.buffer.fill(), pack, labels)
@@ -139,17 +150,18 @@ class PackGraphs:
 
     def _run(self, prepared: _Prepared) -> Tensor:
         batch = prepared.buffer.batch
-        if self._recorder is None:
-            return self._compute(batch)
         prepared.runs += 1
         if prepared.graph is None:
             held = all(t.grad is not None for t in self._model.trainable().values())
-            if prepared.runs == 1 or not held:
-                return self._recorder.launch(lambda: self._compute(batch))
+            if self._recorder is None or prepared.runs == 1 or not held:
+                return self._launch(lambda: self._compute(batch))
             prepared.graph, prepared.loss = self._record(self._recorder, batch)
         assert prepared.loss is not None
         prepared.graph.replay()
         return prepared.loss
+
+    def _launch(self, run: Callable[[], Tensor]) -> Tensor:
+        return run() if self._recorder is None else self._recorder.launch(run, in_pool=True)
 
     def _record(
         self, recorder: GraphRecorder, batch: FilledTexts

@@ -21,7 +21,7 @@ from tli_engine.errors import StoppedElsewhere
 from tli_engine.models.causal import CausalModel, without_dropout
 from tli_engine.train.module_step import check_finite, check_gradients, pairs_of_rank
 from tli_engine.train.order import batch_rows, step_seed
-from tli_engine.train.pack_graphs import PackGraphs, captures
+from tli_engine.train.pack_graphs import PackGraphs, add_gradient, captures
 from tli_engine.train.readback import Readback
 from tli_engine.train.schedule import learning_rate
 from tli_engine.train.sft_order import Batch, SftOrder, batches_of_rank
@@ -191,19 +191,11 @@ class SftStep:
         for number, pack in enumerate(packs):
             if number == len(packs) - 1 and self._pairs is None:
                 self._gradients.overlap()
-            loss += self._add_gradient(pack, labels)
+            if self.graphs is None:
+                loss += add_gradient(self._model, pack, labels)
+            else:
+                loss += self.graphs.add(pack, labels)
         return loss, () if self._pairs is None else self._align(step, self._pairs)
-
-    def _add_gradient(self, pack: TextPack, labels: int) -> Tensor:
-        """Add the gradient of a pack's part of the loss; return that part.
-
-        It is over all labels of the step: batches of few labels weigh no more than their labels.
-        """
-        part = None if self.graphs is None else self.graphs.add(pack, labels)
-        if part is None:
-            part = self._model.loss(pack.to(self._model.early.device)) / labels
-            torch.autograd.backward(part)
-        return part.detach()
 
     def _stop_others(self) -> None:
         """Go on to where the other ranks wait, and tell them to stop.
