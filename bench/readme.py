@@ -12,7 +12,8 @@ from bench import goals
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
-FILLED = (README, *(README.parent / "docs" / name for name in ("goals.md", "several-gpus.md")))
+DOCS = README.parent / "docs"
+FILLED = (README, *(DOCS / name for name in ("goals.md", "several-gpus.md", "comparisons/README.md")))
 
 
 def published_table() -> str:
@@ -288,6 +289,40 @@ def scaling_table() -> str:
     return "\n".join(lines)
 
 
+_METRICS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "bleu": "BLEU", "chrf": "chrF++"}
+
+
+def comparison_table(name: str = "swahili-news-smollm2") -> str:
+    """The arms of a comparison, and the systems that need no training."""
+    found = json.loads((DOCS / "comparisons" / name / "report.json").read_text())
+    p = {(t["arm"], t["metric"]): t["p_holm"] for t in found["tests"]}
+    lines = [
+        f"| | {' | '.join(_METRICS.values())} | trained | peak memory | training |",
+        f"|---|{'---:|' * (len(_METRICS) + 3)}",
+    ]
+    for arm in found["arms"]:
+        cells = [
+            _scored(arm["text"][metric]) + _p_value(p.get((arm["name"], metric)))
+            for metric in _METRICS
+        ]
+        seconds = f"{arm['wall_seconds']:.0f} s" if arm["side_by_side"] == 1 else "-"
+        cells += [f"{arm['trainable_parameters']:,}", f"{arm['peak_mib']:,.0f} MiB", seconds]
+        lines.append(f"| {arm['name']} | {' | '.join(cells)} |")
+    for system, scores in found["baselines"].items():
+        cells = [_scored(scores[metric]) for metric in _METRICS]
+        lines.append(f"| {system} | {' | '.join(cells)} | | | |")
+    return "\n".join(lines)
+
+
+def _scored(score: dict[str, Any]) -> str:
+    low, high = score["ci95"]
+    return f"{score['score']:.1f} ({low:.1f}-{high:.1f})"
+
+
+def _p_value(p: float | None) -> str:
+    return "" if p is None else f", p = {p:.3f}" if p < 0.9995 else ", p = 1"
+
+
 def output_of(name: str) -> str:
     """What a command printed, from ``docs/output``."""
     text = (README.parent / "docs" / "output" / f"{name}.txt").read_text(encoding="utf-8")
@@ -306,6 +341,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "generation": generation_table,
     "plan": plan_table,
     "scaling": scaling_table,
+    "comparison": comparison_table,
     "product_goals": partial(goals.product_table, _GPU),
     "exact_goals": partial(goals.exact_table, _GPU),
     "triton_goals": partial(goals.triton_table, _GPU),
