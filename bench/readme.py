@@ -13,7 +13,10 @@ from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
 DOCS = README.parent / "docs"
-FILLED = (README, *(DOCS / name for name in ("goals.md", "several-gpus.md", "comparisons/README.md")))
+FILLED = (
+    README,
+    *(DOCS / name for name in ("goals.md", "several-gpus.md", "comparisons/README.md")),
+)
 
 
 def published_table() -> str:
