@@ -101,6 +101,8 @@ _LORA = (
     *_GRAPHS,
     Provider("tli-engine:12-gib", "engine", "auto", memory_gib=12),
     Provider("tli-engine:12-gib-in-4", "engine", "auto", memory_gib=12, accumulate=4),
+    # what Unsloth takes of the 8B shape with adapters on all blocks
+    Provider("tli-engine:9-gib-in-4", "engine", "auto", memory_gib=9, accumulate=4),
     Provider("peft+bitsandbytes+liger:save-in-4", "transformers", "save", liger=True, accumulate=4),
     Provider("tli-engine:recompute", "engine"),
     Provider("tli-engine:save", "engine", "save"),
@@ -138,9 +140,8 @@ _ALONE = ("qwen2-72b",)
 def providers_of(case: Case, model: str) -> list[Provider]:
     """Who takes part, the baseline first."""
     found = list(_LORA if case.method == "lora" else _FULL)
-    if model in (*_LARGE, *_ALONE):
-        found = [p for p in found if p not in _GRAPHS]
     if model in _ALONE:
+        found = [p for p in found if p not in _GRAPHS]
         return [p for p in found if p.kind == "engine" and not p.dense and not p.memory_gib]
     if case.method == "full" and model in _LARGE:
         peers = ("transformers", "transformers+liger")
