@@ -7,15 +7,17 @@ alone makes of a curve, and the engine's distance is given in units of it. Adapt
 projections of all blocks, in fp32, or every weight, with fp32 master copies; SmolLM2-135M, in bf16 on
 a GPU, in fp32 on a CPU.
 
-python -m bench sft_losses [--steps N] [--methods lora full]
+python -m bench sft_losses [--steps N] [--methods lora full] [--jobs N]
 """
 
 import argparse
 import gc
 import random
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ RATES = {"lora": LEARNING_RATE, "full": 1e-5}
 _WEIGHT_DECAY = 0.01
 _PROMPT = "Kiswahili: {}\nEnglish:"
 _COLOURS = {"transformers": "#0072B2", "transformers:eager": "#009E73", "tli-engine": "#D55E00"}
+PROVIDERS = tuple(_COLOURS)
 
 # tokens, and how many of them come before the answer
 Text = tuple[tuple[int, ...], int]
@@ -162,17 +165,36 @@ def engine_losses(subject: Subject, task: Task, method: str, steps: int) -> list
 
 def curves(subject: Subject, task: Task, method: str, steps: int) -> dict[str, list[float]]:
     """Losses by provider, each with the memory of the one before it free again."""
-    runs: dict[str, Callable[[], list[float]]] = {
-        "transformers": lambda: peer_losses(subject, task, method, steps, "sdpa"),
-        "transformers:eager": lambda: peer_losses(subject, task, method, steps, "eager"),
-        "tli-engine": lambda: engine_losses(subject, task, method, steps),
-    }
     found = {}
-    for name, run in runs.items():
-        found[name] = run()
+    for name in PROVIDERS:
+        found[name] = curve(subject, task, method, steps, name)
         gc.collect()
         print(f"{method:5} {name:20} {found[name][0]:.4f} to {found[name][-1]:.4f}", flush=True)
     return found
+
+
+def curve(subject: Subject, task: Task, method: str, steps: int, provider: str) -> list[float]:
+    """Losses of one of :data:`PROVIDERS`."""
+    if provider == "tli-engine":
+        return engine_losses(subject, task, method, steps)
+    attention = "eager" if provider.endswith(":eager") else "sdpa"
+    return peer_losses(subject, task, method, steps, attention)
+
+
+def curves_side_by_side(
+    methods: Sequence[str], steps: int, jobs: int
+) -> dict[str, dict[str, list[float]]]:
+    """Losses by method and provider, each in a process of its own: launching takes most of their time."""
+    wanted = [(method, name) for method in methods for name in PROVIDERS]
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        runs = {key: pool.submit(own_curve, *key, steps) for key in wanted}
+        return {method: {n: runs[method, n].result() for n in PROVIDERS} for method in methods}
+
+
+def own_curve(method: str, provider: str, steps: int) -> list[float]:
+    """One curve, its model loaded for it."""
+    subject = the_subject()
+    return curve(subject, translations(subject), method, steps, provider)
 
 
 def distances(found: Mapping[str, Sequence[float]]) -> dict[str, dict[str, float]]:
@@ -220,8 +242,9 @@ def plot(by_method: Mapping[str, Mapping[str, Sequence[float]]], path: Path) -> 
     plt.close(figure)
 
 
-def on_device(subject: Subject) -> Subject:
-    """The subject in the dtype that it is trained in there."""
+def the_subject() -> Subject:
+    """SmolLM2 in the dtype that it is trained in here."""
+    subject = find("smollm2-135m", choose_device("auto"))
     dtype = torch.bfloat16 if subject.device.type == "cuda" else torch.float32
     return replace(subject, dtype=dtype)
 
@@ -230,12 +253,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--methods", nargs="+", choices=RATES, default=list(RATES))
+    parser.add_argument("--jobs", type=int, default=1, help="curves side by side")
     args = parser.parse_args()
-    subject = on_device(find("smollm2-135m", choose_device("auto")))
+    subject = the_subject()
     task = translations(subject)
+    together = curves_side_by_side(args.methods, args.steps, args.jobs) if args.jobs > 1 else {}
     found: dict[str, Any] = {}
     for method in args.methods:
-        found[method] = curves(subject, task, method, args.steps)
+        found[method] = together.get(method) or curves(subject, task, method, args.steps)
         apart = {method: distances(of) for method, of in found.items()}
         spread = apart[method]["transformers:eager"]["mean"]
         ratio = apart[method]["tli-engine"]["mean"] / spread

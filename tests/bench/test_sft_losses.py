@@ -3,6 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -95,8 +96,9 @@ def test_distances_are_to_transformers() -> None:
     }
 
 
+@pytest.mark.parametrize("jobs", ["1", "3"])
 def test_curves_are_written_and_drawn(
-    tiny_subject: Make, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_subject: Make, task: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: str
 ) -> None:
     def losses(subject: Any, task: Any, method: str, steps: int, *_: str) -> list[float]:
         return [3.0 - 0.1 * i + (0.01 if _ == ("eager",) else 0.0) for i in range(steps)]
@@ -106,7 +108,10 @@ def test_curves_are_written_and_drawn(
     monkeypatch.setattr(bench_sft_losses, "translations", lambda _: task)
     monkeypatch.setattr(bench_sft_losses, "peer_losses", losses)
     monkeypatch.setattr(bench_sft_losses, "engine_losses", losses)
-    monkeypatch.setattr(sys, "argv", ["x", "--steps", "5"])
+    # what is put in place of others here is not so in other processes
+    pool = lambda jobs, mp_context: ThreadPoolExecutor(jobs)  # noqa: E731
+    monkeypatch.setattr(bench_sft_losses, "ProcessPoolExecutor", pool)
+    monkeypatch.setattr(sys, "argv", ["x", "--steps", "5", "--jobs", jobs])
     bench_sft_losses.main()
     folder = next(tmp_path.iterdir())
     found = json.loads((folder / "sft_losses.json").read_text())
