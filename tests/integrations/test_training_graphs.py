@@ -16,9 +16,10 @@ from tests.integrations.conftest import adapt, gradients
 from tests.integrations.fake_graphs import counts, read, reasons, recorded
 from tli_engine import accelerate
 from tli_engine.integrations import training_graphs
+from tli_engine.integrations.block_weights import BlockWeights, NotStaticError
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.lazy_run import Step
-from tli_engine.integrations.static_block import NotStaticError, take_apart
+from tli_engine.integrations.static_block import take_apart
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
 Load = Callable[..., Any]
@@ -136,7 +137,7 @@ def test_recordings_are_used_again(load: Load, tokens: dict[str, Tensor]) -> Non
 def test_what_a_block_is_given_lies_where_it_runs() -> None:
     step = Step(nn.Identity(), (), {"position": _ELSEWHERE})
     with pytest.raises(NotStaticError, match="given a tensor on another device"):
-        take_apart(step, torch.ones(1, 2, 3, requires_grad=True), [])
+        take_apart(step, torch.ones(1, 2, 3, requires_grad=True), BlockWeights([]))
 
 
 def _scale(model: Any) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from tli_engine.errors import UserError
-from tli_engine.integrations.call_state import CallState, ModelParts
+from tli_engine.integrations.call_state import CallState
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
+from tli_engine.integrations.model_parts import ModelParts
 from tli_engine.integrations.replace import mark, original_class
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
@@ -49,8 +50,8 @@ class LazySettings:
 
     def parts_of(self, model: Any, decoder: Any) -> ModelParts:
         """The model's modules, found anew when some were exchanged."""
-        if self._parts is None or not self._parts.are_of():
-            self._parts = ModelParts(model, decoder.embed_tokens)
+        if self._parts is None or not self._parts.are_same():
+            self._parts = ModelParts(model, decoder)
         return self._parts
 
 

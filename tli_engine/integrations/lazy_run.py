@@ -166,7 +166,7 @@ class LazyRun:
                 f"accelerated with"
             )
         if k > self.reached:
-            with self._call.state.again(f"hidden_states[{k}]"):
+            with self._call.state.again(f"hidden_states[{k}]", k):
                 while self.reached < k:
                     self._advance()
         return self.states[k]

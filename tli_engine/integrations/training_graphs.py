@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tli_engine.integrations.block_weights import BlockWeights, NotStaticError
 from tli_engine.integrations.lazy_run import Call, RunStep, Step, run_step
 from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
-from tli_engine.integrations.static_block import NotStaticError, StaticBlock, take_apart
+from tli_engine.integrations.static_block import StaticBlock, take_apart
 from tli_engine.models.graph_recorder import GraphRecorder
 
 # before a reason among a model's counts, which count the blocks that it kept from a graph
@@ -64,7 +65,7 @@ class TrainingGraphs:
         self._recordings: dict[Hashable, list[Recording]] = {}
         self._number = self._held = 0
         self._parts: object = None
-        self._modules: dict[int, list[nn.Module]] = {}
+        self._weights: dict[int, BlockWeights] = {}
 
     def runner(self, call: Call) -> RunStep:
         """What runs the blocks of a call: replayed if they can be, else launched.
@@ -85,7 +86,7 @@ class TrainingGraphs:
             return None
         try:
             self._check(call, hidden)
-            block, tensors = take_apart(step, hidden, self._modules_of(call, step.block))
+            block, tensors = take_apart(step, hidden, self._weights_of(call, step.block))
             if sum(p.numel() for p in block.weights.trained) > _MOST_TRAINED:
                 raise NotStaticError(f"more than {_MOST_TRAINED:,} trained numbers in a block")
         except NotStaticError as reason:
@@ -167,14 +168,14 @@ class TrainingGraphs:
                 # a key holds frozen weights
                 del self._recordings[key]
 
-    def _modules_of(self, call: Call, block: nn.Module) -> list[nn.Module]:
+    def _weights_of(self, call: Call, block: nn.Module) -> BlockWeights:
         if call.state.parts is not self._parts:
             # some were exchanged
             self._parts = call.state.parts
-            self._modules.clear()
-        if id(block) not in self._modules:
-            self._modules[id(block)] = list(block.modules())
-        return self._modules[id(block)]
+            self._weights.clear()
+        if id(block) not in self._weights:
+            self._weights[id(block)] = BlockWeights(block.modules())
+        return self._weights[id(block)]
 
 
 def _observed(device: torch.device) -> str | None:
