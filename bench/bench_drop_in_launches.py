@@ -95,7 +95,7 @@ class _StandIn:
     def new_pool(self) -> None:
         """None is needed."""
 
-    def memory(self) -> int:
+    def memory(self, pool: None) -> int:
         return 0
 
     def record(self, run: Callable[[], Any], pool: None) -> tuple[Any, Any]:

@@ -43,7 +43,7 @@ class FakeGraph:
 class FakeRecorder:
     """As :class:`tli_engine.models.graph_recorder.GraphRecorder`; counts what it records."""
 
-    recorded = 0
+    recorded = given_back = 0
 
     def launch(self, run: Callable[[], Any]) -> Any:
         return run()
@@ -51,8 +51,11 @@ class FakeRecorder:
     def new_pool(self) -> list[FakeGraph]:
         return []
 
-    def memory(self) -> int:
-        return 100 * self.recorded
+    def memory(self, pool: list[FakeGraph]) -> int:
+        return 100 * len(pool)
+
+    def give_back(self) -> None:
+        self.given_back += 1
 
     def record(self, run: Callable[[], Any], pool: list[FakeGraph]) -> tuple[FakeGraph, Any]:
         self.recorded += 1

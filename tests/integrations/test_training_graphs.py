@@ -85,6 +85,10 @@ def test_steps_are_those_of_launches_bit_for_bit(
     # two blocks, two shapes, and two calls of a shape at once, each forward and backward
     assert recorder.recorded == 16
     assert counts(model)["replayed"] == 2 * (18 - 4)
+    assert counts(model)["recordings"] == 8
+    # recordings are made as hidden states are read
+    assert 0 < counts(model)["recording_ns"] < counts(model)["read_ns"]
+    assert counts(model)["call_ns"] > 0
     assert not reasons(model)
 
 
@@ -300,6 +304,7 @@ def test_room_is_limited(
     assert settings is not None
     assert settings.graphs is not None
     assert len(settings.graphs._recordings) == 1
+    assert recorder.given_back == 1
     big = {n: t.repeat(200, 1) for n, t in tokens.items()}
     read(model, big, 1)
     assert reasons(model)[1].startswith("more than 512 tokens")

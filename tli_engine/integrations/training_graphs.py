@@ -5,6 +5,7 @@ by kernel and bit for bit. A call keeps a block's recording until its gradients 
 given up: another call of the same shape meanwhile takes another.
 """
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -40,7 +41,7 @@ _ATTENTION = ("sdpa", "eager")
 
 def on_gpu(device: torch.device) -> Recorder | None:
     """What records on a device; only GPUs have graphs."""
-    return GraphRecorder(device) if device.type == "cuda" else None
+    return GraphRecorder(device, at_once=True) if device.type == "cuda" else None
 
 
 class TrainingGraphs:
@@ -147,26 +148,37 @@ class TrainingGraphs:
             call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
             return None
         aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
+        start = time.perf_counter_ns()
         try:
             recording = Recording(block, tensors, aliases, self._recorder)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
             self._failed = True
             return None
+        call.counts["recordings"] += 1
+        call.counts["recording_ns"] += time.perf_counter_ns() - start
         self._held += recording.nbytes
         return recording
 
     def _drop_idle(self) -> None:
-        for key, recordings in list(self._recordings.items()):
-            idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
-            for recording in idle:
-                recordings.remove(recording)
-                self._held -= recording.nbytes
-            if idle:
-                del self._calls[key]
-            if not recordings:
-                # a key holds frozen weights
-                del self._recordings[key]
+        held = self._held
+        for key in list(self._recordings):
+            self._drop_idle_of(key)
+        if self._held < held:
+            assert self._recorder is not None
+            self._recorder.give_back()
+
+    def _drop_idle_of(self, key: Hashable) -> None:
+        recordings = self._recordings[key]
+        idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
+        for recording in idle:
+            recordings.remove(recording)
+            self._held -= recording.nbytes
+        if idle:
+            del self._calls[key]
+        if not recordings:
+            # a key holds frozen weights
+            del self._recordings[key]
 
     def _weights_of(self, call: Call, block: nn.Module) -> BlockWeights:
         if call.state.parts is not self._parts:

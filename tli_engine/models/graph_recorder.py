@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -12,7 +12,10 @@ T = TypeVar("T")
 
 @contextmanager
 def capture(
-    graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None
+    graph: torch.cuda.CUDAGraph,
+    pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
+    begin: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
     """As :class:`torch.cuda.graph`, for recordings among others and beside other threads.
 
@@ -23,17 +26,19 @@ def capture(
         graph: Is to hold what is launched.
         pool: Memory shared with other graphs; by default its own.
         stream: That records.
+        begin: In place of :class:`torch.cuda.graph`.
 
     Raises:
         RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
 
     Source: pytorch/pytorch#161037.
     """
+    begin = torch.cuda.graph if begin is None else begin
     errors: list[RuntimeError] = []
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with begin(graph, pool, stream, capture_error_mode="thread_local"):
             try:
                 yield
             except RuntimeError as error:
@@ -49,15 +54,36 @@ def capture(
             gc.enable()
 
 
+@contextmanager
+def _at_once(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, capture_error_mode: str
+) -> Iterator[None]:
+    """As :class:`torch.cuda.graph`, which first waits for the device and gives back what is kept for later.
+
+    What was given back is asked for again by the launches that follow, each time a wait for the device.
+    """
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode)
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
 class GraphRecorder:
     """Records what functions launch; its graphs must never run side by side.
 
     Kernels are compiled, and libraries take their workspaces, in a first call, which no graph may hold:
     :meth:`launch` what is to be recorded once before. What waits for the device cannot be recorded.
+
+    Args:
+        device: A GPU.
+        at_once: Do not wait for the device, and give back memory that is kept for later only once a
+            recording finds no other.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, at_once: bool = False) -> None:
+        self._device, self._is_at_once = device, at_once
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = self.new_pool()
 
@@ -87,13 +113,30 @@ class GraphRecorder:
         Raises:
             RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
         """
-        graph = torch.cuda.CUDAGraph()
-        with capture(graph, self._pool if pool is None else pool, self._stream):
+        pool = self._pool if pool is None else pool
+        failed = torch.cuda.CUDAGraph()
+        if self._is_at_once:
+            with suppress(torch.OutOfMemoryError):
+                return self._record(failed, run, pool, _at_once)
+        # it is held until the other is there: a pool that has lost its graphs takes no new ones
+        return self._record(torch.cuda.CUDAGraph(), run, pool)
+
+    def _record(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        run: Callable[[], T],
+        pool: Any,
+        begin: Callable[..., Any] | None = None,
+    ) -> tuple[torch.cuda.CUDAGraph, T]:
+        with capture(graph, pool, self._stream, begin):
             result = run()
         return graph, result
 
-    def memory(self) -> int:
-        """Bytes taken on the device by tensors and graphs."""
-        # what is only kept for later is given back by a recording anyway
+    def memory(self, pool: Any) -> int:
+        """Bytes that graphs of a pool hold, those of tensors that they write and that live included."""
+        segments = torch.cuda.memory_snapshot(pool, include_traces=False)  # type: ignore[no-untyped-call]
+        return sum(segment["total_size"] for segment in segments)
+
+    def give_back(self) -> None:
+        """Let others have the memory of graphs that are no more."""
         torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self._device)
