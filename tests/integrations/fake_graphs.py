@@ -43,9 +43,10 @@ class FakeGraph:
 class FakeRecorder:
     """As :class:`tli_engine.models.graph_recorder.GraphRecorder`; counts what it records."""
 
-    recorded = given_back = 0
+    recorded = launched = given_back = 0
 
     def launch(self, run: Callable[[], Any]) -> Any:
+        self.launched += 1
         return run()
 
     def new_pool(self) -> list[FakeGraph]:

@@ -14,6 +14,8 @@ from torch import Tensor, nn
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 _TRAINING = itemgetter("training")
+# what only holds others has no forward: neither its mode nor its hooks change anything
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Modules:
@@ -23,7 +25,9 @@ class Modules:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
         self._dicts = [m.__dict__ for m in modules]
+        self._called = [m.__dict__ for m in modules if type(m) not in _CONTAINERS]
         self._adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
         self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
@@ -35,6 +39,7 @@ class Modules:
         some = Modules(())
         some._dicts = self._dicts[:count]
         held = {id(v) for d in some._dicts for v in (d, d["_parameters"], d["_modules"])}
+        some._called = [d for d in self._called if id(d) in held]
         some._adapted = [d for d in self._adapted if id(d) in held]
         some._tensors = [d for d in self._tensors if id(d) in held]
         some._children = [d for d in self._children if id(d) in held]
@@ -55,12 +60,12 @@ class Modules:
         return [*chain.from_iterable(map(dict.values, self._children))]
 
     def training(self) -> list[bool]:
-        """Of each, whether it is in training mode."""
-        return [*map(_TRAINING, self._dicts)]
+        """Of each that is called, whether it is in training mode."""
+        return [*map(_TRAINING, self._called)]
 
     def set_training(self, flags: Sequence[bool]) -> None:
         """Put each in the mode that :meth:`training` gave."""
-        for d, flag in zip(self._dicts, flags, strict=False):
+        for d, flag in zip(self._called, flags, strict=False):
             d["training"] = flag
 
     def adapters(self) -> list[tuple[object, ...]]:
@@ -98,7 +103,7 @@ class ModelParts(Modules):
         before, after = ("_forward_pre_hooks", "_backward_hooks"), "_forward_hooks"
         # hooks of itself and of the embedding run at the call anyway
         at_call = {id(m.__dict__) for m in (model, *decoder.embed_tokens.modules())}
-        later = [d for d in self._dicts if id(d) not in at_call]
+        later = [d for d in self._called if id(d) not in at_call]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
 

@@ -52,6 +52,7 @@ class Recording:
         tensors: What it is given; copied.
         trained: Leaves on the same memory as its trained parameters.
         recorder: Makes the graphs.
+        is_warm: Another recording of such calls was made before.
 
     Attributes:
         used: Number of the call that used it last.
@@ -68,6 +69,7 @@ class Recording:
         tensors: Sequence[Tensor],
         trained: Sequence[Tensor],
         recorder: Recorder,
+        is_warm: bool = False,
     ) -> None:
         own = [t.detach().resolve_neg().clone() for t in tensors]
         self._inputs = [
@@ -77,8 +79,9 @@ class Recording:
         self._owns = _by_dtype(self._inputs, self._are_bytes)
         self._block, self._trained = block, list(trained)
         self._dy = torch.empty(0)
-        # kernels are compiled and libraries set themselves up outside the graphs
-        recorder.launch(self._warm_up)
+        if not is_warm:
+            # kernels are compiled and libraries set themselves up outside the graphs
+            recorder.launch(self._warm_up)
         pool = recorder.new_pool()
         self._forward, y = recorder.record(self._go, pool)
         self._y = y.detach()

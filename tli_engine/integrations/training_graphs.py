@@ -133,13 +133,13 @@ class TrainingGraphs:
             return None
         found = next((r for r in self._recordings.get(key, ()) if r.is_free), None)
         if found is None:
-            found = self._record(call, block, tensors)
+            found = self._record(call, block, tensors, key in self._recordings)
             if found is not None:
                 self._recordings.setdefault(key, []).append(found)
         return found
 
     def _record(
-        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]
+        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor], is_warm: bool
     ) -> Recording | None:
         """A new recording, if there is room."""
         assert self._recorder is not None
@@ -150,7 +150,7 @@ class TrainingGraphs:
         aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
         start = time.perf_counter_ns()
         try:
-            recording = Recording(block, tensors, aliases, self._recorder)
+            recording = Recording(block, tensors, aliases, self._recorder, is_warm)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
             self._failed = True
