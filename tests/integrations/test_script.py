@@ -102,7 +102,7 @@ def test_what_is_printed(work: Path, tmp_path: Path) -> None:
     # 8 pairs, 5 layers, one after another: each word goes through each block once
     line = next(line for line in result.stderr.splitlines() if line.split()[1:2] == ["80"])
     assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320", "0"]
-    assert re.search(r"LlamaForCausalLM: host: \d+\.\d\d s in lazy calls, ", result.stderr)
+    assert re.search(r"LlamaForCausalLM: host: \d+\.\d\d s in lazy calls; ", result.stderr)
     assert "in 0 recordings of blocks" in result.stderr
     # a decoder inside, which was not called by itself, has none
     assert result.stderr.count(" in lazy calls") == 1

@@ -51,8 +51,9 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
 
 def _host_seconds(counts: Counter[str]) -> str:
     """Where the host's time in a model went; a GPU works on meanwhile."""
-    called, read, recording = (counts[f"{name}_ns"] / 1e9 for name in ("call", "read", "recording"))
+    names = ("call", "read", "first_read", "recording")
+    called, read, first, recording = (counts[f"{name}_ns"] / 1e9 for name in names)
     return (
-        f"host: {called:.2f} s in lazy calls, {read:.2f} s in reading hidden states, of which "
-        f"{recording:.2f} s in {counts['recordings']:,} recordings of blocks"
+        f"host: {called:.2f} s in lazy calls; {read:.2f} s in reading hidden states, {first:.2f} s "
+        f"of it the first time, {recording:.2f} s in {counts['recordings']:,} recordings of blocks"
     )

@@ -41,7 +41,8 @@ class LazySettings:
             calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
             training steps from graphs; ``launched: …``, those that were not, and why; ``recordings``
             that were made for them. Of the host's nanoseconds ``call_ns`` went by in lazy calls,
-            ``read_ns`` in reading what they put off, ``recording_ns`` of those in recordings.
+            ``read_ns`` in reading what they put off, of those ``first_read_ns`` in the first and
+            ``recording_ns`` in recordings.
     """
 
     def __init__(self, stop_at: int | None) -> None:

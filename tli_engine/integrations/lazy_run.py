@@ -171,7 +171,9 @@ class LazyRun:
             with self._call.state.again(f"hidden_states[{k}]", k):
                 while self.reached < k:
                     self._advance()
-            self._call.counts["read_ns"] += time.perf_counter_ns() - start
+            took = time.perf_counter_ns() - start
+            self._call.counts["read_ns"] += took
+            self._call.counts.setdefault("first_read_ns", took)
         return self.states[k]
 
     def finish(self) -> Any:
