@@ -100,6 +100,15 @@ def test_whatever_changes_is_seen(load: Load, change: str) -> None:
     assert not found or found[0] is found[1]
 
 
+def test_what_moves_from_one_list_to_another_is_seen() -> None:
+    layer: Any = nn.Identity()
+    layer.some, layer.others = ["first", "second"], ["third"]
+    weights = BlockWeights([layer])
+    first = weights.on(_CPU)
+    layer.others.insert(0, layer.some.pop())
+    assert weights.on(_CPU) is not first
+
+
 def test_what_came_back_has_its_recordings(load: Load) -> None:
     model = adapt(load())
     accelerate(model)

@@ -147,6 +147,7 @@ class _Seen:
         held = [v for v in self._values if isinstance(v, (dict, list, set))]
         self._empty = [v for v in held if not v]
         self._filled = [v for v in held if v]
+        self._sizes = [*map(len, self._filled)]
         self._contents = self._look_inside()
         holders = [d[name] for d in map(_DICT, modules) for name in ("_parameters", "_buffers")]
         self._tensors = [t for holder in holders for t in holder.values() if t is not None]
@@ -162,6 +163,7 @@ class _Seen:
             and are_identical([*map(type, self._modules)], self._types)
             and are_identical(self._look(), self._values)
             and not any(self._empty)
+            and [*map(len, self._filled)] == self._sizes
             and are_identical(self._look_inside(), self._contents)
             and _places(self._tensors) == self._laid_out
             and are_identical([m.frozen_weight() for m in self._layers], self._frozen)
