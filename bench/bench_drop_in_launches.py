@@ -92,7 +92,13 @@ class _StandIn:
     def launch(self, run: Callable[[], Any]) -> Any:
         return run()
 
-    def record(self, run: Callable[[], Any]) -> tuple[Any, Any]:
+    def new_pool(self) -> None:
+        """None is needed."""
+
+    def memory(self, pool: None) -> int:
+        return 0
+
+    def record(self, run: Callable[[], Any], pool: None) -> tuple[Any, Any]:
         one = torch.zeros(1)
         return mock.Mock(replay=lambda: one.add_(1)), run()
 

@@ -43,16 +43,20 @@ class FakeGraph:
 class FakeRecorder:
     """As :class:`tli_engine.models.graph_recorder.GraphRecorder`; counts what it records."""
 
-    recorded = 0
+    recorded = launched = given_back = 0
 
     def launch(self, run: Callable[[], Any]) -> Any:
+        self.launched += 1
         return run()
 
     def new_pool(self) -> list[FakeGraph]:
         return []
 
-    def memory(self) -> int:
-        return 100 * self.recorded
+    def memory(self, pool: list[FakeGraph]) -> int:
+        return 100 * len(pool)
+
+    def give_back(self) -> None:
+        self.given_back += 1
 
     def record(self, run: Callable[[], Any], pool: list[FakeGraph]) -> tuple[FakeGraph, Any]:
         self.recorded += 1

@@ -266,13 +266,21 @@ def test_changed_weights_are_an_error(model: Any, tokens: dict[str, Tensor]) -> 
     accelerate(model)
     out = model(**tokens, output_hidden_states=True)
     read = out.hidden_states[1]
+    expected = model(**tokens, output_hidden_states=True).hidden_states[3]
     with torch.no_grad():
         model.model.layers[3].mlp.up_proj.weight.mul_(2)
     assert out.hidden_states[1] is read
-    with pytest.raises(UserError, match=r"hidden_states\[2\] was not read before .* weights"):
-        out.hidden_states[2]
+    # of a block that has no part in it
+    assert torch.equal(out.hidden_states[3], expected)
+    with pytest.raises(UserError, match=r"hidden_states\[4\] was not read before .* weights"):
+        out.hidden_states[4]
     with pytest.raises(UserError, match="weights changed"):
         out.logits  # noqa: B018
+    out = model(**tokens, output_hidden_states=True)
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    with pytest.raises(UserError, match=r"hidden_states\[2\] was not read before .* weights"):
+        out.hidden_states[2]
     out = model(**tokens, output_hidden_states=True, labels=tokens["input_ids"])
     tokens["input_ids"].zero_()
     with pytest.raises(UserError, match="inputs were written to"):

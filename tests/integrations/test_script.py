@@ -1,6 +1,7 @@
 """Scripts run as they are: results, what is said, exit statuses and tracebacks; and the bench of them."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import bench_drop_in
 from bench.bench_drop_in import (
@@ -27,6 +29,7 @@ from bench.bench_drop_in import (
 from bench.harness import Row, write_results
 from tests.integrations.fake_graphs import FakeRecorder
 from tli_engine.cli import main
+from tli_engine.integrations.direct_grad import direct_grad
 from tli_engine.integrations.script import ScriptRun, accelerated_loading
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
@@ -99,6 +102,10 @@ def test_what_is_printed(work: Path, tmp_path: Path) -> None:
     # 8 pairs, 5 layers, one after another: each word goes through each block once
     line = next(line for line in result.stderr.splitlines() if line.split()[1:2] == ["80"])
     assert line.split() == ["LlamaForCausalLM", "80", "80", "64", "64", "320", "0"]
+    assert re.search(r"LlamaForCausalLM: host: \d+\.\d\d s in lazy calls; ", result.stderr)
+    assert "in 0 recordings of blocks" in result.stderr
+    # a decoder inside, which was not called by itself, has none
+    assert result.stderr.count(" in lazy calls") == 1
     assert len(numbers(tmp_path / "out.csv")) == 10
 
 
@@ -213,6 +220,43 @@ def test_loading_is_as_it_was_afterwards(load: Load, tmp_path: Path) -> None:
     assert "data" not in torch.Tensor.__dict__
     assert "PeftModel: accelerated: 28 x bitsandbytes Linear4bit, 8 x LoRA over Linear4bit" in said
     assert "LlamaForCausalLM: accelerated: 4 x LoRA over Linear" in said
+
+
+def test_gradients_of_4bit_parameters_are_read_directly() -> None:
+    from bitsandbytes.nn import Params4bit
+
+    weight = Params4bit(torch.randn(2, 3), requires_grad=True)
+    asked: list[Any] = []
+
+    class Other(Params4bit):  # type: ignore[misc]
+        @classmethod
+        def __torch_function__(cls, func: Any, *args: Any) -> Any:
+            asked.append(func)
+            return super().__torch_function__(func, *args)
+
+    other = torch.Tensor._make_subclass(Other, torch.randn(2, 3), True)
+    with accelerated_loading(ScriptRun(lambda line: None)), direct_grad(Other):
+        assert weight.grad is None
+        (weight * 2).sum().backward()
+        assert type(weight.grad) is Tensor
+        assert torch.equal(weight.grad, torch.full((2, 3), 2.0))
+        weight.grad = None
+        assert weight.grad is None
+        with pytest.raises(RuntimeError, match="size"):
+            weight.grad = torch.ones(5)
+        weight.grad = torch.ones(2, 3)
+        del weight.grad
+        assert weight.grad is None
+        other.sum().backward()
+        asked.clear()
+        assert other.grad is not None
+        assert not asked
+    assert "grad" not in Params4bit.__dict__
+    assert other.grad is not None
+    assert asked
+    plain = type("Plain", (Tensor,), {})
+    with direct_grad(plain):
+        assert "grad" not in vars(plain)
 
 
 def test_what_cannot_be_accelerated_runs_as_it_is(load: Load) -> None:

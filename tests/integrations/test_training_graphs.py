@@ -16,9 +16,10 @@ from tests.integrations.conftest import adapt, gradients
 from tests.integrations.fake_graphs import counts, read, reasons, recorded
 from tli_engine import accelerate
 from tli_engine.integrations import training_graphs
+from tli_engine.integrations.block_weights import BlockWeights, NotStaticError
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.lazy_run import Step
-from tli_engine.integrations.static_block import NotStaticError, take_apart
+from tli_engine.integrations.static_block import take_apart
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
 Load = Callable[..., Any]
@@ -84,6 +85,13 @@ def test_steps_are_those_of_launches_bit_for_bit(
     # two blocks, two shapes, and two calls of a shape at once, each forward and backward
     assert recorder.recorded == 16
     assert counts(model)["replayed"] == 2 * (18 - 4)
+    assert counts(model)["recordings"] == 8
+    # recordings are made as hidden states are read
+    recording, first, read_ns = (
+        counts(model)[f"{n}_ns"] for n in ("recording", "first_read", "read")
+    )
+    assert 0 < recording < recording + first < read_ns
+    assert counts(model)["call_ns"] > 0
     assert not reasons(model)
 
 
@@ -105,6 +113,8 @@ def test_calls_in_use_keep_their_recordings(load: Load, tokens: dict[str, Tensor
         read(model, tokens)
     held = [read(model, batch) for batch in batches(tokens)[:3]]
     assert recorder.recorded == 12
+    # kernels of two blocks are compiled once
+    assert recorder.launched == 2
     for state in reversed(held):
         state.square().sum().backward(retain_graph=True)
     ours = gradients(model)
@@ -136,7 +146,7 @@ def test_recordings_are_used_again(load: Load, tokens: dict[str, Tensor]) -> Non
 def test_what_a_block_is_given_lies_where_it_runs() -> None:
     step = Step(nn.Identity(), (), {"position": _ELSEWHERE})
     with pytest.raises(NotStaticError, match="given a tensor on another device"):
-        take_apart(step, torch.ones(1, 2, 3, requires_grad=True), [])
+        take_apart(step, torch.ones(1, 2, 3, requires_grad=True), BlockWeights([]))
 
 
 def _scale(model: Any) -> None:
@@ -299,6 +309,7 @@ def test_room_is_limited(
     assert settings is not None
     assert settings.graphs is not None
     assert len(settings.graphs._recordings) == 1
+    assert recorder.given_back == 1
     big = {n: t.repeat(200, 1) for n, t in tokens.items()}
     read(model, big, 1)
     assert reasons(model)[1].startswith("more than 512 tokens")

@@ -1,5 +1,6 @@
 """What ``tli-engine run`` does."""
 
+from collections import Counter
 from pathlib import Path
 
 from tli_engine.cli.console import plain_table, say
@@ -40,7 +41,19 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
         table.add_row(name, *(f"{counts.get(key, 0):,}" for key in _COLUMNS))
     Console(stderr=True, highlight=False).print(table)
     for name, counts in ran.counts:
+        if counts["lazy"]:
+            say(f"tli-engine: {name}: {_host_seconds(counts)}")
         for key, blocks in counts.items():
             if key.startswith(LAUNCHED):
                 reason = key.removeprefix(LAUNCHED)
                 say(f"tli-engine: {name}: blocks trained without graphs: {blocks:,} x: {reason}")
+
+
+def _host_seconds(counts: Counter[str]) -> str:
+    """Where the host's time in a model went; a GPU works on meanwhile."""
+    names = ("call", "read", "first_read", "recording")
+    called, read, first, recording = (counts[f"{name}_ns"] / 1e9 for name in names)
+    return (
+        f"host: {called:.2f} s in lazy calls; {read:.2f} s in reading hidden states, {first:.2f} s "
+        f"of it the first time, {recording:.2f} s in {counts['recordings']:,} recordings of blocks"
+    )

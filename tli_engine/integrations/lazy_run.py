@@ -6,6 +6,7 @@ model would have called it, and for logits and losses ``forward`` runs once more
 gave. Nothing of a family's code is repeated here.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -166,9 +167,13 @@ class LazyRun:
                 f"accelerated with"
             )
         if k > self.reached:
-            with self._call.state.again(f"hidden_states[{k}]"):
+            start = time.perf_counter_ns()
+            with self._call.state.again(f"hidden_states[{k}]", k):
                 while self.reached < k:
                     self._advance()
+            took = time.perf_counter_ns() - start
+            self._call.counts["read_ns"] += took
+            self._call.counts.setdefault("first_read_ns", took)
         return self.states[k]
 
     def finish(self) -> Any:

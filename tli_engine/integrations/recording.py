@@ -34,8 +34,11 @@ class Recorder(Protocol):
     def record(self, run: Callable[[], T], pool: Any) -> tuple[Graph, T]:
         """The graph, and what ``run`` returned, which each replay writes."""
 
-    def memory(self) -> int:
-        """Bytes taken on the device."""
+    def memory(self, pool: Any) -> int:
+        """Bytes that graphs of a pool hold."""
+
+    def give_back(self) -> None:
+        """Let others have the memory of graphs that are no more."""
 
 
 class Recording:
@@ -49,10 +52,11 @@ class Recording:
         tensors: What it is given; copied.
         trained: Leaves on the same memory as its trained parameters.
         recorder: Makes the graphs.
+        is_warm: Another recording of such calls was made before.
 
     Attributes:
         used: Number of the call that used it last.
-        nbytes: Memory that its graphs hold.
+        nbytes: Memory that it holds.
         lease: Of that call.
     """
 
@@ -65,18 +69,25 @@ class Recording:
         tensors: Sequence[Tensor],
         trained: Sequence[Tensor],
         recorder: Recorder,
+        is_warm: bool = False,
     ) -> None:
-        self._inputs = [t.detach().clone().requires_grad_(t.requires_grad) for t in tensors]
+        own = [t.detach().resolve_neg().clone() for t in tensors]
+        self._inputs = [
+            o.requires_grad_(t.requires_grad) for o, t in zip(own, tensors, strict=True)
+        ]
+        self._are_bytes = [_copies_as_bytes(t) for t in tensors]
+        self._owns = _by_dtype(self._inputs, self._are_bytes)
         self._block, self._trained = block, list(trained)
         self._dy = torch.empty(0)
-        # kernels are compiled and libraries set themselves up outside the graphs
-        recorder.launch(self._warm_up)
-        before, pool = recorder.memory(), recorder.new_pool()
+        if not is_warm:
+            # kernels are compiled and libraries set themselves up outside the graphs
+            recorder.launch(self._warm_up)
+        pool = recorder.new_pool()
         self._forward, y = recorder.record(self._go, pool)
         self._y = y.detach()
         self._dy = torch.zeros_like(self._y)
         self._backward, (self._dx, self._gradients) = recorder.record(self._return, pool)
-        self.nbytes = recorder.memory() - before
+        self.nbytes = recorder.memory(pool) + sum(t.nbytes for t in (*self._inputs, self._dy))
 
     def _warm_up(self) -> None:
         self._dy = torch.zeros_like(self._go())
@@ -111,13 +122,9 @@ class Recording:
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Return a copy of what the block makes of ``inputs``."""
-        groups: dict[torch.dtype, tuple[list[Tensor], list[Tensor]]] = {}
-        for own, given in zip(self._inputs, inputs, strict=True):
-            owns, others = groups.setdefault(own.dtype, ([], []))
-            owns.append(own)
-            others.append(given)
-        for owns, others in groups.values():
-            torch._foreach_copy_(owns, others)
+        others = _by_dtype(inputs, self._are_bytes)
+        for dtype, owns in self._owns.items():
+            torch._foreach_copy_(owns, others[dtype])
         self._forward.replay()
         return self._y.clone()
 
@@ -137,6 +144,23 @@ class Recording:
             used[dtype] = first + shape.numel()
             gradients.append(flat[dtype][first : used[dtype]].view(shape))
         return (None if self._dx is None else self._dx.clone()), gradients
+
+
+def _copies_as_bytes(tensor: Tensor) -> bool:
+    """Whether a tensor's bytes are a tensor too."""
+    return tensor.ndim > 0 and tensor.stride(-1) == 1 and not tensor.is_complex()
+
+
+def _by_dtype(tensors: Sequence[Tensor], are_bytes: Sequence[bool]) -> dict[Any, list[Tensor]]:
+    """Group what one launch can copy; as bytes everything can be."""
+    groups: dict[Any, list[Tensor]] = {}
+    for tensor, is_bytes in zip(tensors, are_bytes, strict=True):
+        some = tensor.detach()
+        if is_bytes:
+            # what is only marked as negated has other bytes
+            some = some.resolve_neg().view(torch.uint8)
+        groups.setdefault(some.dtype, []).append(some)
+    return groups
 
 
 class Lease:

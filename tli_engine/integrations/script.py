@@ -15,6 +15,7 @@ from torch import nn
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.accelerate import accelerate
+from tli_engine.integrations.direct_grad import direct_grad
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.training_graphs import TrainingGraphs
@@ -70,6 +71,10 @@ def accelerated_loading(run: ScriptRun) -> Iterator[None]:
         patches.enter_context(_after(PreTrainedModel, "from_pretrained", run.take))
         for name in ("load_adapter", "add_adapter"):
             patches.enter_context(_after(PreTrainedModel, name, run.take))
+        if find_spec("bitsandbytes"):
+            from bitsandbytes.nn import Params4bit
+
+            patches.enter_context(direct_grad(Params4bit))
         if find_spec("peft"):
             from peft import PeftModel
 

@@ -5,6 +5,7 @@ by kernel and bit for bit. A call keeps a block's recording until its gradients 
 given up: another call of the same shape meanwhile takes another.
 """
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Hashable, Sequence
@@ -14,9 +15,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from tli_engine.integrations.block_weights import BlockWeights, NotStaticError
 from tli_engine.integrations.lazy_run import Call, RunStep, Step, run_step
 from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
-from tli_engine.integrations.static_block import NotStaticError, StaticBlock, take_apart
+from tli_engine.integrations.static_block import StaticBlock, take_apart
 from tli_engine.models.graph_recorder import GraphRecorder
 
 # before a reason among a model's counts, which count the blocks that it kept from a graph
@@ -39,7 +41,7 @@ _ATTENTION = ("sdpa", "eager")
 
 def on_gpu(device: torch.device) -> Recorder | None:
     """What records on a device; only GPUs have graphs."""
-    return GraphRecorder(device) if device.type == "cuda" else None
+    return GraphRecorder(device, at_once=True) if device.type == "cuda" else None
 
 
 class TrainingGraphs:
@@ -64,7 +66,7 @@ class TrainingGraphs:
         self._recordings: dict[Hashable, list[Recording]] = {}
         self._number = self._held = 0
         self._parts: object = None
-        self._modules: dict[int, list[nn.Module]] = {}
+        self._weights: dict[int, BlockWeights] = {}
 
     def runner(self, call: Call) -> RunStep:
         """What runs the blocks of a call: replayed if they can be, else launched.
@@ -85,7 +87,7 @@ class TrainingGraphs:
             return None
         try:
             self._check(call, hidden)
-            block, tensors = take_apart(step, hidden, self._modules_of(call, step.block))
+            block, tensors = take_apart(step, hidden, self._weights_of(call, step.block))
             if sum(p.numel() for p in block.weights.trained) > _MOST_TRAINED:
                 raise NotStaticError(f"more than {_MOST_TRAINED:,} trained numbers in a block")
         except NotStaticError as reason:
@@ -131,13 +133,13 @@ class TrainingGraphs:
             return None
         found = next((r for r in self._recordings.get(key, ()) if r.is_free), None)
         if found is None:
-            found = self._record(call, block, tensors)
+            found = self._record(call, block, tensors, key in self._recordings)
             if found is not None:
                 self._recordings.setdefault(key, []).append(found)
         return found
 
     def _record(
-        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor]
+        self, call: Call, block: StaticBlock, tensors: Sequence[Tensor], is_warm: bool
     ) -> Recording | None:
         """A new recording, if there is room."""
         assert self._recorder is not None
@@ -146,35 +148,46 @@ class TrainingGraphs:
             call.counts[f"{LAUNCHED}recordings hold {self._limit >> 20} MiB already"] += 1
             return None
         aliases = [nn.Parameter(p.detach()) for p in block.weights.trained]
+        start = time.perf_counter_ns()
         try:
-            recording = Recording(block, tensors, aliases, self._recorder)
+            recording = Recording(block, tensors, aliases, self._recorder, is_warm)
         except RuntimeError as reason:
             warnings.warn(f"no CUDA graphs of training: {reason}", stacklevel=2)
             self._failed = True
             return None
+        call.counts["recordings"] += 1
+        call.counts["recording_ns"] += time.perf_counter_ns() - start
         self._held += recording.nbytes
         return recording
 
     def _drop_idle(self) -> None:
-        for key, recordings in list(self._recordings.items()):
-            idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
-            for recording in idle:
-                recordings.remove(recording)
-                self._held -= recording.nbytes
-            if idle:
-                del self._calls[key]
-            if not recordings:
-                # a key holds frozen weights
-                del self._recordings[key]
+        held = self._held
+        for key in list(self._recordings):
+            self._drop_idle_of(key)
+        if self._held < held:
+            assert self._recorder is not None
+            self._recorder.give_back()
 
-    def _modules_of(self, call: Call, block: nn.Module) -> list[nn.Module]:
+    def _drop_idle_of(self, key: Hashable) -> None:
+        recordings = self._recordings[key]
+        idle = [r for r in recordings if self._number - r.used > _IDLE and r.is_free]
+        for recording in idle:
+            recordings.remove(recording)
+            self._held -= recording.nbytes
+        if idle:
+            del self._calls[key]
+        if not recordings:
+            # a key holds frozen weights
+            del self._recordings[key]
+
+    def _weights_of(self, call: Call, block: nn.Module) -> BlockWeights:
         if call.state.parts is not self._parts:
             # some were exchanged
             self._parts = call.state.parts
-            self._modules.clear()
-        if id(block) not in self._modules:
-            self._modules[id(block)] = list(block.modules())
-        return self._modules[id(block)]
+            self._weights.clear()
+        if id(block) not in self._weights:
+            self._weights[id(block)] = BlockWeights(block.modules())
+        return self._weights[id(block)]
 
 
 def _observed(device: torch.device) -> str | None:

@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -13,7 +13,10 @@ T = TypeVar("T")
 
 @contextmanager
 def capture(
-    graph: torch.cuda.CUDAGraph, pool: Any = None, stream: torch.cuda.Stream | None = None
+    graph: torch.cuda.CUDAGraph,
+    pool: Any = None,
+    stream: torch.cuda.Stream | None = None,
+    begin: Callable[..., Any] | None = None,
 ) -> Iterator[None]:
     """As :class:`torch.cuda.graph`, for recordings among others and beside other threads.
 
@@ -24,17 +27,19 @@ def capture(
         graph: Is to hold what is launched.
         pool: Memory shared with other graphs; by default its own.
         stream: That records.
+        begin: In place of :class:`torch.cuda.graph`.
 
     Raises:
         RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
 
     Source: pytorch/pytorch#161037.
     """
+    begin = torch.cuda.graph if begin is None else begin
     errors: list[RuntimeError] = []
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local"):
+        with begin(graph, pool, stream, capture_error_mode="thread_local"):
             try:
                 yield
             except RuntimeError as error:
@@ -50,6 +55,22 @@ def capture(
             gc.enable()
 
 
+@contextmanager
+def _at_once(
+    graph: torch.cuda.CUDAGraph, pool: Any, stream: torch.cuda.Stream, capture_error_mode: str
+) -> Iterator[None]:
+    """As :class:`torch.cuda.graph`, which first waits for the device and gives back what is kept for later.
+
+    What was given back is asked for again by the launches that follow, each time a wait for the device.
+    """
+    with torch.cuda.stream(stream):
+        graph.capture_begin(pool, capture_error_mode)
+        try:
+            yield
+        finally:
+            graph.capture_end()
+
+
 class _Pool(NamedTuple):
     """Memory that graphs share, by its number."""
 
@@ -62,11 +83,16 @@ class GraphRecorder:
     Kernels are compiled, and libraries take their workspaces, in a first call, which no graph may hold:
     :meth:`launch` what is to be recorded once before. What waits for the device cannot be recorded. Backward
     passes run in the calling thread: libraries have workspaces of each thread.
+
+    Args:
+        device: A GPU.
+        at_once: Do not wait for the device, and give back memory that is kept for later only once a
+            recording finds no other.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, at_once: bool = False) -> None:
         index = torch.cuda.current_device() if device.index is None else device.index
-        self._device = torch.device("cuda", index)
+        self._device, self._is_at_once = torch.device("cuda", index), at_once
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = self.new_pool()
         self._holder: torch.cuda.CUDAGraph | None = None
@@ -118,14 +144,30 @@ class GraphRecorder:
         Raises:
             RuntimeError: Something cannot be recorded; ``torch.OutOfMemoryError`` is one of these.
         """
-        graph = torch.cuda.CUDAGraph()
-        memory = self._pool if pool is None else pool
-        with capture(graph, memory.id, self._stream), set_multithreading_enabled(False):
+        pool = self._pool if pool is None else pool
+        failed = torch.cuda.CUDAGraph()
+        if self._is_at_once:
+            with suppress(torch.OutOfMemoryError):
+                return self._record(failed, run, pool, _at_once)
+        # it is held until the other is there: a pool that has lost its graphs takes no new ones
+        return self._record(torch.cuda.CUDAGraph(), run, pool)
+
+    def _record(
+        self,
+        graph: torch.cuda.CUDAGraph,
+        run: Callable[[], T],
+        pool: _Pool,
+        begin: Callable[..., Any] | None = None,
+    ) -> tuple[torch.cuda.CUDAGraph, T]:
+        with capture(graph, pool.id, self._stream, begin), set_multithreading_enabled(False):
             result = run()
         return graph, result
 
-    def memory(self) -> int:
-        """Bytes taken on the device by tensors and graphs."""
-        # what is only kept for later is given back by a recording anyway
+    def memory(self, pool: _Pool) -> int:
+        """Bytes that graphs of a pool hold, those of tensors that they write and that live included."""
+        segments = torch.cuda.memory_snapshot(pool.id)  # type: ignore[no-untyped-call]
+        return sum(segment["total_size"] for segment in segments)
+
+    def give_back(self) -> None:
+        """Let others have the memory of graphs that are no more."""
         torch.cuda.empty_cache()
-        return torch.cuda.memory_reserved(self._device)

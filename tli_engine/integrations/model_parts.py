@@ -1,0 +1,146 @@
+"""The modules of a model, found once, and what a call asks of each of them.
+
+Some thousand modules are asked twice a call, for the most part by one pass of C: a loop of Python's over
+them takes as long as twenty launches.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from operator import is_, itemgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+# of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
+_ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
+_TRAINING = itemgetter("training")
+# what only holds others has no forward: neither its mode nor its hooks change anything
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+
+
+class Modules:
+    """Modules of a model in the order of ``model.modules()``: all, or the first.
+
+    What they hold is given module by module in that order: what fewer of them hold comes first in it.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        modules = list(modules)
+        self._dicts = [m.__dict__ for m in modules]
+        self._called = [m.__dict__ for m in modules if type(m) not in _CONTAINERS]
+        self._adapted = [d for d in self._dicts if "_disable_adapters" in d]
+        self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
+        self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
+        self._sizes, self._numbers = self._count()
+        self._held = self._hold()
+
+    def first(self, count: int) -> "Modules":
+        """So many of them, as they were found."""
+        some = Modules(())
+        some._dicts = self._dicts[:count]
+        held = {id(v) for d in some._dicts for v in (d, d["_parameters"], d["_modules"])}
+        some._called = [d for d in self._called if id(d) in held]
+        some._adapted = [d for d in self._adapted if id(d) in held]
+        some._tensors = [d for d in self._tensors if id(d) in held]
+        some._children = [d for d in self._children if id(d) in held]
+        some._sizes = self._sizes[: len(some._tensors)]
+        some._numbers = self._numbers[: len(some._children)]
+        some._held = self._held[: sum(some._numbers)]
+        return some
+
+    def are_same(self) -> bool:
+        """Whether they still consist of the same modules."""
+        # lists compare by identity first: modules have no equality of their own
+        return self._hold() == self._held and self._count() == (self._sizes, self._numbers)
+
+    def _count(self) -> tuple[list[int], list[int]]:
+        return [*map(len, self._tensors)], [*map(len, self._children)]
+
+    def _hold(self) -> list[nn.Module | None]:
+        return [*chain.from_iterable(map(dict.values, self._children))]
+
+    def training(self) -> list[bool]:
+        """Of each that is called, whether it is in training mode."""
+        return [*map(_TRAINING, self._called)]
+
+    def set_training(self, flags: Sequence[bool]) -> None:
+        """Put each in the mode that :meth:`training` gave."""
+        for d, flag in zip(self._called, flags, strict=False):
+            d["training"] = flag
+
+    def adapters(self) -> list[tuple[object, ...]]:
+        """Which adapters are on, which are merged, and their scalings, layer by layer."""
+        return [_adapter_state(layer) for layer in self._adapted]
+
+    def set_adapters(self, state: Sequence[Any]) -> None:
+        """Turn on the adapters that :meth:`adapters` gave; what is merged or scaled stays as it is."""
+        for layer, (disabled, active, *_) in zip(self._adapted, state, strict=False):
+            values = (disabled, list(active) if isinstance(active, tuple) else active)
+            layer.update(zip(_ADAPTER_STATE, values, strict=True))
+
+    def parameters(self) -> list[Tensor | None]:
+        """Every parameter there is now; ``None`` where a module says that it has none."""
+        return [*chain.from_iterable(map(dict.values, self._tensors))]
+
+
+class ModelParts(Modules):
+    """All modules of a model.
+
+    Args:
+        model: The model.
+        decoder: That holds its ``layers`` and ``embed_tokens``.
+    """
+
+    def __init__(self, model: Any, decoder: Any) -> None:
+        modules = list(model.modules())
+        super().__init__(modules)
+        self._config = model.config
+        numbers = {id(module): i for i, module in enumerate(modules)}
+        starts = [numbers[id(block)] for block in decoder.layers]
+        # a block ends where the next begins; not where a block comes twice, or they stand in another order
+        self._ends = starts[1:] if sorted(set(starts)) == starts else []
+        self._below: dict[int, Modules] = {}
+        before, after = ("_forward_pre_hooks", "_backward_hooks"), "_forward_hooks"
+        # hooks of itself and of the embedding run at the call anyway
+        at_call = {id(m.__dict__) for m in (model, *decoder.embed_tokens.modules())}
+        later = [d for d in self._called if id(d) not in at_call]
+        self._hooks = [d[name] for d in later for name in before]
+        self._after = [d[after] for d in later]
+
+    @property
+    def attention(self) -> str | None:
+        """How the model attends: ``sdpa``, say; masks are made for it."""
+        name: str | None = getattr(self._config, "_attn_implementation", None)
+        return name
+
+    def below(self, k: int) -> Modules:
+        """Those that ``hidden_states[k]`` depends on, and maybe more; beyond the last block all."""
+        if not 0 < k <= len(self._ends):
+            return self
+        if k not in self._below:
+            self._below[k] = self.first(self._ends[k - 1])
+        return self._below[k]
+
+    def has_hooks(self) -> bool:
+        """Whether a module has a hook that would run, or not run, at another time than it expects."""
+        if any(self._hooks):
+            return True
+        return any(not all(map(_captures, hooks.values())) for hooks in filter(None, self._after))
+
+
+def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether both are the same objects in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
+    active = layer["_active_adapter"]
+    active = tuple(active) if isinstance(active, list) else active
+    scaling = layer.get("scaling")
+    scaling = tuple(scaling.items()) if isinstance(scaling, dict) else None
+    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"]), scaling
+
+
+def _captures(hook: Any) -> bool:
+    """Whether a hook is one of transformers' own, which do nothing unless they are asked."""
+    return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
