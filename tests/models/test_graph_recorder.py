@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from tli_engine.models.graph_recorder import GraphRecorder, capture
+from tli_engine.models.graph_recorder import GraphRecorder, _Pool, capture
 
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -81,13 +81,13 @@ def recorder(recorded: list[Any], monkeypatch: pytest.MonkeyPatch) -> GraphRecor
     monkeypatch.setattr(torch.cuda, "stream", nullcontext)
     monkeypatch.setattr(torch.cuda, "graph_pool_handle", lambda: (0, 1))
     monkeypatch.setattr(torch.cuda, "CUDAGraph", FakeGraph)
-    return GraphRecorder(torch.device("cuda"), at_once=True)
+    return GraphRecorder(torch.device("cuda", 0), at_once=True)
 
 
 def test_a_recording_at_once_neither_waits_nor_empties(
     recorder: GraphRecorder, recorded: list[Any]
 ) -> None:
-    graph, result = recorder.record(lambda: 5, (0, 2))
+    graph, result = recorder.record(lambda: 5, _Pool((0, 2)))
     assert isinstance(graph, FakeGraph)
     assert result == 5
     assert FakeGraph.asked == [("begin", (0, 2), "thread_local", False), "end"]
@@ -104,7 +104,7 @@ def test_what_is_kept_for_later_is_given_back_once_there_is_no_other(
     recorder: GraphRecorder, recorded: list[Any]
 ) -> None:
     errors = [torch.OutOfMemoryError("no memory")]
-    _, result = recorder.record(lambda: _fail(errors.pop()) if errors else 5, (0, 2))
+    _, result = recorder.record(lambda: _fail(errors.pop()) if errors else 5, _Pool((0, 2)))
     assert result == 5
     assert FakeGraph.asked == [("begin", (0, 2), "thread_local", False), "end"]
     # the second time by torch.cuda.graph, which empties the cache
