@@ -1,4 +1,4 @@
-"""Fine-tuning SmolLM2's weights: 20 steps give transformers' and PEFT's losses, step for step."""
+"""Fine-tuning SmolLM2's weights gives transformers' and PEFT's losses, step for step."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from tli_engine.train.sft_loop import SftMetrics, SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_step import SftStep
 
-STEPS = 20
+STEPS = 12
 # written for this test
 TEXTS = [
     ("Mvua kubwa ilinyesha usiku kucha na barabara nyingi zimefungwa.", "Mvua yafunga barabara"),
@@ -68,7 +68,7 @@ def theirs_of(config: RunConfig, model: Any, ours: CausalModel) -> tuple[Any, li
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
-def test_20_steps_give_transformers_losses(smollm2: ModelFiles, method: str) -> None:
+def test_steps_give_transformers_losses(smollm2: ModelFiles, method: str) -> None:
     from transformers import AutoModelForCausalLM
 
     config = config_of(method)
@@ -100,5 +100,6 @@ def test_20_steps_give_transformers_losses(smollm2: ModelFiles, method: str) -> 
         optimizer.step()
         optimizer.zero_grad()
         assert step.loss == pytest.approx(loss.item(), abs=1e-4), step.step
-    # both learnt something in 20 steps
-    assert np.mean([s.loss for s in steps[-3:]]) < np.mean([s.loss for s in steps[:3]])
+    # both learnt something, over the same texts
+    epoch = len(TEXTS)
+    assert np.mean([s.loss for s in steps[-epoch:]]) < np.mean([s.loss for s in steps[:epoch]])
