@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import pytest
@@ -150,9 +151,11 @@ def test_kernels_err_no_more_than_plain_torch(
             assert_within_error_budget(got, same, truth, floor=2e-6)
 
 
+# the loss is of fp32 cosines, whatever the words' dtype was
 @KERNELS
-@pytest.mark.parametrize("loss", LOSSES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "loss"), [*product(DTYPES, LOSSES[:1]), *zip(DTYPES[1:], LOSSES[1:], strict=True)]
+)
 def test_every_dtype(dtype: torch.dtype, loss: str, how: str, device: torch.device) -> None:
     inputs = make_inputs(12, 96, dtype, device)
     actual = launch(how, inputs, None, loss, 0.4, 0.05, True)
@@ -268,7 +271,7 @@ def test_strided_inputs(how: str, device: torch.device) -> None:
 
 
 def test_is_deterministic_bit_for_bit(device: torch.device) -> None:
-    inputs = make_inputs(33, 136, torch.bfloat16, device)
+    inputs = make_inputs(17, 136, torch.bfloat16, device)
     for how in ("few", "many", "chunks"):
         first, again = (launch(how, inputs, None, "infonce", 0.4, 0.05, True) for _ in range(2))
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
