@@ -72,13 +72,16 @@ def naive_ranks(pairs: Pairs, csls: bool = False) -> list[int]:
         # NaN has no order; any makes the mean NaN
         return math.nan if any(map(math.isnan, cosines)) else sum(best) / len(best)
 
+    near_source = {a: nearest(v, targets) if csls else 0 for a, v in sources.items()}
+    near_target = {b: nearest(v, sources) if csls else 0 for b, v in targets.items()}
+
     def score(a: int, b: int) -> float:
         value = cosine(sources[a], targets[b])
         if not csls:
             return value
         # Conneau et al. 2018, eq. 3; the query's own term, the same for all, must break nothing
-        own = nearest(sources[a], targets)
-        return 2 * value - (0 if math.isnan(own) else own) - nearest(targets[b], sources)
+        own = near_source[a]
+        return 2 * value - (0 if math.isnan(own) else own) - near_target[b]
 
     translations = set(zip(pairs.source_groups, pairs.target_groups, strict=True))
     ranks = []

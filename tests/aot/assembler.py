@@ -1,14 +1,25 @@
 """What ptxas says of a kernel: registers, spills, and how it takes its products."""
 
+import json
 import re
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import triton
 
 _WAIT = r"wgmma\.wait_group\S*\s+(\d+)"
+
+
+def print_reports(report_of: Callable[[int], dict[str, Any]]) -> None:
+    """Print JSON: what is said of each architecture that the command names, such as ``80,90``.
+
+    One process for all of them: it takes longer to start than to compile most kernels.
+    """
+    print(json.dumps({name: report_of(int(name)) for name in sys.argv[1].split(",")}))
 
 
 def usage(compiled: Any, capability: int) -> dict[str, Any]:

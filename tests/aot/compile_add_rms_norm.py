@@ -1,16 +1,14 @@
-"""Compile the norm's kernels for one architecture with no GPU; print what came out, as JSON.
+"""Compile the norm's kernels for several architectures with no GPU; print what came out, as JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
-import json
 import re
-import sys
 from typing import Any
 
 import torch
 import triton
-from assembler import usage
+from assembler import print_reports, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -83,8 +81,8 @@ def compile_case(case: Case, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def print_report(found: dict[str, Case], capability: int) -> None:
-    """Compile each kernel; print what the assembler says of it, and how it gets at memory."""
+def report_of(found: dict[str, Case], capability: int) -> dict[str, Any]:
+    """Compile each kernel: what the assembler says of it, and how it gets at memory."""
     report = {}
     for name, case in found.items():
         compiled = compile_case(case, capability)
@@ -94,8 +92,13 @@ def print_report(found: dict[str, Case], capability: int) -> None:
             "narrow": len(re.findall(r"(?:ld|st)\.global\.(?:v[24]\.)?b16", ptx)),
             "waits": ptx.count("griddepcontrol.wait"),
         }
-    print(json.dumps(report))
+    return report
+
+
+def print_report(found: dict[str, Case]) -> None:
+    """Print the reports of all architectures that the command names."""
+    print_reports(lambda capability: report_of(found, capability))
 
 
 if __name__ == "__main__":
-    print_report(cases(), int(sys.argv[1]))
+    print_report(cases())

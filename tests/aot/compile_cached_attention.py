@@ -1,9 +1,8 @@
-"""Compile decoding's attention for one architecture with no GPU; print JSON.
+"""Compile decoding's attention for several architectures with no GPU; print JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
-import sys
 from typing import Any
 
 from compile_add_rms_norm import DTYPES, TYPES, Case, print_report
@@ -41,4 +40,4 @@ if __name__ == "__main__":
     floats = dict.fromkeys(("part_ptr", "top_ptr", "sum_ptr"), "*fp32")
     places = dict.fromkeys(("begin_ptr", "slot_ptr"), "*i64")
     TYPES.update(floats | places | {"scale": "fp32"})
-    print_report(cases(), int(sys.argv[1]))
+    print_report(cases())

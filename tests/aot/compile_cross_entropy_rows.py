@@ -1,9 +1,7 @@
-"""Compile the rows' cross-entropy for one architecture with no GPU; print JSON.
+"""Compile the rows' cross-entropy for several architectures with no GPU; print JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
-
-import sys
 
 from compile_add_rms_norm import DTYPES, TYPES, Case, print_report
 
@@ -33,4 +31,4 @@ def cases() -> dict[str, Case]:
 
 if __name__ == "__main__":
     TYPES.update({"target_ptr": "*i64", "loss_ptr": "*fp32"})
-    print_report(cases(), int(sys.argv[1]))
+    print_report(cases())

@@ -1,15 +1,13 @@
-"""Compile flat AdamW for one architecture with no GPU; print what came out, as JSON.
+"""Compile flat AdamW for several architectures with no GPU; print what came out, as JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
-import json
 import re
-import sys
 from typing import Any
 
 import triton
-from assembler import usage
+from assembler import print_reports, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -54,8 +52,8 @@ def compile_case(shadow: str | None, count: str, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main() -> None:
-    capability = int(sys.argv[1])
+def report_of(capability: int) -> dict[str, Any]:
+    """What came out, by kernel."""
     report = {}
     for name, case in CASES.items():
         compiled = compile_case(*case, capability)
@@ -67,8 +65,8 @@ def main() -> None:
             "wide_loads": len(re.findall(r"ld\.global\S*\.v4\.b32", ptx)),
             "wide_stores": len(re.findall(r"st\.global\S*\.v4\.b32", ptx)),
         }
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    print_reports(report_of)

@@ -1,15 +1,13 @@
-"""Compile the NF4 kernels for one architecture with no GPU; print what came out, as JSON.
+"""Compile the NF4 kernels for several architectures with no GPU; print what came out, as JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
-import json
 import re
-import sys
 from typing import Any
 
 import triton
-from assembler import usage
+from assembler import print_reports, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -170,8 +168,8 @@ def compile_case(
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main() -> None:
-    capability = int(sys.argv[1])
+def report_of(capability: int) -> dict[str, Any]:
+    """What came out, by kernel."""
     report = {}
     cases = products(capability) | adapters() | streams()
     for name, (kernel, dtype, constants, warps) in cases.items():
@@ -181,8 +179,8 @@ def main() -> None:
                 re.search(r"wgmma\.mma_async[^;]*?\}\s*,\s*\{", compiled.asm["ptx"])
             ),
         }
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    print_reports(report_of)

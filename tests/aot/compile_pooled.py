@@ -1,16 +1,14 @@
-"""Compile the pooling, cosine and loss kernels for one architecture with no GPU; print JSON.
+"""Compile the pooling, cosine and loss kernels for several architectures with no GPU; print JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
 import itertools
-import json
-import sys
 from typing import Any
 
 import torch
 import triton
-from assembler import usage
+from assembler import print_reports, usage
 from triton import language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
@@ -159,14 +157,13 @@ def compile_case(case: Case, capability: int) -> Any:
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def main() -> None:
-    capability = int(sys.argv[1])
-    report = {
+def report_of(capability: int) -> dict[str, Any]:
+    """What came out, by kernel."""
+    return {
         name: usage(compile_case(case, capability), capability)
         for name, case in cases(capability).items()
     }
-    print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    print_reports(report_of)

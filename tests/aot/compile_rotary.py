@@ -1,4 +1,4 @@
-"""Compile the rotary embedding's kernel for one architecture with no GPU; print JSON.
+"""Compile the rotary embedding's kernel for several architectures with no GPU; print JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
@@ -36,4 +36,4 @@ if __name__ == "__main__":
     # angles are of the case's dtype unless fp32 is asked for
     if sys.argv[2:] == ["fp32"]:
         TYPES.update({"cos_ptr": "*fp32", "sin_ptr": "*fp32"})
-    print_report(cases(), int(sys.argv[1]))
+    print_report(cases())

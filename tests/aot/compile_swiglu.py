@@ -1,9 +1,7 @@
-"""Compile the gated activation's kernels for one architecture with no GPU; print JSON.
+"""Compile the gated activation's kernels for several architectures with no GPU; print JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
-
-import sys
 
 from compile_add_rms_norm import Case, print_report
 
@@ -40,4 +38,4 @@ def cases() -> dict[str, Case]:
 
 
 if __name__ == "__main__":
-    print_report(cases(), int(sys.argv[1]))
+    print_report(cases())

@@ -1,16 +1,14 @@
-"""Compile the attention kernels for one architecture with no GPU; print what came out, as JSON.
+"""Compile the attention kernels for several architectures with no GPU; print what came out, as JSON.
 
 Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel is imported.
 """
 
-import json
-import sys
 from functools import partial
 from typing import Any
 
 import torch
 import triton
-from assembler import usage
+from assembler import print_reports, usage
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -82,14 +80,14 @@ def compile_case(
     )
 
 
-def main() -> None:
-    capability = int(sys.argv[1])
+def report_of(capability: int) -> dict[str, Any]:
+    """What came out, by kernel."""
     report = {}
     for name, (kernel, dtype, constants, warps) in cases(capability).items():
         compiled = compile_case(kernel, dtype, constants, warps, capability)
         report[name] = usage(compiled, capability)
-    print(json.dumps(report))
+    return report
 
 
 if __name__ == "__main__":
-    main()
+    print_reports(report_of)

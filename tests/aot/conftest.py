@@ -1,10 +1,11 @@
-"""Kernels compiled by a script beside the test, for an architecture that need not be here."""
+"""Kernels compiled by a script beside the test, for architectures that need not be here."""
 
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,29 @@ def capability(request: pytest.FixtureRequest) -> int:
     return capability
 
 
+@cache
+def _reports_of(name: str, *options: str) -> dict[str, dict[str, Any]]:
+    """What ``compile_<name>.py`` says of every architecture; run once, without the interpreter."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name(f"compile_{name}.py")
+    result = subprocess.run(
+        [sys.executable, str(script), ",".join(map(str, _SHARED)), *options],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 0, result.stderr[-2000:]
+    reports: dict[str, dict[str, Any]] = json.loads(result.stdout)
+    return reports
+
+
 @pytest.fixture
 def compile_kernels(capability: int) -> Callable[..., dict[str, Any]]:
-    """Compile ``compile_<name>.py``'s kernels without the interpreter; all assemble and fit."""
+    """Compile ``compile_<name>.py``'s kernels; all assemble and fit."""
 
     def report_of(name: str, *options: str) -> dict[str, Any]:
-        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-        script = Path(__file__).with_name(f"compile_{name}.py")
-        result = subprocess.run(
-            [sys.executable, str(script), str(capability), *options],
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-        report: dict[str, Any] = json.loads(result.stdout)
+        report = _reports_of(name, *options)[str(capability)]
         for kernel, found in report.items():
             assert found["registers"] > 0, f"{kernel}: {found['log']}"
             assert found["shared"] <= _SHARED[capability] * 1024, f"{kernel}: {found['shared']}"

@@ -57,7 +57,7 @@ def ranks(
             processes.append(subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True))
         try:
             for process in processes:
-                _, errors = process.communicate(timeout=120)
+                _, errors = process.communicate(timeout=240)
                 assert process.returncode == 0, errors
         finally:
             for process in processes:

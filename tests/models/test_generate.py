@@ -58,36 +58,37 @@ def an_end(texts: list[tuple[int, ...]]) -> int:
     return next(t for t in texts[0][3:] if not all(t in text for text in texts))
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize(("family", "overrides"), MODELS)
 def test_greedy_tokens_are_those_of_transformers(
-    family: str, overrides: Any, fused: bool, causal: Load, full: Any
+    family: str, overrides: Any, causal: Load, full: Any
 ) -> None:
+    """By transformers' modules, and by the engine's."""
     model, theirs = causal(family, **overrides), full(family, **overrides)
-    if fused:
-        model.fuse()
     prompts = some_prompts(*LENGTHS)
     free = by_transformers(theirs, prompts, 257)
     end = an_end(free)
     expected = by_transformers(theirs, prompts, end)
     assert len(expected[0]) < NEW
-    found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=3))
-    assert tokens_of(found) == expected
-    assert [text.ended for text in found] == [len(text) < NEW for text in expected]
+    for fused in (False, True):
+        if fused:
+            model.fuse()
+        found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=3))
+        assert tokens_of(found) == expected
+        assert [text.ended for text in found] == [len(text) < NEW for text in expected]
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
-def test_beams_are_those_of_transformers(family: str, fused: bool, causal: Load, full: Any) -> None:
+def test_beams_are_those_of_transformers(family: str, causal: Load, full: Any) -> None:
     model, theirs = causal(family), full(family)
-    if fused:
-        model.fuse()
     prompts = some_prompts(*LENGTHS)
     end = an_end(by_transformers(theirs, prompts, 257, num_beams=3))
     expected = by_transformers(theirs, prompts, end, num_beams=3)
     assert len({len(text) for text in expected}) > 1
-    found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=2, beams=3))
-    assert tokens_of(found) == expected
+    for fused in (False, True):
+        if fused:
+            model.fuse()
+        found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=2, beams=3))
+        assert tokens_of(found) == expected
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])

@@ -1,17 +1,19 @@
 """No code that lies in a model's folder is ever run, whatever its configuration asks for."""
 
+import io
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tli_engine.cli import main
 from tli_engine.testing import save_tiny_model
 
 
 @pytest.mark.parametrize("file", ["config.json", "tokenizer_config.json"])
-def test_code_beside_the_weights_is_left_alone(file: str, tmp_path: Path) -> None:
+def test_code_beside_the_weights_is_left_alone(
+    file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
     model, ran = save_tiny_model(tmp_path / "model", "llama"), tmp_path / "ran"
     (model / "evil.py").write_text(f"open({str(ran)!r}, 'w').close()\nclass Evil: pass\n")
     values = json.loads((model / file).read_text())
@@ -20,13 +22,11 @@ def test_code_beside_the_weights_is_left_alone(file: str, tmp_path: Path) -> Non
     else:
         values |= {"tokenizer_class": "Evil", "auto_map": {"AutoTokenizer": ["evil.Evil", None]}}
     (model / file).write_text(json.dumps(values))
-    command = [sys.executable, "-m", "tli_engine", "scan", str(model), "--limit", "20"]
-
     # transformers would ask "Do you wish to run the custom code? [y/N]"
-    result = subprocess.run(
-        command, input="y\n" * 5, capture_output=True, text=True, timeout=120, check=False
-    )
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 5))
+
+    status = main(["scan", str(model), "--limit", "20"])
 
     assert not ran.exists()
-    assert "custom code? [y/N]" not in result.stdout
-    assert result.returncode in (0, 2)
+    assert "custom code? [y/N]" not in capfd.readouterr().out
+    assert status in (0, 2)

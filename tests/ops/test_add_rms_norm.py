@@ -207,8 +207,12 @@ def test_tile_is_made_of_powers_of_two(D: int, T: int) -> None:
     assert stages_for(T, D, torch.bfloat16) in (1, 2)
 
 
-@pytest.mark.parametrize("T", [256, 257, 530])
-def test_many_rows_share_the_parts_of_the_weights_gradient(T: int, device: torch.device) -> None:
+# a row a part; tiles of 64 rows, a part each, the last with one row or two; more tiles than parts
+@pytest.mark.parametrize(("T", "parts"), [(16, 16), (65, 16), (130, 16), (130, 2)])
+def test_many_rows_share_the_parts_of_the_weights_gradient(
+    T: int, parts: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tli_engine.kernels.add_rms_norm_backward._PARTS", parts)
     x, _, weight = make_inputs(T, 16, torch.float32, device)
     dy = torch.randn_like(x)
     rstd = triton_forward(x, None, weight, EPS, False)[2]

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def train(folder: Path, *settings: str) -> Path:
     options = [part for s in settings for part in ("--set", s)]
     base = ["--recipe", "demo", "--set", "train.steps=3", "--set", "device=cpu"]
-    base += ["--set", "data.limit=150"]
+    base += ["--set", "data.limit=48", "--set", "train.batch_size=24"]
     assert main(["train", *base, "--run", str(folder), *options]) == 0
     return folder / "adapter"
 

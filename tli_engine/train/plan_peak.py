@@ -242,12 +242,12 @@ class Step:
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""
-        policy, room = self._outline.run.sft.activations, self._room()
+        policy = self._outline.run.sft.activations
         if self._outline.causal is None or policy == "save":
             return EVERYTHING
         if policy == "recompute":
             return NOTHING
-        if room is None:
+        if (room := self._room()) is None:
             return EVERYTHING
         return arrange(self._parts, self._first, self._blocks.input, room)
 
