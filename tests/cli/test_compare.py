@@ -264,6 +264,18 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     assert "tested on other articles" in result.err
 
 
+def test_summaries_written_since_are_not_taken(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    """``tli-engine evaluate`` of an arm writes those of other articles, maybe as many."""
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    path = out / "full-5/predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "Mvua '))
+    result = cli("compare", config, "--out", out, "--gather")
+    assert result.status == 2
+    assert "full-5/predictions.jsonl: is not what was written with the figures" in result.err
+
+
 def test_runs_of_several_machines_make_the_report_of_one(
     cli: Cli, config: Path, compared: Path, tmp_path: Path
 ) -> None:

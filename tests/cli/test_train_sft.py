@@ -242,26 +242,6 @@ def test_a_joint_run_is_measured_on_pairs_and_articles(
     assert found["throughput"].keys() == {"tokens_per_s", "words_per_s"}
 
 
-def test_one_run_against_another(cli: Cli, sft_config: Callable[..., Path]) -> None:
-    for run, seed in (("run", 0), ("other", 1)):
-        assert cli("train", sft_config(seed=seed), "--run", run).status == 0
-    result = cli("evaluate", "run", "--against", "other")
-    assert result.status == 2
-    assert "other/predictions.jsonl: no such file" in result.err
-    assert cli("evaluate", "other", "--max-new-tokens", "6").status == 0
-    result = cli("evaluate", "run", "--max-new-tokens", "6", "--against", "other")
-    assert result.status == 0, result.err
-    assert "chrF++ against other: " in result.out
-    found = json.loads(Path("run/evaluation.json").read_text())["against"]
-    assert found["run"] == "other"
-    assert found["tests"]["rougeL"].keys() == {"difference", "ci95", "p", "p_holm"}
-    path = Path("other/predictions.jsonl")
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    result = cli("evaluate", "run", "--against", "other")
-    assert result.status == 2
-    assert "has 1 summaries, not of these 2 articles" in result.err
-
-
 def test_a_run_without_unseen_articles_cannot_be_evaluated(
     cli: Cli, sft_config: Callable[..., Path]
 ) -> None:

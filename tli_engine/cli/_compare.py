@@ -187,13 +187,11 @@ def _read_part(comparison: Comparison, part: str, digest: str) -> Part:
             f"{folder}: was tested on other articles than {comparison.test_texts().name} holds now"
         )
     arm, _, seed = part.rpartition(":")
-    return Part(
-        arm or BASE,
-        int(seed) if arm else 0,
-        result,
-        read_predictions(folder / PREDICTIONS),
-        read_metrics(folder),
-    )
+    # tli-engine evaluate may have written others since
+    own = result.get("predictions", {}).get("sha256")
+    predictions = read_predictions(folder / PREDICTIONS, own)
+    metrics = read_metrics(folder)
+    return Part(arm or BASE, int(seed) if arm else 0, result, predictions, metrics)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._against import hold_against, read_rival
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli.console import plain_table, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
@@ -16,12 +17,11 @@ from tli_engine.evaluate.summaries import (
     PREDICTIONS,
     Written,
     language_of,
+    predictions_record,
     predictions_text,
-    read_predictions,
 )
 from tli_engine.evaluate.text_baselines import baseline_texts
 from tli_engine.evaluate.text_metrics import score_texts
-from tli_engine.evaluate.text_tests import text_tests
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.train.manifest import problems
 from tli_engine.train.run_folder import write_json, write_text
@@ -37,7 +37,7 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
     """
     texts = _validation(folder, config)
     references = [texts[i].summary for i in range(len(texts))]
-    rival = _rival(writing.against, len(texts))
+    rival = None if writing.against is None else read_rival(writing.against, texts)
     base = open_model(config.model)
     articles = [texts[i] for i in range(len(texts))]
     how = {
@@ -46,10 +46,10 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
     }
     summariser = Summariser.prepare(articles, base, config, writing.max_new_tokens, **how)
     losses, written = _both(folder, config, base, texts, summariser, device)
-    predictions = written["after"].summaries
-    write_text(folder / PREDICTIONS, predictions_text(predictions))
+    predictions = predictions_text(written["after"].summaries)
+    write_text(folder / PREDICTIONS, predictions)
     language = language_of(config.data)
-    text = score_texts(predictions, references, language)
+    text = score_texts(written["after"].summaries, references, language)
     others = baseline_texts([article.text for article in articles], references)
     others["zero-shot"] = written["before"].summaries
     scores = {n: score_texts(t, references, language).report() for n, t in others.items()}
@@ -63,11 +63,11 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
         "text": text.report(),
         "baselines": scores,
         "generation": written["after"].to_json(),
+        "predictions": predictions_record(predictions, texts, summariser.options),
     }
     if rival is not None:
-        tests = text_tests(text, score_texts(rival, references, language))
-        found["against"] = {"run": str(writing.against), "tests": tests}
-        _show_tests(found["against"])
+        decoding = found["predictions"]["decoding"]
+        found["against"] = hold_against(rival, text, references, language, decoding)
     _record(folder, found)
 
 
@@ -79,17 +79,6 @@ def _validation(folder: Path, config: RunConfig) -> Texts:
     if recorded and recorded["sha256"] != texts.digest():
         warn(f"{texts.name}: the validation articles are not those of the run any more")
     return texts
-
-
-def _rival(folder: Path | None, articles: int) -> list[str] | None:
-    if folder is None:
-        return None
-    predictions = read_predictions(folder / PREDICTIONS)
-    if len(predictions) != articles:
-        raise UserError(
-            f"--against {folder}: has {len(predictions)} summaries, not of these {articles} articles"
-        )
-    return predictions
 
 
 def _both(
@@ -125,15 +114,6 @@ def _show(scores: dict[str, Any]) -> None:
         )
         table.add_row(name, *cells)
     show(table)
-
-
-def _show_tests(against: dict[str, Any]) -> None:
-    for metric, test in against["tests"].items():
-        low, high = test["ci95"]
-        print(
-            f"  {METRICS[metric]} against {against['run']}: {test['difference']:+.2f}, 95 % interval "
-            f"[{low:+.2f}, {high:+.2f}], p = {test['p_holm']:.3g} (Holm)"
-        )
 
 
 def _record(folder: Path, found: dict[str, Any]) -> None:

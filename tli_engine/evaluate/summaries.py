@@ -4,12 +4,13 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tli_engine.config import DataConfig
 from tli_engine.data.examples import ExampleTokenizer
-from tli_engine.data.texts import Article
+from tli_engine.data.texts import Article, Texts
 from tli_engine.errors import UserError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.generate import GenerateOptions, generate
@@ -24,6 +25,8 @@ METRICS = {
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
 }
+# options of generation that make summaries others
+_DECODING = ("max_new_tokens", "beams", "temperature", "top_p", "seed")
 
 
 def language_of(data: DataConfig) -> str | None:
@@ -90,18 +93,44 @@ def predictions_text(summaries: Sequence[str]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def read_predictions(path: Path) -> list[str]:
+def predictions_record(text: str, texts: Texts, options: GenerateOptions) -> dict[str, Any]:
+    """What summaries are, for the JSON beside them: their file's hash, their articles, the decoding.
+
+    Args:
+        text: Of :func:`predictions_text`.
+        texts: The articles.
+        options: With which they were written.
+    """
+    return {
+        "sha256": sha256(text.encode()).hexdigest(),
+        "articles": texts.identity(),
+        "decoding": {name: getattr(options, name) for name in _DECODING},
+    }
+
+
+def read_predictions(path: Path, digest: str | None = None) -> list[str]:
     """Summaries as :func:`predictions_text` wrote them.
 
+    Args:
+        path: Of the file.
+        digest: SHA-256 that it must have; None for any.
+
     Raises:
-        UserError: Missing or malformed.
+        UserError: Missing, malformed or another file.
     """
     try:
+        content = path.read_bytes()
+        if digest not in (None, sha256(content).hexdigest()):
+            raise UserError(
+                f"{path}: is not what was written with the figures beside it; make both again"
+            )
         # a summary may hold other separators of lines, which splitlines() minds
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = content.decode().split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
         if [row["number"] for row in rows] == list(range(len(rows))):
             return [str(row["prediction"]) for row in rows]
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it is written by tli-engine evaluate") from None
     except (OSError, ValueError, KeyError, TypeError) as e:
