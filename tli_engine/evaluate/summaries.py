@@ -93,18 +93,21 @@ def predictions_text(summaries: Sequence[str]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def predictions_record(text: str, texts: Texts, options: GenerateOptions) -> dict[str, Any]:
+def predictions_record(
+    text: str, texts: Texts, options: GenerateOptions, strength: float = 1.0
+) -> dict[str, Any]:
     """What summaries are, for the JSON beside them: their file's hash, their articles, the decoding.
 
     Args:
         text: Of :func:`predictions_text`.
         texts: The articles.
         options: With which they were written.
+        strength: Of the adapter, which counts as one of them.
     """
     return {
         "sha256": sha256(text.encode()).hexdigest(),
         "articles": texts.identity(),
-        "decoding": {name: getattr(options, name) for name in _DECODING},
+        "decoding": {name: getattr(options, name) for name in _DECODING} | {"strength": strength},
     }
 
 
