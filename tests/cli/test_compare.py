@@ -276,6 +276,16 @@ def test_summaries_written_since_are_not_taken(
     assert "full-5/predictions.jsonl: is not what was written with the figures" in result.err
 
 
+def test_the_language_may_be_named_afterwards(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    result = cli("compare", config, "--out", out, "--gather", "--set", "data.language=thai")
+    assert result.status == 0, result.err
+    for arm in json.loads((out / "report.json").read_text())["arms"]:
+        assert "|tok:char|" in arm["text"]["bleu"]["signature"]
+
+
 def test_runs_of_several_machines_make_the_report_of_one(
     cli: Cli, config: Path, compared: Path, tmp_path: Path
 ) -> None:

@@ -157,3 +157,23 @@ def test_a_joint_run_without_unseen_articles_writes_nothing(
     path = sft_config(objective="joint", data=data, align={"layer": 2}, sft={"align_pairs": 4})
     assert cli("train", path, "--run", "run").status == 0
     assert "--beams: this run writes no summaries" in refused(cli, "run", "--beams", "2")
+
+
+def test_words_of_a_language_without_spaces(cli: Cli, sft_config: Callable[..., Path]) -> None:
+    rows = [
+        ("昨夜的大雨淹没了村庄的道路。", "大雨淹没道路"),
+        ("国家队赢得了首场比赛。", "国家队获胜"),
+    ]
+    lines = [json.dumps({"text": text, "summary": summary}) for text, summary in rows]
+    Path("unseen.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    path = sft_config(train={"steps": 1}, sft={"context": 128})
+    assert cli("train", path, "--run", "run").status == 0
+    for options, tokenizer in (((), "13a"), (("--language", "zh-CN"), "zh")):
+        found, result = evaluated(cli, Path("run"), *options)
+        assert f"|tok:{tokenizer}|" in found["text"]["bleu"]["signature"]
+        assert ("the texts have hardly any spaces" in result.err) == (tokenizer == "13a")
+    assert cli("train", path, "--run", "named", "--set", "data.language=thai").status == 0
+    found, result = evaluated(cli, Path("named"))
+    assert "|tok:char|" in found["text"]["bleu"]["signature"]
+    assert "|tok:xlsum-char|" in found["text"]["rougeL"]["signature"]
+    assert "hardly any spaces" not in result.err

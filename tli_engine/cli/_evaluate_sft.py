@@ -23,6 +23,7 @@ from tli_engine.evaluate.summaries import (
     language_of,
     predictions_record,
     predictions_text,
+    spacing_warning,
 )
 from tli_engine.evaluate.text_baselines import baseline_texts
 from tli_engine.evaluate.text_metrics import TextScores, score_texts
@@ -75,7 +76,10 @@ def evaluate_texts(
     predictions = predictions_text(after[last].written.summaries)
     write_text(folder / PREDICTIONS, predictions)
     record = predictions_record(predictions, texts, summariser.options, strengths[-1])
-    scores, found = _scored(articles, config, before, after, last)
+    language = writing.language or language_of(config.data)
+    if line := spacing_warning(articles, language):
+        warn(line)
+    scores, found = _scored(articles, language, before, after, last)
     found["predictions"] = record
     if lines:
         bits = {strength: measured.bits for strength, measured in after.items()}
@@ -83,21 +87,19 @@ def evaluate_texts(
         print_costs(found["bits_per_byte"])
     if rival is not None:
         references = [article.summary for article in articles]
-        language = language_of(config.data)
         found["against"] = hold_against(rival, scores, references, language, record["decoding"])
     _record(folder, found)
 
 
 def _scored(
     articles: Sequence[Article],
-    config: RunConfig,
+    language: str | None,
     before: _Measured,
     after: Mapping[str, _Measured],
     last: str,
 ) -> tuple[TextScores, dict[str, Any]]:
     """Score what was written, print that; the last strength's scores, and everything for JSON."""
     references = [article.summary for article in articles]
-    language = language_of(config.data)
     texts = {name: measured.written.summaries for name, measured in after.items()}
     own = {name: score_texts(summaries, references, language) for name, summaries in texts.items()}
     others = baseline_texts([article.text for article in articles], references)

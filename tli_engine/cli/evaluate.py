@@ -13,13 +13,13 @@ from tli_engine.errors import ConfigError
 OF_PAIRS = ("--final-layer", "--no-final-layer", "--pooling")
 OF_SUMMARIES = (
     *("--max-new-tokens", "--batch-size", "--beams", "--temperature", "--top-p", "--seed"),
-    "--against",
+    *("--language", "--against"),
 )
 
 
 @dataclass(frozen=True)
 class Writing:
-    """How summaries are written, and the run that they are held against."""
+    """How summaries are written and scored, and the run that they are held against."""
 
     max_new_tokens: int
     batch_size: int
@@ -27,6 +27,7 @@ class Writing:
     temperature: float
     top_p: float
     seed: int
+    language: str | None
     against: Path | None
 
 
@@ -88,6 +89,10 @@ class Writing:
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
 )
 @click.option(
+    "--language",
+    help="Of the summaries, for BLEU's and ROUGE's words; by default the run's data.language.",
+)
+@click.option(
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
@@ -106,6 +111,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int,
+    language: str | None,
     against: Path | None,
 ) -> None:
     """Measure what the training of RUN, a run folder, did.
@@ -130,7 +136,8 @@ def command(
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    writing = Writing(max_new_tokens, batch_size, beams, temperature, top_p, seed, against)
+    how = (max_new_tokens, batch_size, beams, temperature, top_p, seed)
+    writing = Writing(*how, language, against)
     evaluate_run(run, final_layer, texts, strengths, device, writing, pooling, given)
 
 

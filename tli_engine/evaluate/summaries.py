@@ -12,6 +12,7 @@ from tli_engine.config import DataConfig
 from tli_engine.data.examples import ExampleTokenizer
 from tli_engine.data.texts import Article, Texts
 from tli_engine.errors import UserError
+from tli_engine.evaluate.text_metrics import tokenizer_of
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.generate import GenerateOptions, generate
 
@@ -25,14 +26,36 @@ METRICS = {
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
 }
+# mean length of what stands between spaces, in characters, from which on it is no word
+_LONG_WORDS = 12
 # options of generation that make summaries others
 _DECODING = ("max_new_tokens", "beams", "temperature", "top_p", "seed")
 
 
 def language_of(data: DataConfig) -> str | None:
-    """The language that summaries are in, where the configuration says it."""
+    """The language that summaries are in, where the configuration or its preset says it."""
     preset, _, language = (data.texts or "").partition(":")
-    return language if preset == "xlsum" else None
+    return data.language or (language if preset == "xlsum" else None)
+
+
+def spacing_warning(articles: Sequence[Article], language: str | None) -> str | None:
+    """A line if texts are scored by the words between their spaces, of which they have hardly any."""
+    if tokenizer_of(language) != "13a":
+        return None
+    texts = [a.text for a in articles], [a.summary for a in articles]
+    longest = max(_letters_a_word(side) for side in texts)
+    if longest <= _LONG_WORDS:
+        return None
+    named = "no language is named" if language is None else f"{language!r} is not known as such"
+    return (
+        f"the texts have hardly any spaces, one in {longest:.0f} characters, and BLEU and ROUGE "
+        f"count what stands between them: {named}; set data.language, e.g. chinese, japanese, thai"
+    )
+
+
+def _letters_a_word(texts: Sequence[str]) -> float:
+    words = [word for text in texts for word in text.split()]
+    return sum(map(len, words)) / max(1, len(words))
 
 
 @dataclass(frozen=True)
