@@ -120,9 +120,10 @@ def refused(cli: Cli, *arguments: object) -> str:
         (("--top-p", "0.9", "--beams", "2"), "--top-p: beams draw nothing"),
         (("--seed", "1", "--beams", "2"), "--seed: beams draw nothing"),
         (("--text", "none.txt"), "none.txt: cannot be read"),
+        (("--max-new-tokens", "75"), "in a context of 80; lower --max-new-tokens"),
     ],
 )
-def test_what_would_mean_nothing_is_refused(
+def test_what_cannot_be_or_would_mean_nothing_is_refused(
     cli: Cli, summaries: Path, options: tuple[str, ...], reason: str
 ) -> None:
     assert reason in refused(cli, summaries, *options)

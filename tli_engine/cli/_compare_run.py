@@ -121,6 +121,9 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
 def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     names = [ALIGN, arm] if arm == "tli-then-lora-early" else [arm]
     folders = [comparison.out / f"{name}-{seed}" for name in names]
+    # what leaves no room for an article is found before hours of training, too
+    last = comparison.config(names[-1], seed)
+    summariser = _summariser(comparison, last, open_model(last.model), texts)
     whole = not any((folder / "config.yaml").exists() for folder in folders)
     device = choose_device(comparison.shared.device)
     energy = energy_joules(device)
@@ -136,7 +139,7 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     joules = after - energy if own and after is not None and energy is not None else None
     figures = {"arm": arm, "seed": seed, "energy_joules": joules}
     figures["side_by_side"] = comparison.side_by_side
-    figures |= _training_figures(folders) | _measure(comparison, config, folders[-1], texts)
+    figures |= _training_figures(folders) | _measure(config, folders[-1], texts, summariser)
     write_json(folders[-1] / RESULT, figures)
     if not comparison.settings.keep_weights:
         for folder in folders:
@@ -174,10 +177,9 @@ def _training_figures(folders: list[Path]) -> dict[str, Any]:
 
 
 def _measure(
-    comparison: Comparison, config: RunConfig, folder: Path, texts: Texts
+    config: RunConfig, folder: Path, texts: Texts, summariser: Summariser
 ) -> dict[str, Any]:
     files = open_model(config.model)
-    summariser = _summariser(comparison, config, files, texts)
     splits = tokenize_splits(read_run_pairs(config.data), files.tokenizer, config.words)
     vectors = {}
     for stage, model in stages(folder, config, files):

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from tli_engine.config import DataConfig
-from tli_engine.data.examples import ExampleTokenizer
 from tli_engine.data.texts import Article, Texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.text_metrics import tokenizer_of
@@ -85,8 +84,7 @@ class Written:
 def write_summaries(
     model: CausalModel,
     tokenizer: Any,
-    examples: ExampleTokenizer,
-    articles: Sequence[Article],
+    prompts: Sequence[tuple[int, ...]],
     options: GenerateOptions,
     advance: Callable[[int, str], None] = lambda articles, note: None,
 ) -> Written:
@@ -95,12 +93,10 @@ def write_summaries(
     Args:
         model: All blocks and the head.
         tokenizer: The model's.
-        examples: Makes the prompts; articles are cut so that the answer fits the context too.
-        articles: To be summarised.
+        prompts: Tokens of each article's, which leave room for the answer.
         options: Of generation.
         advance: Told of articles that are done, and of the speed so far.
     """
-    prompts = [examples.prompt_ids(article, options.max_new_tokens) for article in articles]
     start = time.perf_counter()
     generated = generate(model, prompts, options, advance)
     seconds = time.perf_counter() - start
