@@ -132,6 +132,6 @@ def _logits(files: ModelFiles, hidden: Tensor, held: Held) -> Tensor:
     name = "embed_tokens.weight" if files.config.tie_word_embeddings else HEAD
     if name not in files.source:
         raise UserError(f"{files.name}: has no tensor {name}; is the download complete?")
-    head = files.source.read(name).to(held.dtype)
-    logits = torch.cat([hidden @ rows.float().T for rows in head.split(_HEAD_ROWS)], 1)  # type: ignore[no-untyped-call]
+    parts = files.source.read(name).split(_HEAD_ROWS)  # type: ignore[no-untyped-call]
+    logits = torch.cat([hidden @ rows.to(held.dtype).float().T for rows in parts], 1)
     return soft_capped(logits, files.config)
