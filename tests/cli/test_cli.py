@@ -232,7 +232,10 @@ def test_info_json(cli: Cli) -> None:
     assert all(op["cpu"] == "reference" for op in facts["ops"].values())
     assert "llama" in facts["families"]
     # the text for people says the same
-    assert facts["versions"]["torch"] in cli("info").out
+    shown = cli("info").out
+    assert facts["versions"]["torch"] in shown
+    assert facts["builtin_data"] == ["builtin:sw-en", "builtin:sw-demo"]
+    assert "builtin:sw-en, builtin:sw-demo\n" in shown
 
 
 def test_data_check(cli: Cli, pairs_file: Path, tiny_model: Path) -> None:

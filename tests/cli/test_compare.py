@@ -264,6 +264,28 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     assert "tested on other articles" in result.err
 
 
+def test_summaries_written_since_are_not_taken(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    """``tli-engine evaluate`` of an arm writes those of other articles, maybe as many."""
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    path = out / "full-5/predictions.jsonl"
+    path.write_text(path.read_text().replace('"prediction": "', '"prediction": "Mvua '))
+    result = cli("compare", config, "--out", out, "--gather")
+    assert result.status == 2
+    assert "full-5/predictions.jsonl: is not what was written with the figures" in result.err
+
+
+def test_the_language_may_be_named_afterwards(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    out = Path(shutil.copytree(compared, tmp_path / "out"))
+    result = cli("compare", config, "--out", out, "--gather", "--set", "data.language=thai")
+    assert result.status == 0, result.err
+    for arm in json.loads((out / "report.json").read_text())["arms"]:
+        assert "|tok:char|" in arm["text"]["bleu"]["signature"]
+
+
 def test_runs_of_several_machines_make_the_report_of_one(
     cli: Cli, config: Path, compared: Path, tmp_path: Path
 ) -> None:
@@ -339,6 +361,12 @@ def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
         (("--set", "compare.seeds=[1, 1]"), "compare.seeds must be different ones"),
         (("--set", "compare.set.joint.align.layer=x"), "arm joint: align.layer"),
         (("--set", "data.test=none.jsonl"), "none.jsonl"),
+        # of an arm that is not compared this time
+        (
+            ("--set", "compare.arms=[full]", "--set", "compare.set.joint.lora.r=x"),
+            "arm joint: lora.r",
+        ),
+        (("--set", "compare.set.half={}"), "compare.set.half: input should be 'full', "),
     ],
 )
 def test_what_cannot_be(
@@ -347,6 +375,16 @@ def test_what_cannot_be(
     result = cli("compare", config, "--out", out, *arguments)
     assert result.status == 2
     assert reason in result.err
+
+
+def test_no_room_for_articles_is_found_before_training(
+    cli: Cli, config: Path, tmp_path: Path
+) -> None:
+    options = ("--set", "compare.max_new_tokens=90", "--only", "full:5")
+    result = cli("compare", config, "--out", "new", *options)
+    assert result.status == 2
+    assert "90 new tokens and 10 of the prompt leave no room for the article" in result.err
+    assert not (tmp_path / "new/full-5").exists()
 
 
 def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_path: Path) -> None:

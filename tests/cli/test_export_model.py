@@ -13,8 +13,11 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from tli_engine.evaluate.logit_drift import measure_drift, sample_words
+from tli_engine.models.blockwise import logits_of
 from tli_engine.models.files import open_model
 from tli_engine.models.merged import MergedSource, write_model, write_nf4
+from tli_engine.models.peft_format import read_adapter
 
 Cli = Callable[..., Any]
 Tree = Callable[[Path], dict[str, bytes | None]]
@@ -152,6 +155,28 @@ def test_what_the_adapter_is_merged_into_is_said(
     assert record["note"] in err
     assert record["note"].endswith("is NF4; the adapter is merged into its dequantised values")
     assert record["logit_drift"]["max"] < 1e-5
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_drift_is_from_the_quantised_model_that_was_trained(
+    kind: str, double_quant: bool, run: Path, tiny_model: Path, cli: Cli, tmp_path: Path
+) -> None:
+    with_config(run, quantize="nf4", double_quant=double_quant)
+    record, _ = exported(cli, run, "--format", kind)
+    base = open_model(str(tiny_model))
+    (tmp_path / "base").mkdir()
+    write_nf4(base, MergedSource(base), tmp_path / "base", double_quant=double_quant)
+    words, adapter = sample_words(base), read_adapter(run / "adapter")
+    trained = logits_of(open_model(str(tmp_path / "base")), words, adapter)
+    drift = measure_drift(trained, logits_of(open_model("out"), words))
+    assert record["logit_drift"]["against"] == "base model in NF4 and adapter"
+    for name in ("max", "mean", "kl"):
+        assert record["logit_drift"][name] == pytest.approx(getattr(drift, name), rel=1e-3), name
+    # what NF4 took from the base is not in what is written
+    assert drift.max > 1e-3
+    dense = measure_drift(logits_of(base, words, adapter), logits_of(open_model("out"), words))
+    assert dense.max != pytest.approx(drift.max, rel=1e-2)
 
 
 def test_a_base_at_another_revision_is_said(run: Path, cli: Cli) -> None:

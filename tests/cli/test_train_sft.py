@@ -1,12 +1,17 @@
 """``tli-engine train`` on summaries: from articles to an adapter or a model that others load."""
 
 import json
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+from tli_engine.train.manifest import write_manifest
+from tli_engine.train.sft_loop import SftTrainer
 
 Cli = Callable[..., Any]
 
@@ -169,10 +174,68 @@ def test_after_a_loss_that_is_no_number_the_checkpoint_is_whole(
         patch.setattr(SftStep, "run", spoiling)
         result = cli("train", path, "--run", "run")
     assert result.status == 1
-    assert "step 3: loss nan, gradient norm nan; lower train.learning_rate" in result.err
+    line = result.err.splitlines()[-1]
+    assert "step 3: loss nan, gradient norm nan; lower train.learning_rate" in line
+    assert line.endswith("; run/checkpoints/step-000002 is whole")
     assert cli("train", "--resume", "--run", "run").status == 0
     name = "adapter/adapter_model.safetensors"
     assert (Path("whole") / name).read_bytes() == (Path("run") / name).read_bytes()
+
+
+def test_a_run_that_diverges_is_no_result(cli: Cli, sft_config: Callable[..., Path]) -> None:
+    """The last step's own loss is of the weights before it: unseen articles alone tell."""
+    path = sft_config(train={"learning_rate": 1e30, "steps": 1})
+    result = cli("train", path, "--run", "run")
+    assert result.status == 1
+    line = result.err.splitlines()[-1]
+    assert "error: step 1: the loss on unseen articles is " in line
+    assert line.endswith("or set train.max_grad_norm; there is no checkpoint yet")
+    assert not Path("run/adapter").exists()
+    assert not Path("run/best").exists()
+    # a run of an earlier version had gone on, and written its last step
+    result = cli("train", sft_config(train={"learning_rate": 1e-2}), "--run", "earlier")
+    folder = Path("earlier/checkpoints/step-000004")
+    state = json.loads((folder / "state.json").read_text())
+    state["best"] = {"before": state["best"]["before"]}
+    (folder / "state.json").write_text(json.dumps(state))
+    write_manifest(folder, [p.name for p in folder.iterdir() if p.name != "manifest.json"])
+    Path("earlier/manifest.json").unlink()
+    shutil.rmtree("earlier/best")
+    result = cli("train", "--resume", "--run", "earlier")
+    assert result.status == 1
+    assert "no loss on unseen articles was a finite number" in result.err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("engine", ["modules", "fused"])
+def test_after_unseen_articles_give_no_number_the_run_goes_on_from_its_checkpoint(
+    engine: str, cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, validate = sft_config(train={"engine": engine}), SftTrainer.validate
+    assert cli("train", path, "--run", "whole").status == 0
+
+    def spoilt(self: SftTrainer, until: Callable[[], bool]) -> float:
+        return math.inf if self.step == 4 else validate(self, until)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SftTrainer, "validate", spoilt)
+        result = cli("train", path, "--run", "run")
+    assert result.status == 1
+    line = result.err.splitlines()[-1]
+    assert "error: step 4: the loss on unseen articles is inf; lower train.learning_rate" in line
+    assert line.endswith("; run/checkpoints/step-000003 is whole")
+    assert cli("train", "--resume", "--run", "run").status == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (Path("whole") / name).read_bytes() == (Path("run") / name).read_bytes()
+
+
+def test_a_base_model_without_a_loss_is_not_trained(
+    cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SftTrainer, "validate", lambda self, until: math.nan)
+    result = cli("train", sft_config(), "--run", "run")
+    assert result.status == 1
+    assert "error: the base model's loss on unseen articles is nan; try another" in result.err
+    assert not Path("run/metrics.jsonl").read_text()
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -240,26 +303,6 @@ def test_a_joint_run_is_measured_on_pairs_and_articles(
         *("linear_head", "zero-shot", "lead-1", "lead-3", "random-summary")
     }
     assert found["throughput"].keys() == {"tokens_per_s", "words_per_s"}
-
-
-def test_one_run_against_another(cli: Cli, sft_config: Callable[..., Path]) -> None:
-    for run, seed in (("run", 0), ("other", 1)):
-        assert cli("train", sft_config(seed=seed), "--run", run).status == 0
-    result = cli("evaluate", "run", "--against", "other")
-    assert result.status == 2
-    assert "other/predictions.jsonl: no such file" in result.err
-    assert cli("evaluate", "other", "--max-new-tokens", "6").status == 0
-    result = cli("evaluate", "run", "--max-new-tokens", "6", "--against", "other")
-    assert result.status == 0, result.err
-    assert "chrF++ against other: " in result.out
-    found = json.loads(Path("run/evaluation.json").read_text())["against"]
-    assert found["run"] == "other"
-    assert found["tests"]["rougeL"].keys() == {"difference", "ci95", "p", "p_holm"}
-    path = Path("other/predictions.jsonl")
-    path.write_text(path.read_text().splitlines(keepends=True)[0])
-    result = cli("evaluate", "run", "--against", "other")
-    assert result.status == 2
-    assert "has 1 summaries, not of these 2 articles" in result.err
 
 
 def test_a_run_without_unseen_articles_cannot_be_evaluated(

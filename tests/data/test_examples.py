@@ -1,4 +1,5 @@
 import errno
+import re
 import tempfile
 from typing import Any
 
@@ -232,6 +233,12 @@ def test_the_prompt_alone_leaves_room_for_new_tokens() -> None:
     long = article("Habari" * 100)
     assert len(tokenize.prompt_ids(long)) == CONTEXT
     assert len(tokenize.prompt_ids(long, 20)) == CONTEXT - 20
+    message = (
+        "news.jsonl: line 1: 60 new tokens and 13 of the prompt leave no room for the article in a "
+        "context of 64; lower --max-new-tokens (compare.max_new_tokens of a comparison)"
+    )
+    with pytest.raises(UserError, match=f"^{re.escape(message)}$"):
+        tokenize.prompt_ids(long, 60)
 
 
 def test_tokenizers_that_do_not_serve() -> None:

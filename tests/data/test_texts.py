@@ -151,8 +151,9 @@ def test_an_empty_jsonl_file(content: bytes, tmp_path: Path) -> None:
 
 def test_an_empty_csv_or_parquet_file(tmp_path: Path) -> None:
     path = tmp_path / "news.csv"
-    path.write_bytes(b"")
-    refuses(path, "no column 'text'; the columns are: none;")
+    for content in (b"", b"\n\n", b"\xef\xbb\xbf"):
+        path.write_bytes(content)
+        refuses(path, "news.csv: is empty; its first line has to name the columns$")
     path.write_text("text,summary\n\n")
     refuses(path, "no articles; add rows with text and summary$")
     path = tmp_path / "news.parquet"

@@ -221,3 +221,17 @@ def test_a_mistake_is_told_once(config: Callable[..., Path], tmp_path: Path, end
     assert err.count("lora.layers: the model has blocks 0-3, none 9") == 1
     assert "Traceback" not in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_run_that_diverges_says_so_once(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """Unseen articles of all ranks come to one loss, which all see."""
+    path = config(train={"learning_rate": 1e30, "steps": 1})
+    process = ended(*TLI_ENGINE, "train", path, "--run", tmp_path / "run", "--gpus", 2)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 1
+    assert err.count("step 1: the loss on unseen articles is ") == 1
+    assert "there is no checkpoint yet" in err
+    assert "Traceback" not in err
+    assert not (tmp_path / "run/adapter").exists()

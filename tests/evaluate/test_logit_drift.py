@@ -10,9 +10,9 @@ from torch import Tensor
 
 from tli_engine.errors import UserError
 from tli_engine.evaluate.logit_drift import SAMPLE, measure_drift, sample_words
-from tli_engine.models.blockwise import logits_of
+from tli_engine.models.blockwise import Held, logits_of
 from tli_engine.models.files import FAMILIES, open_model
-from tli_engine.models.merged import MergedSource, write_model
+from tli_engine.models.merged import MergedSource, write_model, write_nf4
 from tli_engine.models.peft_format import StoredAdapter
 from tli_engine.testing import save_tiny_model
 
@@ -66,6 +66,25 @@ def test_logits_are_transformers_own(
     expected = theirs(tmp_path, [w.input_ids for w in words])
     assert (actual - expected).abs().max() <= 1e-5 * expected.abs().max()
     assert sum(done) == 4
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_weights_take_the_values_that_a_run_holds(double_quant: bool, tmp_path: Path) -> None:
+    files = open_model(str(save_tiny_model(tmp_path / "base", "qwen2")))
+    write_model(files, MergedSource(files).read, tmp_path / "bf16", torch.bfloat16)
+    rounded = open_model(str(tmp_path / "bf16"))
+    (tmp_path / "nf4").mkdir()
+    write_nf4(rounded, MergedSource(rounded), tmp_path / "nf4", double_quant=double_quant)
+    words = sample_words(files)
+    held = {
+        "bf16": Held(torch.bfloat16),
+        "nf4": Held(torch.bfloat16, "nf4", double_quant),
+    }
+    found = {name: logits_of(files, words, held=of_run) for name, of_run in held.items()}
+    for name, logits in found.items():
+        torch.testing.assert_close(logits, logits_of(open_model(str(tmp_path / name)), words))
+    dense = logits_of(files, words)
+    assert 0 < (found["bf16"] - dense).abs().max() < (found["nf4"] - dense).abs().max()
 
 
 def test_an_adapter_at_a_strength_is_the_merged_one(tmp_path: Path) -> None:

@@ -122,9 +122,27 @@ def test_summaries(changes: dict[str, Any], write: Write, monkeypatch: pytest.Mo
     sections["train"] = {"batch_size": 2} | sections["train"]
     config = write(**{"objective": "sft", "data": texts} | sections)
     goes_on_alike(config, monkeypatch)
-    succeeds("evaluate", "run", "--max-new-tokens", 8)
+    is_full = changes.get("method") == "full"
+    measured_at_strengths(["1.0"] if is_full else ["0.0", "1.0"])
     succeeds("export", "run", "--format", "nf4", "--out", "nf4")
-    assert json.loads(Path("nf4/export.json").read_text())
+    found = json.loads(Path("nf4/export.json").read_text())["logit_drift"]["against"]
+    in_nf4 = "base model in NF4 and adapter" if "quantize" in changes else "base model and adapter"
+    assert found == ("trained model" if is_full else in_nf4)
+
+
+def measured_at_strengths(strengths: list[str]) -> None:
+    """Evaluate ``run``: graphs and joined weights take the strength that is asked for."""
+    Path("text.txt").write_text("Mvua kubwa imenyesha mjini leo.\n", encoding="utf-8")
+    options = ("--strength", ",".join(strengths), "--text", "text.txt")
+    succeeds("evaluate", "run", "--max-new-tokens", 8, *options)
+    found = json.loads(Path("run/evaluation.json").read_text())
+    cost, loss = found["bits_per_byte"]["text.txt"], found["loss"]["validation"]
+    for figure in (cost, loss):
+        after = figure["after_by_strength"]
+        assert list(after) == strengths
+        assert after["1.0"] == figure["after"] != figure["before"]
+        if "0.0" in after:
+            assert after["0.0"] == pytest.approx(figure["before"], rel=1e-3)
 
 
 def test_a_comparison(write: Write) -> None:

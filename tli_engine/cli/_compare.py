@@ -15,13 +15,19 @@ from tli_engine.evaluate.compare.conclusions import conclusions
 from tli_engine.evaluate.compare.config import CompareConfig
 from tli_engine.evaluate.compare.gather import Part, gather
 from tli_engine.evaluate.compare.report import report_card, report_html
-from tli_engine.evaluate.summaries import METRICS, PREDICTIONS, language_of, read_predictions
+from tli_engine.evaluate.summaries import (
+    METRICS,
+    PREDICTIONS,
+    language_of,
+    read_predictions,
+    spacing_warning,
+)
 from tli_engine.train.metrics import read_metrics
 from tli_engine.train.run_folder import check_writable, plain_json, write_json, write_text
 
 _SETTINGS = "compare.yaml"
-# may differ between calls: they say how much is compared, not what
-_GROWING = ("compare.arms", "compare.seeds")
+# may differ between calls: they say how much is compared and how it is scored, not what
+_GROWING = ("compare.arms", "compare.seeds", "data.language")
 
 
 def run_comparison(
@@ -148,7 +154,10 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     if not parts:
         raise UserError(f"{comparison.out}: no run has its figures yet")
     articles = [texts[i] for i in range(len(texts))]
-    report = gather(settings, list(parts.values()), base, articles, language_of(shared.data))
+    language = language_of(shared.data)
+    if line := spacing_warning(articles, language):
+        warn(line)
+    report = gather(settings, list(parts.values()), base, articles, language)
     train = read_texts(shared.data, "train")
     some = next(iter(parts.values())).result
     report["data"] = {
@@ -187,13 +196,11 @@ def _read_part(comparison: Comparison, part: str, digest: str) -> Part:
             f"{folder}: was tested on other articles than {comparison.test_texts().name} holds now"
         )
     arm, _, seed = part.rpartition(":")
-    return Part(
-        arm or BASE,
-        int(seed) if arm else 0,
-        result,
-        read_predictions(folder / PREDICTIONS),
-        read_metrics(folder),
-    )
+    # tli-engine evaluate may have written others since
+    own = result.get("predictions", {}).get("sha256")
+    predictions = read_predictions(folder / PREDICTIONS, own)
+    metrics = read_metrics(folder)
+    return Part(arm or BASE, int(seed) if arm else 0, result, predictions, metrics)
 
 
 def _show(report: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tli_engine.data.texts import Texts, has_articles, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
-from tli_engine.evaluate.summaries import PREDICTIONS, predictions_text
+from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
 from tli_engine.models.adapters import adapter_tensors
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_device
@@ -112,14 +113,17 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     fuse_for_texts(model, config)
     written = summariser.write(model, "base model")
     folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / PREDICTIONS, predictions_text(written.summaries))
-    figures = {"test": _identity(texts), "generation": written.to_json(), "versions": versions()}
+    figures = {"test": texts.identity(), "generation": written.to_json(), "versions": versions()}
+    figures["predictions"] = _keep_predictions(folder, written.summaries, texts, summariser)
     write_json(folder / RESULT, figures)
 
 
 def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     names = [ALIGN, arm] if arm == "tli-then-lora-early" else [arm]
     folders = [comparison.out / f"{name}-{seed}" for name in names]
+    # what leaves no room for an article is found before hours of training, too
+    last = comparison.config(names[-1], seed)
+    summariser = _summariser(comparison, last, open_model(last.model), texts)
     whole = not any((folder / "config.yaml").exists() for folder in folders)
     device = choose_device(comparison.shared.device)
     energy = energy_joules(device)
@@ -135,7 +139,7 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     joules = after - energy if own and after is not None and energy is not None else None
     figures = {"arm": arm, "seed": seed, "energy_joules": joules}
     figures["side_by_side"] = comparison.side_by_side
-    figures |= _training_figures(folders) | _measure(comparison, config, folders[-1], texts)
+    figures |= _training_figures(folders) | _measure(config, folders[-1], texts, summariser)
     write_json(folders[-1] / RESULT, figures)
     if not comparison.settings.keep_weights:
         for folder in folders:
@@ -173,10 +177,9 @@ def _training_figures(folders: list[Path]) -> dict[str, Any]:
 
 
 def _measure(
-    comparison: Comparison, config: RunConfig, folder: Path, texts: Texts
+    config: RunConfig, folder: Path, texts: Texts, summariser: Summariser
 ) -> dict[str, Any]:
     files = open_model(config.model)
-    summariser = _summariser(comparison, config, files, texts)
     splits = tokenize_splits(read_run_pairs(config.data), files.tokenizer, config.words)
     vectors = {}
     for stage, model in stages(folder, config, files):
@@ -193,7 +196,6 @@ def _measure(
             device = model.early.device
         # the next stage may be another model
         del model
-    write_text(folder / PREDICTIONS, predictions_text(written.summaries))
     return {
         "method": config.method,
         "objective": config.objective,
@@ -202,11 +204,21 @@ def _measure(
         "device": device.type,
         "device_name": _name(device),
         "base_model": files.hub_id,
-        "test": _identity(texts),
+        "test": texts.identity(),
         "generation": written.to_json(),
+        "predictions": _keep_predictions(folder, written.summaries, texts, summariser),
         "alignment": alignment_figures(splits, vectors["before"], vectors["after"], config),
         "versions": versions(),
     }
+
+
+def _keep_predictions(
+    folder: Path, summaries: Sequence[str], texts: Texts, summariser: Summariser
+) -> dict[str, Any]:
+    """Write a part's summaries; return what says later that they are these."""
+    text = predictions_text(summaries)
+    write_text(folder / PREDICTIONS, text)
+    return predictions_record(text, texts, summariser.options)
 
 
 def _summariser(
@@ -225,7 +237,3 @@ def _trained_parameters(model: CausalModel, config: RunConfig) -> int:
 
 def _name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-
-
-def _identity(texts: Texts) -> dict[str, Any]:
-    return {"name": texts.name, "count": len(texts), "sha256": texts.digest()}

@@ -2,13 +2,14 @@
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._bits import costs_of, print_costs
 from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
-from tli_engine.cli.evaluate import Writing
+from tli_engine.cli.evaluate import OF_PAIRS, OF_SUMMARIES, Writing
 from tli_engine.config import Pooling, RunConfig, read_yaml, resolve_config
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.data.texts import has_articles
@@ -55,16 +56,25 @@ def evaluate_run(
     device: str | None,
     writing: Writing,
     pooling: Pooling | None = None,
+    given: Collection[str] = (),
 ) -> None:
     """Measure a finished run: what it does to word pairs, to summaries, or to both.
 
-    ``pooling`` is of word pairs, in place of the run's.
+    Args:
+        folder: Of the run.
+        final_layer: Whether word pairs are measured at the model's end, too.
+        texts: Files whose bits per byte are measured.
+        strengths: Of the adapter.
+        device: In place of the run's.
+        writing: How summaries are written.
+        pooling: Of word pairs, in place of the run's.
+        given: Options that were asked for by name.
+
+    Raises:
+        UserError: One of them has no meaning for this run; or the run is not whole.
     """
     config = open_run(folder)
-    if config.objective == "align" and writing.against is not None:
-        raise UserError("--against: this run writes no summaries to hold against another's")
-    if config.objective == "sft" and pooling is not None:
-        raise UserError("--pooling: this run has no word pairs")
+    _check_meant(config, strengths, given)
     if config.objective != "sft":
         chosen = config.align.model_copy(update={"pooling": pooling or config.align.pooling})
         of_pairs = config.model_copy(update={"align": chosen})
@@ -75,11 +85,29 @@ def evaluate_run(
             from tli_engine.cli._evaluate_full import evaluate_full
 
             evaluate_full(folder, of_pairs, final_layer, texts, strengths, device)
-    if config.objective == "sft" or (config.objective == "joint" and has_articles(config.data)):
+    if _writes_summaries(config):
         # takes what runs on word pairs do without
         from tli_engine.cli._evaluate_sft import evaluate_texts
 
-        evaluate_texts(folder, config, device, writing)
+        # those of a joint run were measured with its word pairs
+        beside = texts if config.objective == "sft" else ()
+        evaluate_texts(folder, config, device, writing, strengths, beside)
+
+
+def _writes_summaries(config: RunConfig) -> bool:
+    # a run of summaries alone says that it has no articles
+    return config.objective == "sft" or (config.objective == "joint" and has_articles(config.data))
+
+
+def _check_meant(config: RunConfig, strengths: Sequence[float], given: Collection[str]) -> None:
+    """Refuse options that would change nothing of what is measured."""
+    for option in given:
+        if option in OF_SUMMARIES and not _writes_summaries(config):
+            raise UserError(f"{option}: this run writes no summaries")
+        if option in OF_PAIRS and config.objective == "sft":
+            raise UserError(f"{option}: this run has no word pairs")
+    if config.method == "full" and list(strengths) != [1.0]:
+        raise UserError("--strength: this run trained every weight; only an adapter can be scaled")
 
 
 def _evaluate_pairs(
@@ -223,7 +251,8 @@ def _text_costs(
         if _HEAD not in files.source:
             raise UserError(f"{files.name}: has no tensor {_HEAD}; is the download complete?")
         head = files.source.read(_HEAD).to(model.device, head.dtype)
-    costs: dict[str, Any] = {}
+    before: dict[str, float] = {}
+    after: dict[str, dict[str, float]] = {str(strength): {} for strength in strengths}
     for name, lines in texts.items():
         with progress(name, len(lines) * (1 + len(strengths))) as advance:
 
@@ -231,17 +260,11 @@ def _text_costs(
                 return bits_per_byte(model, files.tokenizer, head, lines, lambda n: advance(n, ""))
 
             with adapters_off(model):
-                before = bits()
-            after = {}
+                before[name] = bits()
             for strength in strengths:
                 with adapter_strength(model, strength):
-                    after[str(strength)] = bits()
-        costs[name] = {
-            "before": before,
-            "after": after[str(strengths[-1])],
-            "after_by_strength": after,
-        }
-    return costs
+                    after[str(strength)][name] = bits()
+    return costs_of(before, after)
 
 
 def report_alignment(
@@ -270,13 +293,7 @@ def _report(
                 print(control_line(row))
     if len(vectors) == 1:
         warn("no control pairs: what was learnt cannot be told from what was memorised")
-    for file, cost in (costs or {}).items():
-        for strength, after in cost["after_by_strength"].items():
-            change = after / cost["before"] - 1
-            print(
-                f"{file}: {cost['before']:.4f} → {after:.4f} bits per byte "
-                f"({change:+.1%}) at strength {strength}"
-            )
+    print_costs(costs or {})
     earlier = _recorded(folder)
     write_json(
         folder / "evaluation.json",

@@ -3,21 +3,19 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from tli_engine.align.encode import encode
+from tli_engine.cli._bits import bits_of, costs_of
 from tli_engine.cli._evaluate import report_again, scored, splits_of
 from tli_engine.cli._summaries import stages
 from tli_engine.cli.console import progress
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
-from tli_engine.errors import UserError
 from tli_engine.evaluate.alignment import Vectors, layer_curve
-from tli_engine.evaluate.bits_per_byte import bits_per_byte, read_lines
+from tli_engine.evaluate.bits_per_byte import read_lines
 from tli_engine.evaluate.plots import plot_layer_curve
-from tli_engine.models.causal import CausalModel
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.files import open_model
 
@@ -34,11 +32,8 @@ def evaluate_full(
 ) -> None:
     """Measure the base model and then the trained one, only one of which is held at a time.
 
-    Raises:
-        UserError: Another strength than 1: there is no adapter that could be scaled.
+    ``strengths`` are 1 alone: there is no adapter that could be scaled.
     """
-    if list(strengths) != [1.0]:
-        raise UserError("--strength: this run trained every weight; only an adapter can be scaled")
     lines = {str(path): read_lines(path) for path in texts}
     files = open_model(config.model)
     splits = splits_of(config, files)
@@ -50,7 +45,7 @@ def evaluate_full(
     for stage, model in stages(folder, config, files, device):
         early = model.early
         encoded[stage] = _encode(early, splits, config, layers, stage, curve=final_layer)
-        bits[stage] = _bits(model, files.tokenizer, lines)
+        bits[stage] = bits_of(model, files.tokenizer, lines)
         # the next stage is another model
         del early, model
     words = 2 * sum(len(set(split.words)) for split in splits)
@@ -63,7 +58,8 @@ def evaluate_full(
     if final_layer:
         curve = layer_curve(both[-1])
         plot_layer_curve(curve, config.align.layer, splits[-1].name, folder / "layers.png")
-    report_again(measured, config, folder, _costs(bits) if lines else None)
+    costs = costs_of(bits["before"], {"1.0": bits["after"]}) if lines else None
+    report_again(measured, config, folder, costs)
 
 
 def _encode(
@@ -85,24 +81,3 @@ def _encode(
             vectors = encode(model, split.words, wanted, pooling, lambda n: advance(n, ""))
             found.append(dict(zip(wanted, vectors, strict=True)))
     return found
-
-
-def _bits(model: CausalModel, tokenizer: Any, texts: dict[str, list[str]]) -> dict[str, float]:
-    """Bits per byte of each file."""
-    found = {}
-    for name, lines in texts.items():
-        with progress(name, len(lines)) as advance:
-
-            def told(lines: int, advance: Any = advance) -> None:
-                advance(lines, "")
-
-            found[name] = bits_per_byte(model.early, tokenizer, model.head, lines, told)
-    return found
-
-
-def _costs(bits: dict[str, dict[str, float]]) -> dict[str, Any]:
-    return {
-        name: {"before": before, "after": (after := bits["after"][name])}
-        | {"after_by_strength": {"1.0": after}}
-        for name, before in bits["before"].items()
-    }

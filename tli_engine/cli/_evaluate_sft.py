@@ -1,27 +1,34 @@
 """What ``tli-engine evaluate`` measures of a run on summaries: its loss, and what it writes."""
 
 import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._against import hold_against, read_rival
+from tli_engine.cli._bits import bits_of, costs_of, print_costs
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli.console import plain_table, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
 from tli_engine.config import RunConfig
 from tli_engine.data.examples import tokenise
-from tli_engine.data.texts import Texts, read_texts
+from tli_engine.data.texts import Article, Texts, read_texts
 from tli_engine.errors import UserError
+from tli_engine.evaluate.bits_per_byte import read_lines
 from tli_engine.evaluate.summaries import (
     METRICS,
     PREDICTIONS,
     Written,
     language_of,
+    predictions_record,
     predictions_text,
-    read_predictions,
+    spacing_warning,
 )
 from tli_engine.evaluate.text_baselines import baseline_texts
-from tli_engine.evaluate.text_metrics import score_texts
-from tli_engine.evaluate.text_tests import text_tests
+from tli_engine.evaluate.text_metrics import TextScores, score_texts
+from tli_engine.models.adapters import adapter_strength
+from tli_engine.models.causal import CausalModel
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.train.manifest import problems
 from tli_engine.train.run_folder import write_json, write_text
@@ -29,15 +36,34 @@ from tli_engine.train.sft_prepare import validation_of
 from tli_engine.train.sft_step import mean_loss
 
 
-def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing: Writing) -> None:
+@dataclass(frozen=True)
+class _Measured:
+    """What a model comes to: its loss on the articles, its summaries, bits per byte of each file."""
+
+    loss: float
+    written: Written
+    bits: dict[str, float]
+
+
+def evaluate_texts(
+    folder: Path,
+    config: RunConfig,
+    device: str | None,
+    writing: Writing,
+    strengths: Sequence[float],
+    files: Sequence[Path],
+) -> None:
     """Measure a run on ``data.validation``; write ``predictions.jsonl`` and ``evaluation.json``.
+
+    Bits per byte of ``files`` are measured beside. What stands for the run, against others too, is the
+    last of ``strengths``.
 
     Raises:
         UserError: The run has no articles to measure on, or those of ``writing.against`` are others.
     """
     texts = _validation(folder, config)
-    references = [texts[i].summary for i in range(len(texts))]
-    rival = _rival(writing.against, len(texts))
+    rival = None if writing.against is None else read_rival(writing.against, texts)
+    lines = {str(path): read_lines(path) for path in files}
     base = open_model(config.model)
     articles = [texts[i] for i in range(len(texts))]
     how = {
@@ -45,30 +71,60 @@ def evaluate_texts(folder: Path, config: RunConfig, device: str | None, writing:
         for name in ("batch_size", "beams", "temperature", "top_p", "seed")
     }
     summariser = Summariser.prepare(articles, base, config, writing.max_new_tokens, **how)
-    losses, written = _both(folder, config, base, texts, summariser, device)
-    predictions = written["after"].summaries
-    write_text(folder / PREDICTIONS, predictions_text(predictions))
-    language = language_of(config.data)
-    text = score_texts(predictions, references, language)
-    others = baseline_texts([article.text for article in articles], references)
-    others["zero-shot"] = written["before"].summaries
-    scores = {n: score_texts(t, references, language).report() for n, t in others.items()}
-    print(
-        f"loss on {len(texts)} unseen articles: {losses['before']:.4f} → {losses['after']:.4f} "
-        f"nats a token"
-    )
-    _show({"this run": text.report()} | scores)
-    found: dict[str, Any] = {
-        "loss": {"validation": losses | {"articles": len(texts)}},
-        "text": text.report(),
-        "baselines": scores,
-        "generation": written["after"].to_json(),
-    }
+    before, after = _both(folder, config, base, texts, summariser, device, strengths, lines)
+    last = str(strengths[-1])
+    predictions = predictions_text(after[last].written.summaries)
+    write_text(folder / PREDICTIONS, predictions)
+    record = predictions_record(predictions, texts, summariser.options, strengths[-1])
+    language = writing.language or language_of(config.data)
+    if line := spacing_warning(articles, language):
+        warn(line)
+    scores, found = _scored(articles, language, before, after, last)
+    found["predictions"] = record
+    if lines:
+        bits = {strength: measured.bits for strength, measured in after.items()}
+        found["bits_per_byte"] = costs_of(before.bits, bits)
+        print_costs(found["bits_per_byte"])
     if rival is not None:
-        tests = text_tests(text, score_texts(rival, references, language))
-        found["against"] = {"run": str(writing.against), "tests": tests}
-        _show_tests(found["against"])
+        references = [article.summary for article in articles]
+        found["against"] = hold_against(rival, scores, references, language, record["decoding"])
     _record(folder, found)
+
+
+def _scored(
+    articles: Sequence[Article],
+    language: str | None,
+    before: _Measured,
+    after: Mapping[str, _Measured],
+    last: str,
+) -> tuple[TextScores, dict[str, Any]]:
+    """Score what was written, print that; the last strength's scores, and everything for JSON."""
+    references = [article.summary for article in articles]
+    texts = {name: measured.written.summaries for name, measured in after.items()}
+    own = {name: score_texts(summaries, references, language) for name, summaries in texts.items()}
+    others = baseline_texts([article.text for article in articles], references)
+    others["zero-shot"] = before.written.summaries
+    scores = {n: score_texts(t, references, language).report() for n, t in others.items()}
+    reports = {strength: score.report() for strength, score in own.items()}
+    losses = {strength: measured.loss for strength, measured in after.items()}
+    for strength, loss in losses.items():
+        print(
+            f"loss on {len(articles)} unseen articles: {before.loss:.4f} → {loss:.4f} "
+            f"nats a token{_at(strength)}"
+        )
+    _show({f"this run{_at(strength)}": report for strength, report in reports.items()} | scores)
+    measured = {"before": before.loss, "after": losses[last], "after_by_strength": losses}
+    return own[last], {
+        "loss": {"validation": measured | {"articles": len(articles)}},
+        "text": reports[last],
+        "text_by_strength": reports,
+        "baselines": scores,
+        "generation": after[last].written.to_json(),
+    }
+
+
+def _at(strength: str) -> str:
+    return "" if strength == "1.0" else f" at strength {strength}"
 
 
 def _validation(folder: Path, config: RunConfig) -> Texts:
@@ -81,17 +137,6 @@ def _validation(folder: Path, config: RunConfig) -> Texts:
     return texts
 
 
-def _rival(folder: Path | None, articles: int) -> list[str] | None:
-    if folder is None:
-        return None
-    predictions = read_predictions(folder / PREDICTIONS)
-    if len(predictions) != articles:
-        raise UserError(
-            f"--against {folder}: has {len(predictions)} summaries, not of these {articles} articles"
-        )
-    return predictions
-
-
 def _both(
     folder: Path,
     config: RunConfig,
@@ -99,18 +144,30 @@ def _both(
     texts: Texts,
     summariser: Summariser,
     device: str | None,
-) -> tuple[dict[str, float], dict[str, Written]]:
-    """Loss and summaries before and after training."""
+    strengths: Sequence[float],
+    lines: Mapping[str, list[str]],
+) -> tuple[_Measured, dict[str, _Measured]]:
+    """The base model, and the trained one by strength."""
     with progress(f"tokenise {texts.name}", len(texts)) as advance:
         store = tokenise(texts, summariser.examples, lambda n: advance(n, ""))
     unseen = validation_of(store, config)
-    losses, written = {}, {}
+
+    def measure(model: CausalModel, title: str) -> _Measured:
+        loss = mean_loss(model, unseen.examples, unseen.batches)
+        bits = bits_of(model, base.tokenizer, lines)
+        return _Measured(loss, summariser.write(model, title), bits)
+
+    after: dict[str, _Measured] = {}
     for stage, model in stages(folder, config, base, device):
-        losses[stage] = mean_loss(model, unseen.examples, unseen.batches)
-        written[stage] = summariser.write(model, "base model" if stage == "before" else "this run")
+        if stage == "before":
+            before = measure(model, "base model")
+        else:
+            for strength in map(float, strengths):
+                with adapter_strength(model.early, strength):
+                    after[str(strength)] = measure(model, f"this run{_at(str(strength))}")
         # the next stage may be another model
         del model
-    return losses, written
+    return before, after
 
 
 def _show(scores: dict[str, Any]) -> None:
@@ -125,15 +182,6 @@ def _show(scores: dict[str, Any]) -> None:
         )
         table.add_row(name, *cells)
     show(table)
-
-
-def _show_tests(against: dict[str, Any]) -> None:
-    for metric, test in against["tests"].items():
-        low, high = test["ci95"]
-        print(
-            f"  {METRICS[metric]} against {against['run']}: {test['difference']:+.2f}, 95 % interval "
-            f"[{low:+.2f}, {high:+.2f}], p = {test['p_holm']:.3g} (Holm)"
-        )
 
 
 def _record(folder: Path, found: dict[str, Any]) -> None:

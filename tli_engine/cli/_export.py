@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -16,8 +17,8 @@ from tli_engine.cli.console import progress, say, warn
 from tli_engine.config import RunConfig
 from tli_engine.errors import UserError
 from tli_engine.evaluate.logit_drift import SAMPLE, LogitDrift, measure_drift, sample_words
-from tli_engine.models.blockwise import logits_of
-from tli_engine.models.device import choose_device
+from tli_engine.models.blockwise import Held, logits_of
+from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.merged import MergedSource, write_dense, write_nf4
 from tli_engine.models.model_folder import Written, is_stored_in_nf4, layout_of
@@ -57,9 +58,12 @@ def export_model(run: Path, kind: str, strength: float, out: Path) -> None:
         written = _write(files, source, kind, config.double_quant, out)
         blocks = files.config.num_hidden_layers
         with progress("measure", 2 * blocks) as advance:
-            expected = logits_of(files, words, adapter, strength, lambda n: advance(n, "blocks"))
-            exported = open_model(str(out))
-            actual = logits_of(exported, words, advance=lambda n: advance(n, "blocks"))
+
+            def told(blocks: int) -> None:
+                advance(blocks, "blocks")
+
+            expected = logits_of(files, words, adapter, strength, told, held=_held(config))
+            actual = logits_of(open_model(str(out)), words, advance=told)
         drift = measure_drift(expected, actual)
         write_json(out / "export.json", _record(files, config, kind, strength, note, drift))
     size = f"{written.nbytes / 1e9:.2f} GB, files of weights: {written.files}"
@@ -82,6 +86,15 @@ def _result(
     return open_model(str(run / "model")), None
 
 
+def _held(config: RunConfig) -> Held:
+    """The values that the weights had beside which the run trained its adapter."""
+    if config.method == "full":
+        return Held()
+    # a run's folder names the dtype that was chosen
+    dtype = choose_dtype(config.dtype, torch.device("cpu"))
+    return Held(dtype, config.quantize, config.double_quant)
+
+
 def _note(files: ModelFiles, config: RunConfig) -> str | None:
     """What the user must know of the weights that the adapter is merged into."""
     stored = "GGUF" if files.gguf_file else "NF4" if is_stored_in_nf4(files) else None
@@ -90,7 +103,7 @@ def _note(files: ModelFiles, config: RunConfig) -> str | None:
     if config.quantize == "nf4":
         return (
             f"{files.name}: was trained beside in NF4 (quantize: nf4); the adapter is merged into "
-            f"its own values"
+            f"its own values, and the drift is from NF4's"
         )
     return None
 
@@ -119,7 +132,8 @@ def _record(
 ) -> dict[str, Any]:
     """``export.json``."""
     recorded = config.provenance or {}
-    against = "base model and adapter" if config.method == "lora" else "trained model"
+    quantised = " in NF4" if config.quantize == "nf4" else ""
+    against = f"base model{quantised} and adapter" if config.method == "lora" else "trained model"
     return {
         "format": kind,
         "strength": strength,

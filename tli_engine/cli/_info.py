@@ -1,5 +1,6 @@
 """The work of ``tli-engine info``."""
 
+from importlib.resources import files
 from typing import Any
 
 import torch
@@ -34,8 +35,21 @@ def collect() -> dict[str, Any]:
         "ops": {op: _backends(op) for op in _OPS},
         "families": list(FAMILIES),
         "builtin_models": names(),
+        "builtin_data": _builtin_data(),
         "cache": str(cache_folder()),
     }
+
+
+def _builtin_data() -> list[str]:
+    """Word pairs, then articles."""
+    kinds = {"lexicons": ".csv", "summaries": ".jsonl"}
+    folder = files("tli_engine") / "data"
+    return [
+        f"builtin:{file.name.removesuffix(suffix)}"
+        for kind, suffix in kinds.items()
+        for file in sorted((folder / kind).iterdir(), key=lambda file: file.name)
+        if file.name.endswith(suffix)
+    ]
 
 
 def _devices() -> list[dict[str, Any]]:
@@ -89,4 +103,5 @@ def print_info(facts: dict[str, Any]) -> None:
         why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""
         print(f"op         {op}: {backend['cpu']} on a CPU, {backend['gpu']} on a GPU{why}")
     print(f"families   {', '.join(facts['families'])}")
-    print(f"built in   {facts['builtin_models']}, builtin:sw-en; cached in {facts['cache']}")
+    print(f"built in   {facts['builtin_models']}; cached in {facts['cache']}")
+    print(f"data       {', '.join(facts['builtin_data'])}")

@@ -47,13 +47,13 @@ class Summariser:
     """Lets models summarise the same articles.
 
     Attributes:
-        articles: To be summarised.
+        prompts: Tokens of each article's, which is cut so that the answer fits the context too.
         tokenizer: Of the models.
         examples: Makes the prompts.
         options: Of generation.
     """
 
-    articles: Sequence[Article]
+    prompts: Sequence[tuple[int, ...]]
     tokenizer: Any
     examples: ExampleTokenizer
     options: GenerateOptions
@@ -67,17 +67,20 @@ class Summariser:
         max_new_tokens: int,
         **how: Any,
     ) -> "Summariser":
-        """For the models of a run; ``how`` are :class:`GenerateOptions`, the end left out."""
+        """For the models of a run; ``how`` are :class:`GenerateOptions`, the end left out.
+
+        Raises:
+            UserError: So many new tokens leave no room for an article.
+        """
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
         options = GenerateOptions(max_new_tokens, examples.end, **how)
-        return cls(articles, base.tokenizer, examples, options)
+        prompts = [examples.prompt_ids(article, max_new_tokens) for article in articles]
+        return cls(prompts, base.tokenizer, examples, options)
 
     def write(self, model: CausalModel, title: str) -> Written:
         """Summaries of all articles, with progress."""
-        with progress(title, len(self.articles)) as advance:
-            written = write_summaries(
-                model, self.tokenizer, self.examples, self.articles, self.options, advance
-            )
+        with progress(title, len(self.prompts)) as advance:
+            written = write_summaries(model, self.tokenizer, self.prompts, self.options, advance)
         figures = written.to_json()
         say(
             f"{title}: {len(written.summaries)} articles, {written.tokens} tokens in "

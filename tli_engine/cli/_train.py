@@ -15,7 +15,7 @@ from tli_engine.cli.signals import AgreedStop, stop_on_signals
 from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
 from tli_engine.distributed.launch import PROMISED, joined
 from tli_engine.distributed.world import World
-from tli_engine.errors import UserError
+from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.files import open_model
 from tli_engine.train.checkpoint import Found, find_checkpoint, load_checkpoint, save_checkpoint
 from tli_engine.train.manifest import problems
@@ -130,7 +130,10 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
             metrics = stack.enter_context(MetricsLog(folder, kept, train.tensorboard))
         stop = stack.enter_context(stop_on_signals())
         until = AgreedStop(stop, world, job.steps_between_words if world.size > 1 else 1)
-        _run_steps(trainer, metrics, folder, world, until)
+        try:
+            _run_steps(trainer, metrics, folder, world, until)
+        except TrainingError as e:
+            raise TrainingError(f"{e}; {_last_checkpoint(folder)}") from e
         # the last step too: what follows may fail, and the steps are what took the time
         last = _keep(trainer, metrics, folder, world)
     if until.settle():
@@ -141,6 +144,12 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     say(f"trained {trainer.step - first} steps in {time.perf_counter() - start:.1f} s")
     job.finish(trainer, folder, [] if metrics is None else metrics.steps, warnings)
     return 0
+
+
+def _last_checkpoint(folder: Path) -> str:
+    """What a run that failed can go on from."""
+    path = find_checkpoint(folder).path
+    return "there is no checkpoint yet" if path is None else f"{path} is whole"
 
 
 def _keep(trainer: RunTrainer, metrics: MetricsLog | None, folder: Path, world: World) -> Path:

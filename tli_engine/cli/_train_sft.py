@@ -1,5 +1,6 @@
 """The part of ``tli-engine train`` that fine-tunes on summaries."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -94,6 +95,8 @@ class SftJob:
     ) -> None:
         """Save the best adapter, or weights, and what they were measured to be worth."""
         run, best = self.run, trainer.best
+        if run.validation is not None:
+            self._check_measured(best.loss)
         if trainer.stopped_early:
             say(
                 f"stopped early: no lower loss in {best.since} measurements, best after step {best.step}"
@@ -133,6 +136,15 @@ class SftJob:
             if self.world.is_first:
                 found |= run.model.apart(name, all_of_it.to("cpu", dtype))
         return found
+
+    def _check_measured(self, loss: float) -> None:
+        """Refuse weights of a run that went on although no measurement gave a number."""
+        with self.world.speaking_once():
+            if not math.isfinite(loss):
+                raise TrainingError(
+                    "no loss on unseen articles was a finite number, so there is no best step to "
+                    "save; train anew with a lower train.learning_rate"
+                )
 
     def _check_frozen(self) -> None:
         run = self.run

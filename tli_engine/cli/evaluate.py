@@ -9,10 +9,17 @@ import click
 from tli_engine.config import Pooling
 from tli_engine.errors import ConfigError
 
+# options that are about one of two kinds of runs; the others are about both
+OF_PAIRS = ("--final-layer", "--no-final-layer", "--pooling")
+OF_SUMMARIES = (
+    *("--max-new-tokens", "--batch-size", "--beams", "--temperature", "--top-p", "--seed"),
+    *("--language", "--against"),
+)
+
 
 @dataclass(frozen=True)
 class Writing:
-    """How summaries are written, and the run that they are held against."""
+    """How summaries are written and scored, and the run that they are held against."""
 
     max_new_tokens: int
     batch_size: int
@@ -20,6 +27,7 @@ class Writing:
     temperature: float
     top_p: float
     seed: int
+    language: str | None
     against: Path | None
 
 
@@ -81,6 +89,10 @@ class Writing:
     "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
 )
 @click.option(
+    "--language",
+    help="Of the summaries, for BLEU's and ROUGE's words; by default the run's data.language.",
+)
+@click.option(
     "--against",
     metavar="RUN",
     type=click.Path(path_type=Path),
@@ -99,6 +111,7 @@ def command(
     temperature: float,
     top_p: float,
     seed: int,
+    language: str | None,
     against: Path | None,
 ) -> None:
     """Measure what the training of RUN, a run folder, did.
@@ -108,21 +121,42 @@ def command(
     baseline to beat, the frozen model with a linear head.
 
     Of summaries: the loss on data.validation, and BLEU, chrF++ and ROUGE of what the model writes
-    there, beside the base model's summaries, first sentences and another article's summary; they
-    go to predictions.jsonl.
+    there, beside the base model's summaries, first sentences and another article's summary. They
+    go to predictions.jsonl, those of the last strength if there are several.
 
     Writes evaluation.json and plots into the folder.
     """
-    try:
-        strengths = [float(s) for s in strength.split(",")]
-    except ValueError:
-        strengths = []
-    if not strengths or not all(map(math.isfinite, strengths)):
-        raise ConfigError(f"--strength {strength}: must be numbers such as 0.5,1.0")
+    strengths, given = _strengths(strength), _given(click.get_current_context())
+    if beams > 1 and temperature > 0:
+        raise ConfigError("--beams and --temperature do not go together: beams draw nothing")
+    for option in given:
+        if option in ("--top-p", "--seed") and temperature == 0:
+            why = "beams draw nothing" if beams > 1 else "nothing is drawn without --temperature"
+            raise ConfigError(f"{option}: {why}")
     # torch and transformers are imported here so that --help answers at once
     from tli_engine.cli._evaluate import evaluate_run
 
-    if beams > 1 and temperature > 0:
-        raise ConfigError("--beams and --temperature do not go together: beams draw nothing")
-    writing = Writing(max_new_tokens, batch_size, beams, temperature, top_p, seed, against)
-    evaluate_run(run, final_layer, texts, strengths, device, writing, pooling)
+    how = (max_new_tokens, batch_size, beams, temperature, top_p, seed)
+    writing = Writing(*how, language, against)
+    evaluate_run(run, final_layer, texts, strengths, device, writing, pooling, given)
+
+
+def _strengths(text: str) -> list[float]:
+    try:
+        strengths = [float(s) for s in text.split(",")]
+    except ValueError:
+        strengths = []
+    if not strengths or not all(map(math.isfinite, strengths)):
+        raise ConfigError(f"--strength {text}: must be numbers such as 0.5,1.0")
+    return strengths
+
+
+def _given(context: click.Context) -> list[str]:
+    """The options that the command line has, each by its first name."""
+    found = []
+    for parameter in context.command.params:
+        name = str(parameter.name)
+        if context.get_parameter_source(name) is not click.core.ParameterSource.DEFAULT:
+            is_off = context.params[name] is False and parameter.secondary_opts
+            found.append((parameter.secondary_opts if is_off else parameter.opts)[0])
+    return found

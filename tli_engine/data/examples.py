@@ -91,14 +91,21 @@ class ExampleTokenizer:
             answers = self._answers([article.summary for article in batch])
             prompts = self._ids([self._text(article.text) for article in batch])
             for article, prompt, answer in zip(batch, prompts, answers, strict=True):
-                prompt = self._fitting(article, prompt, len(answer))
+                what = f"{len(answer)} tokens of the answer"
+                remedy = "raise sft.context or leave this article out"
+                prompt = self._fitting(article, prompt, len(answer), what, remedy)
                 examples.append(Example((*prompt, *answer), len(prompt)))
         return examples
 
     def prompt_ids(self, article: Article, new_tokens: int = 0) -> tuple[int, ...]:
-        """The prompt alone, cut so that ``new_tokens`` still fit the context after it."""
+        """The prompt alone, cut so that ``new_tokens`` still fit the context after it.
+
+        Raises:
+            UserError: They leave no room for any of the article.
+        """
         (prompt,) = self._ids([self._text(article.text)])
-        return tuple(self._fitting(article, prompt, new_tokens))
+        remedy = "lower --max-new-tokens (compare.max_new_tokens of a comparison)"
+        return tuple(self._fitting(article, prompt, new_tokens, f"{new_tokens} new tokens", remedy))
 
     def _text(self, article: str) -> str:
         return f"{self._frame.before}{article.strip()}{self._frame.after}"
@@ -123,8 +130,13 @@ class ExampleTokenizer:
             for a, j in zip(alone, joined, strict=True)
         ]
 
-    def _fitting(self, article: Article, prompt: list[int], after: int) -> list[int]:
-        """The prompt's tokens, of a shorter article if need be, to leave room for ``after``."""
+    def _fitting(
+        self, article: Article, prompt: list[int], after: int, what: str, remedy: str
+    ) -> list[int]:
+        """The prompt's tokens, of a shorter article if need be, to leave room for ``after``.
+
+        ``what`` they are and the ``remedy`` stand in the error if there is no room for the article.
+        """
         room = self._context - len(self._prefix) - after
         begin, text = len(self._frame.before), article.text.strip()
         while len(prompt) > room:
@@ -144,9 +156,8 @@ class ExampleTokenizer:
             if not text:
                 rest = len(self._prefix) + len(prompt) - len(own)
                 raise UserError(
-                    f"{article.where}: {after} tokens of the answer and {rest} of the prompt leave "
-                    f"no room for the article in a context of {self._context}; raise sft.context "
-                    f"or leave this article out"
+                    f"{article.where}: {what} and {rest} of the prompt leave no room for the "
+                    f"article in a context of {self._context}; {remedy}"
                 )
         return [*self._prefix, *prompt]
 

@@ -108,6 +108,8 @@ class _Csv(_Lines):
                 start, number = self._read, records.line_num + 1
         except csv.Error as e:
             raise UserError(f"{path}: line {number}: not CSV: {e}; mind its quotes") from None
+        if not self.columns:
+            raise UserError(f"{path}: is empty; its first line has to name the columns")
 
     def _decoded(self) -> Iterator[str]:
         for number, line in enumerate(self._lines(), 1):

@@ -104,6 +104,10 @@ class Texts:
             digest.update(json.dumps([article.text, article.summary]).encode() + b"\n")
         return digest.hexdigest()
 
+    def identity(self) -> dict[str, str | int]:
+        """Name, count and :meth:`digest`, for JSON."""
+        return {"name": self.name, "count": len(self), "sha256": self.digest()}
+
     def first(self, count: int | None) -> "Texts":
         """The first ``count`` of them, all if there are not as many or it is ``None``."""
         return Texts(

@@ -4,13 +4,14 @@ import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 from tli_engine.config import DataConfig
-from tli_engine.data.examples import ExampleTokenizer
-from tli_engine.data.texts import Article
+from tli_engine.data.texts import Article, Texts
 from tli_engine.errors import UserError
+from tli_engine.evaluate.text_metrics import tokenizer_of
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.generate import GenerateOptions, generate
 
@@ -24,12 +25,36 @@ METRICS = {
     "rougeL": "ROUGE-L",
     "rougeLsum": "ROUGE-Lsum",
 }
+# mean length of what stands between spaces, in characters, from which on it is no word
+_LONG_WORDS = 12
+# options of generation that make summaries others
+_DECODING = ("max_new_tokens", "beams", "temperature", "top_p", "seed")
 
 
 def language_of(data: DataConfig) -> str | None:
-    """The language that summaries are in, where the configuration says it."""
+    """The language that summaries are in, where the configuration or its preset says it."""
     preset, _, language = (data.texts or "").partition(":")
-    return language if preset == "xlsum" else None
+    return data.language or (language if preset == "xlsum" else None)
+
+
+def spacing_warning(articles: Sequence[Article], language: str | None) -> str | None:
+    """A line if texts are scored by the words between their spaces, of which they have hardly any."""
+    if tokenizer_of(language) != "13a":
+        return None
+    texts = [a.text for a in articles], [a.summary for a in articles]
+    longest = max(_letters_a_word(side) for side in texts)
+    if longest <= _LONG_WORDS:
+        return None
+    named = "no language is named" if language is None else f"{language!r} is not known as such"
+    return (
+        f"the texts have hardly any spaces, one in {longest:.0f} characters, and BLEU and ROUGE "
+        f"count what stands between them: {named}; set data.language, e.g. chinese, japanese, thai"
+    )
+
+
+def _letters_a_word(texts: Sequence[str]) -> float:
+    words = [word for text in texts for word in text.split()]
+    return sum(map(len, words)) / max(1, len(words))
 
 
 @dataclass(frozen=True)
@@ -59,8 +84,7 @@ class Written:
 def write_summaries(
     model: CausalModel,
     tokenizer: Any,
-    examples: ExampleTokenizer,
-    articles: Sequence[Article],
+    prompts: Sequence[tuple[int, ...]],
     options: GenerateOptions,
     advance: Callable[[int, str], None] = lambda articles, note: None,
 ) -> Written:
@@ -69,12 +93,10 @@ def write_summaries(
     Args:
         model: All blocks and the head.
         tokenizer: The model's.
-        examples: Makes the prompts; articles are cut so that the answer fits the context too.
-        articles: To be summarised.
+        prompts: Tokens of each article's, which leave room for the answer.
         options: Of generation.
         advance: Told of articles that are done, and of the speed so far.
     """
-    prompts = [examples.prompt_ids(article, options.max_new_tokens) for article in articles]
     start = time.perf_counter()
     generated = generate(model, prompts, options, advance)
     seconds = time.perf_counter() - start
@@ -90,18 +112,47 @@ def predictions_text(summaries: Sequence[str]) -> str:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
-def read_predictions(path: Path) -> list[str]:
+def predictions_record(
+    text: str, texts: Texts, options: GenerateOptions, strength: float = 1.0
+) -> dict[str, Any]:
+    """What summaries are, for the JSON beside them: their file's hash, their articles, the decoding.
+
+    Args:
+        text: Of :func:`predictions_text`.
+        texts: The articles.
+        options: With which they were written.
+        strength: Of the adapter, which counts as one of them.
+    """
+    return {
+        "sha256": sha256(text.encode()).hexdigest(),
+        "articles": texts.identity(),
+        "decoding": {name: getattr(options, name) for name in _DECODING} | {"strength": strength},
+    }
+
+
+def read_predictions(path: Path, digest: str | None = None) -> list[str]:
     """Summaries as :func:`predictions_text` wrote them.
 
+    Args:
+        path: Of the file.
+        digest: SHA-256 that it must have; None for any.
+
     Raises:
-        UserError: Missing or malformed.
+        UserError: Missing, malformed or another file.
     """
     try:
+        content = path.read_bytes()
+        if digest not in (None, sha256(content).hexdigest()):
+            raise UserError(
+                f"{path}: is not what was written with the figures beside it; make both again"
+            )
         # a summary may hold other separators of lines, which splitlines() minds
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1]
+        lines = content.decode().split("\n")[:-1]
         rows = [json.loads(line) for line in lines]
         if [row["number"] for row in rows] == list(range(len(rows))):
             return [str(row["prediction"]) for row in rows]
+    except UserError:
+        raise
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; it is written by tli-engine evaluate") from None
     except (OSError, ValueError, KeyError, TypeError) as e:

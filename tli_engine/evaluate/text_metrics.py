@@ -25,7 +25,7 @@ _BLEU_ORDERS = 4
 _ROUGE: tuple[Metric, ...] = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 # sacreBLEU's tokenizers for scripts that put no spaces between words; 13a for all others
 _TOKENIZERS = {
-    **dict.fromkeys(("chinese", "chinese_simplified", "chinese_traditional", "zh"), "zh"),
+    **dict.fromkeys(("chinese", "mandarin", "zh"), "zh"),
     **dict.fromkeys(("burmese", "japanese", "khmer", "lao", "thai", "tibetan"), "char"),
     **dict.fromkeys(("my", "ja", "km", "lo", "th", "bo"), "char"),
 }
@@ -73,6 +73,12 @@ class TextScores(NamedTuple):
         return {score.metric: score.report() for score in self}
 
 
+def tokenizer_of(language: str | None) -> str:
+    """SacreBLEU's tokenizer for a language's name or code, ``zh_Hant`` and ``chinese_simplified`` too."""
+    name = (language or "").lower().replace("-", "_").partition("_")[0]
+    return _TOKENIZERS.get(name, "13a")
+
+
 def score_texts(
     predictions: Sequence[str],
     references: Sequence[str],
@@ -101,7 +107,7 @@ def score_texts(
         raise UserError(f"{len(predictions)} predictions for {len(references)} references")
     if not predictions:
         raise UserError("no texts to score")
-    tokenizer = _TOKENIZERS.get((language or "").lower(), "13a")
+    tokenizer = tokenizer_of(language)
     counted: dict[Metric, _Counted] = {
         "bleu": _sacrebleu(BLEU(tokenize=tokenizer, force=True), predictions, references),
         "chrf": _sacrebleu(CHRF(word_order=2), predictions, references),

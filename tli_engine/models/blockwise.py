@@ -3,12 +3,13 @@
 import copy
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from tli_engine.config import Quantize
 from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import wrap
@@ -24,6 +25,27 @@ _HEAD_ROWS = 8192
 _FIRST_BLOCK = re.compile(r"^layers\.0\.")
 
 
+@dataclass(frozen=True)
+class Held:
+    """How a run holds a model's frozen weights; the options are :func:`load_early`'s.
+
+    Attributes:
+        dtype: What they are rounded to, and quantised from.
+        quantize: Which of them are held in NF4.
+        double_quant: With their absmax in 8 bits.
+    """
+
+    dtype: torch.dtype = torch.float32
+    quantize: Quantize = "auto"
+    double_quant: bool = False
+
+    def load(self, files: ModelFiles, depth: int, token_ids: set[int]) -> EarlyModel:
+        """Blocks on the CPU that compute in fp32, with the values that the run's have."""
+        quantised = {"quantize": self.quantize, "double_quant": self.double_quant}
+        where = {"dtype": self.dtype, "device": torch.device("cpu")}
+        return load_early(files, depth, **where, **quantised, token_ids=token_ids).float()  # type: ignore[arg-type]
+
+
 @torch.no_grad()
 def logits_of(
     files: ModelFiles,
@@ -31,6 +53,8 @@ def logits_of(
     adapter: StoredAdapter | None = None,
     strength: float = 1.0,
     advance: Callable[[int], None] = lambda blocks: None,
+    *,
+    held: Held = Held(),
 ) -> Tensor:
     """Run a whole model on words, in fp32 on the CPU, with one block in memory at a time.
 
@@ -40,6 +64,7 @@ def logits_of(
         adapter: Put on the model's blocks.
         strength: Scales what the adapter adds.
         advance: Called with the number of blocks done.
+        held: Values that the weights take; by default those of the files.
 
     Returns:
         Logits, ``[T, V]``, fp32.
@@ -48,22 +73,17 @@ def logits_of(
         UserError: As :func:`load_early`.
     """
     tokens = pack(words)
-    hidden = _load(files, 0, {t for w in words for t in w.input_ids}).embed(tokens)
+    hidden = held.load(files, 0, {t for w in words for t in w.input_ids}).embed(tokens)
     total = files.config.num_hidden_layers
     for k in range(total):
-        block = _load(_one_block(files, k), 1, {0})
+        block = held.load(_one_block(files, k), 1, {0})
         if adapter is not None:
             _adapt(block, k, adapter, strength)
         hidden = block.run_block(0, hidden, tokens, block.rotary(tokens))
         if k == total - 1:
             hidden = block.read_out(1, hidden)
         advance(1)
-    return _logits(files, hidden)
-
-
-def _load(files: ModelFiles, depth: int, token_ids: set[int]) -> EarlyModel:
-    cpu = torch.device("cpu")
-    return load_early(files, depth, dtype=torch.float32, device=cpu, token_ids=token_ids)
+    return _logits(files, hidden, held)
 
 
 class _OneBlock:
@@ -108,10 +128,10 @@ def _adapt(model: EarlyModel, block: int, adapter: StoredAdapter, strength: floa
             layer.scaling *= strength
 
 
-def _logits(files: ModelFiles, hidden: Tensor) -> Tensor:
+def _logits(files: ModelFiles, hidden: Tensor, held: Held) -> Tensor:
     name = "embed_tokens.weight" if files.config.tie_word_embeddings else HEAD
     if name not in files.source:
         raise UserError(f"{files.name}: has no tensor {name}; is the download complete?")
-    head = files.source.read(name)
-    logits = torch.cat([hidden @ rows.float().T for rows in head.split(_HEAD_ROWS)], 1)  # type: ignore[no-untyped-call]
+    parts = files.source.read(name).split(_HEAD_ROWS)  # type: ignore[no-untyped-call]
+    logits = torch.cat([hidden @ rows.to(held.dtype).float().T for rows in parts], 1)
     return soft_capped(logits, files.config)

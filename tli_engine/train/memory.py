@@ -26,7 +26,7 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "
         f"raise train.accumulate) or sft.context, set sft.activations=recompute{graphs}, or "
-        f"{smaller}; checkpoints are whole"
+        f"{smaller}"
     )
 
 

@@ -156,7 +156,8 @@ class SftTrainer:
         It is asked before each batch of unseen articles, too; then a step may be done and not reported.
 
         Raises:
-            TrainingError: A tensor without a finite gradient, a loss that is not finite, or no memory.
+            TrainingError: A tensor without a finite gradient, a loss that is not finite, of a step or of
+                unseen articles, or no memory.
         """
         self.model.train()
         try:
@@ -247,7 +248,7 @@ class SftTrainer:
 
     def _run(self, until: Callable[[], bool]) -> None:
         if self.step == 0 and self.validation is not None:
-            self.best.before = self.validate(until)
+            self.best.before = self._validated(until, "the base model's", "try another dtype")
         if self._unmeasured is not None:
             self._measure(self._unmeasured, until)
         while not self._has_ended and not until():
@@ -282,12 +283,22 @@ class SftTrainer:
     def _measure(self, metrics: SftMetrics, until: Callable[[], bool]) -> None:
         """Measure the loss on unseen articles after a step, and report both."""
         self._unmeasured = metrics
-        metrics.figures["validation_loss"] = self.validate(until)
+        remedy = "lower train.learning_rate or set train.max_grad_norm"
+        loss = self._validated(until, f"step {self.step}: the", remedy)
+        metrics.figures["validation_loss"] = loss
         self._unmeasured = None
-        if self.best.update(metrics.figures["validation_loss"], self.step):
+        if self.best.update(loss, self.step):
             # before a checkpoint says that it is there
             self.on_best()
         self._report(metrics)
+
+    def _validated(self, until: Callable[[], bool], whose: str, remedy: str) -> float:
+        """:meth:`validate`, which must give a number: weights that do not are no result."""
+        loss = self.validate(until)
+        with self.world.speaking_once():
+            if not math.isfinite(loss):
+                raise TrainingError(f"{whose} loss on unseen articles is {loss}; {remedy}")
+        return loss
 
     def _report(self, metrics: SftMetrics) -> None:
         self.on_step(metrics)

@@ -55,7 +55,11 @@ def test_an_arm_may_have_a_length_of_its_own(length: dict[str, int]) -> None:
     [
         ({"compare": []}, "c.yaml: compare: must be a section of keys"),
         ({"compare": {"arms": []}}, "c.yaml: compare.arms: "),
-        ({"compare": {"set": {"half": {}}}}, "c.yaml: compare.set.half"),
+        ({"compare": {"set": {"half": {}}}}, "c.yaml: compare.set.half: input should be 'full', "),
+        (
+            {"compare": {"arms": ["full"], "set": {"joint": {"train": {"stepz": 1}}}}},
+            "arm joint: train.stepz: unknown",
+        ),
         ({"compare": {"set": {"full": {"train": {"stepz": 1}}}}}, "arm full: train.stepz: unknown"),
         (
             {"data": "a.jsonl", "train": {"batch_size": 1}},

@@ -74,8 +74,12 @@ def split_config(values: dict[str, Any], where: str) -> tuple[RunConfig, Compare
     except ValidationError as e:
         error: Any = e.errors()[0]
         text = f"compare.{explain(error, CompareConfig)}".replace(".(top level)", "")
+        # pydantic's word for a name in a mapping, which stands before it
+        text = text.replace(".[key]", "", 1)
         raise ConfigError(f"{where}: {text}") from None
-    for arm in (*compare.arms, *([ALIGN] if "tli-then-lora-early" in compare.arms else [])):
+    first = [ALIGN] if "tli-then-lora-early" in compare.arms else []
+    # what is said of an arm that is not compared this time is looked at, too
+    for arm in dict.fromkeys((*compare.arms, *first, *compare.set)):
         arm_config(shared, compare, arm, compare.seeds[0], Path())
     return shared, compare
 
