@@ -23,6 +23,11 @@ def check_distributed(config: RunConfig, world: World) -> None:
     """
     shared, train, sft = config.distributed, config.train, config.sft
     wrong = []
+    if train.in_backward and world.size > 1:
+        # adapters would be updated by their own rank's gradients, before these are summed
+        raise UserError(
+            "train.in_backward: gradients are summed over the GPUs first; set it to false, or take one GPU"
+        )
     if shared.weights == "sharded":
         wrong = [
             (config.method == "full", "method: full is sharded anyhow; leave it at replicated"),
@@ -37,7 +42,6 @@ def check_distributed(config: RunConfig, world: World) -> None:
         wrong = [
             (train.optimizer != "adamw", f"not train.optimizer: {train.optimizer}, but adamw"),
             (train.rounding != "master", "no train.rounding: stochastic; the shares are fp32"),
-            (train.in_backward, "no train.in_backward: gradients are summed over the GPUs first"),
             (config.objective == "joint", "no objective joint, which runs blocks on their own"),
         ]
         _refuse("method: full on several GPUs takes", wrong)
