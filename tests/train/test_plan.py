@@ -26,7 +26,7 @@ from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import find_target
 from tli_engine.train.plan_outline import nf4_bytes, outline
-from tli_engine.train.plan_peak import optimizer_bytes
+from tli_engine.train.plan_peak import moments_of_pairs, optimizer_bytes
 from tli_engine.train.step_times import MEASURED
 from tli_engine.train.updates import Updates
 
@@ -86,8 +86,8 @@ def load(run: RunConfig) -> CausalModel:
     return model
 
 
-def saved_bytes(model: CausalModel) -> int:
-    """Bytes of rows that the way back will read, weights left out."""
+def saved_bytes(model: CausalModel, run: Callable[[Any], Tensor] | None = None) -> int:
+    """Bytes of rows that the way back of the whole model, or of ``run``, will read, weights left out."""
     weights = (*model.parameters(), *model.trainable().values())
     own = {w.untyped_storage().data_ptr() for w in weights}
     kept: dict[int, tuple[int, Tensor]] = {}
@@ -102,7 +102,7 @@ def saved_bytes(model: CausalModel) -> int:
     ids = tuple(torch.randint(0, 256, (TOKENS,)).tolist())
     words = pack([Word(ids, (True,) * TOKENS)])
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        hidden = model.hidden_states(words)
+        hidden = (run or model.hidden_states)(words)
     assert hidden.requires_grad
     return sum(size for size, _ in kept.values())
 
@@ -123,6 +123,59 @@ def test_activations_are_what_autograd_keeps(
     planned = sum(map(blocks.kept, numbers)) + inputs * blocks.input
     tolerance = 0.01 if engine == "fused" else 0.06
     assert planned == pytest.approx(saved_bytes(model), rel=tolerance)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("engine", ["fused", "modules"])
+def test_pairs_of_joint_training_are_counted(engine: str, method: str, folder: Folder) -> None:
+    """Their blocks keep what autograd keeps, beside the gradients of the texts, which are there."""
+    train = {"engine": engine}
+    run = config(folder("llama"), objective="joint", method=method, align={"layer": 3}, train=train)
+    model = load(run)
+    made = outline(run, survey(run.model), find_target("cpu", "auto"))
+    loss, *back = moments_of_pairs(made, TOKENS, 8)
+    kept = saved_bytes(model, lambda words: model.early(words, 3))
+    tolerance = 0.01 if engine == "fused" else 0.06
+    assert loss.activations == pytest.approx(kept, rel=tolerance)
+    every = sum(t.nbytes for t in model.trainable().values())
+    assert loss.gradients == every
+    assert back[0].gradients > every
+    alone, few, many = (
+        make_plan(
+            run.model_copy(
+                update={
+                    "objective": objective,
+                    "sft": run.sft.model_copy(update={"align_pairs": n}),
+                }
+            ),
+            survey(run.model),
+            find_target("h100", "auto"),
+        )
+        for objective, n in (("sft", 2), ("joint", 2), ("joint", 1298))
+    )
+    assert alone.gpu_bytes == few.gpu_bytes
+    assert sum(many.gpu_bytes.values()) > sum(few.gpu_bytes.values())
+    assert many.gpu_bytes["activations"] > few.gpu_bytes["activations"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "replayed"),
+    [
+        ({}, True),
+        ({"in_backward": True}, False),
+        ({"in_backward": True, "cuda_graph": True}, False),
+        ({"engine": "modules", "cuda_graph": True}, False),
+        ({"cuda_graph": False}, False),
+    ],
+)
+def test_graphs_are_planned_by_the_rule_of_training(
+    changes: dict[str, Any], replayed: bool, folder: Folder
+) -> None:
+    target = find_target("h100", "auto")
+    for gpus, expected in ((1, replayed), (2, False)):
+        run = config(folder("llama"), method="full", train=changes)
+        plan = make_plan(run, survey(run.model), target, gpus)
+        assert any("replayed from CUDA graphs" in note for note in plan.notes) == expected
 
 
 @pytest.mark.parametrize("engine", ["fused", "modules"])
@@ -321,6 +374,15 @@ def test_what_the_run_refuses_the_plan_refuses(folder: Folder) -> None:
     ):
         with pytest.raises(UserError, match=message):
             make_plan(config(folder("llama"), **changes), model, find_target("cpu", "auto"))
+    # of a GPU's own
+    wide = config(folder("llama"), dtype="float32", sft={"context": TOKENS, "attention": "varlen"})
+    with pytest.raises(UserError, match="varlen cannot run here: it needs bfloat16 or float16"):
+        make_plan(wide, model, find_target("h100", "auto"))
+    make_plan(
+        config(folder("llama"), train={"optimizer": "adamw-paged"}),
+        model,
+        find_target("h100", "auto"),
+    )
     with pytest.raises(UserError, match="--device abacus: not known; there are cpu, h100"):
         find_target("abacus", "auto")
     with pytest.raises(UserError, match="--memory goes with a GPU"):

@@ -159,11 +159,8 @@ class BlockMemory:
     @property
     def _copies(self) -> bool:
         """Whether attention is sdpa's, which repeats keys and values, and joins its documents."""
-        outline = self._outline
-        if outline.causal is None:
-            return False
-        slow = not outline.on_gpu or outline.element > 2
-        return slow or outline.run.sft.attention == "sdpa"
+        causal = self._outline.causal
+        return causal is not None and causal.attention == "sdpa"
 
     def working(self) -> int:
         """Bytes of gradients within a block at its fullest moment, and of a weight decoded for it."""
