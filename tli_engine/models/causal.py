@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tli_engine.config import Numerics, Quantize, Residency
 from tli_engine.data.words import Laid, Pack
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters
+from tli_engine.models.adapters import adapter_parameters, adapters
 from tli_engine.models.document_attention import Attention, choose_attention
 from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
@@ -264,6 +264,11 @@ class CausalModel(nn.Module):
             for projection in projections:
                 named |= projection.joined() | projection.joined_weights()
         return {n: p for n, p in named.items() if p.requires_grad}
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that training changes: the adapters', or without any those of all weights."""
+        return adapter_parameters(self.early) or sum(p.numel() for p in self.weights().values())
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Every weight by transformers' name within the decoder, and ``lm_head.weight`` if untied.

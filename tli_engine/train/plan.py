@@ -199,11 +199,10 @@ def _add_notes(
 ) -> None:
     run, target = made.run, made.target
     owner = "the engine's" if made.fused else "transformers'"
-    count = sum(t.numel() for t in made.trained.values())
     notes.insert(
         0,
         f"{run.objective}, {run.method}: {made.early.depth} of {made.config.num_hidden_layers} "
-        f"blocks, {count:,} trained parameters, {step.tokens:,} tokens a batch, "
+        f"blocks, {made.trained_parameters:,} trained parameters, {step.tokens:,} tokens a batch, "
         f"{owner} blocks in "
         f"{str(made.dtype).removeprefix('torch.')}, on {target.name}",
     )

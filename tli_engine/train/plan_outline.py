@@ -9,7 +9,7 @@ from torch import nn
 
 from tli_engine.config import RunConfig
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters, add_lora, gradient_passes
+from tli_engine.models.adapters import adapter_parameters, adapters, add_lora, gradient_passes
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_dtype
 from tli_engine.models.document_attention import choose_attention
@@ -90,6 +90,15 @@ class Outline:
     def fused(self) -> bool:
         """Whether the engine's ops run the blocks."""
         return self.early.fused is not None
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that are trained; ``trained`` has zeros beside, where layers are joined."""
+        return (
+            adapter_parameters(self.early)
+            if self.causal is None
+            else self.causal.trained_parameters
+        )
 
     @property
     def on_gpu(self) -> bool:
