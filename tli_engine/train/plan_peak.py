@@ -157,7 +157,7 @@ class Step:
             if not all(self._keeps(i)):
                 activations += self._blocks.run_again(i, self._keeps(i))
             gradients = every if earlier else gradients + self._gradient(i)
-            working = self._blocks.working() + self._workspaces
+            working = self._blocks.working(i) + self._workspaces
             if outline.causal is None:
                 # fused: they are made, then written to the buffer of all
                 gradients = (2 if outline.fused else 1) * every
@@ -267,7 +267,7 @@ class Step:
         to_come = master + reserve.states if self._to_come is None else self._to_come
         there = self._before + self._workspaces // 2 + to_come
         free = memory - context_of(outline.target) - int(UNPLANNED * memory)
-        working = self._blocks.working()
+        working = self._blocks.reserved()
         if not outline.fused:
             working = max(sum(part.kept for part in parts) for parts in self._parts)
         loss = reserve.loss + self.tokens * reserve.loss_of_token
@@ -300,7 +300,7 @@ def moments_of_pairs(outline: Outline, tokens: int, pairs: int) -> Iterator[Mome
     yield Moment(every, sum(kept), compared)
     for i in reversed(numbers):
         own = sum(t.nbytes for n, t in outline.trained.items() if n.startswith(f"layers.{i}."))
-        yield Moment(every + own, sum(kept[: i + 1 - numbers[0]]), blocks.working())
+        yield Moment(every + own, sum(kept[: i + 1 - numbers[0]]), blocks.working(i))
     if full:
         # of all rows, whichever words there are
         yield Moment(every + outline.trained[_EMBEDDINGS].nbytes, blocks.input, 0)
