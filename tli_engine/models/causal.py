@@ -23,6 +23,10 @@ from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
 _HEAD = "lm_head.weight"
+FULL_IN_NF4 = (
+    "method: full trains every weight, but this model's are held in NF4; "
+    "use quantize: none with a model that is not quantised, or method: lora"
+)
 
 
 class Texts(Protocol):
@@ -236,10 +240,7 @@ class CausalModel(nn.Module):
             UserError: Some weights are held in NF4.
         """
         if any(isinstance(module, NF4Linear) for module in self.modules()):
-            raise UserError(
-                "method: full trains every weight, but this model's are held in NF4; "
-                "use quantize: none with a model that is not quantised, or method: lora"
-            )
+            raise UserError(FULL_IN_NF4)
         self.requires_grad_(True)
         joined: set[int] = set()
         if self.early.fused is not None:

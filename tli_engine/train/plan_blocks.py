@@ -178,14 +178,14 @@ class BlockMemory:
         )
 
     def reserved(self) -> int:
-        """Bytes that a run leaves for a block's way back when it decides what blocks keep.
-
-        As :meth:`tli_engine.models.fused.FusedBlock.working` has them, which knows weights in NF4: here
-        there are none.
-        """
-        b, outline = self.block, self._outline
-        decoded = b.hidden * 2 * b.ffn * outline.nf4
-        return outline.element * ((b.hidden + 3 * b.ffn) * self.tokens + decoded)
+        """Bytes that a run leaves for a block's way back when it decides what blocks keep."""
+        fused = self._outline.early.fused
+        if fused is None:
+            return max(
+                map(self.kept, range(self._outline.first_trained, self._outline.early.depth))
+            )
+        of_token, decoded = fused.blocks[0].working(self._outline.element, self._outline.nf4)
+        return self.tokens * of_token + decoded
 
     def run_again(self, number: int, keeps: Sequence[bool]) -> int:
         """Bytes that second runs add at the most: what they keep, weights decoded once."""

@@ -13,7 +13,7 @@ from tli_engine.train.plan import RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
 from tli_engine.train.plan_peak import CONTEXT, Step, fits
-from tli_engine.train.sft_distribute import check_distributed
+from tli_engine.train.sft_distribute import SHARDED_NOT_NF4, check_distributed
 
 # of a weight that is trained: itself, its gradient and AdamW's two moments, all fp32
 _SHARE = 16
@@ -43,7 +43,7 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
     parts["gradients_of_all"] = sum(t.nbytes for t in made.trained.values())
     if run.distributed.weights == "sharded":
         if not made.nf4:
-            raise UserError("distributed.weights: sharded is of NF4 weights; set quantize: nf4")
+            raise UserError(SHARDED_NOT_NF4)
         blocks = _block_bytes(made)
         parts["weights_nf4"] = -(-sum(blocks) // gpus)
         parts["gathered_blocks"] = sum(sorted(blocks)[-2:])

@@ -10,7 +10,7 @@ from torch import nn
 from tli_engine.config import RunConfig
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import adapter_parameters, adapters, add_lora, gradient_passes
-from tli_engine.models.causal import CausalModel
+from tli_engine.models.causal import FULL_IN_NF4, CausalModel
 from tli_engine.models.device import choose_dtype
 from tli_engine.models.document_attention import choose_attention
 from tli_engine.models.early import EarlyModel
@@ -179,7 +179,7 @@ def outline(run: RunConfig, model: Survey, target: Target, gpus: int = 1) -> Out
     depth = run.align.layer if aligns else config.num_hidden_layers
     nf4 = run.quantize == "nf4" or (run.quantize == "auto" and model.quantised is not None)
     if nf4 and run.method == "full":
-        raise UserError("method: full trains every weight, but this model's are stored in NF4")
+        raise UserError(FULL_IN_NF4)
     dtype = choose_dtype(run.dtype, target.kind)
     early = model_without_memory(config, depth).to(dtype)
     linear = {
@@ -224,7 +224,7 @@ def _fuse(run: RunConfig, early: EarlyModel, causal: CausalModel | None, target:
     weight: Any = early.decoder.embed_tokens.weight
     block: Any = early.blocks[0]
     wanted = run.sft.attention, target.kind, weight.dtype, block.self_attn.head_dim
-    attention = None if causal is None else choose_attention(*wanted, here=False)
+    attention = None if causal is None else choose_attention(*wanted, here=target.here)
     try:
         early.fuse()
     except NotFusedError as reason:

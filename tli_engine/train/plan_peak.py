@@ -267,11 +267,8 @@ class Step:
         to_come = master + reserve.states if self._to_come is None else self._to_come
         there = self._before + self._workspaces // 2 + to_come
         free = memory - context_of(outline.target) - int(UNPLANNED * memory)
-        working = self._blocks.reserved()
-        if not outline.fused:
-            working = max(sum(part.kept for part in parts) for parts in self._parts)
         loss = reserve.loss + self.tokens * reserve.loss_of_token
-        return with_gaps(free - there, working, loss)
+        return with_gaps(free - there, self._blocks.reserved(), loss)
 
 
 def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:

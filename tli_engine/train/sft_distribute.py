@@ -14,6 +14,10 @@ from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.recompute import Activations
 
+SHARDED_NOT_NF4 = (
+    "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
+)
+
 
 def check_distributed(config: RunConfig, world: World) -> None:
     """Refuse what several processes cannot do.
@@ -106,9 +110,7 @@ def shard_base(model: CausalModel, world: World) -> ShardedNF4:
     """
     blocks = nf4_blocks(model.early)
     if not all(blocks):
-        raise UserError(
-            "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
-        )
+        raise UserError(SHARDED_NOT_NF4)
     shards = ShardedNF4(blocks, world)
     model.fetch, model.fetched_nbytes = shards.fetch, shards.nbytes
     model.activations = Activations("recompute")
