@@ -39,7 +39,8 @@ _EXACT = {"fwd": (0.15, 0.08), "dx": (0.25, 0.12)}
 _STEP_FLOORS = {64: 2.5, 256: 2.5, 4125: 1.5}
 
 
-def _rows(folder: Path, op: str) -> list[dict[str, Any]]:
+def rows_of(folder: Path, op: str) -> list[dict[str, Any]]:
+    """The committed rows of a bench."""
     rows: list[dict[str, Any]] = json.loads((folder / f"{op}.json").read_text())["rows"]
     return rows
 
@@ -63,7 +64,7 @@ def _over_cublas(
     return [time / ms[model, provider] for (model, of), time in ms.items() if of == "cublas-bf16"]
 
 
-def _judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
+def judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
     """A range, in bold where all of it is as good as the goal."""
     found = [round(value, 2) for value in values]
     low, high = min(found), max(found)
@@ -74,7 +75,7 @@ def _judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
 
 def product_table(folder: Path) -> str:
     """The NF4 product in fast numerics: goals, and the lowest and highest ratio over the shapes."""
-    rows = _rows(folder, "nf4_linear")
+    rows = rows_of(folder, "nf4_linear")
     lines = [
         "| weights | tokens | goal, forward | reached | goal, dX | reached |",
         "|---|---:|---:|---:|---:|---:|",
@@ -85,14 +86,14 @@ def product_table(folder: Path) -> str:
             cells = []
             for case, goal in zip(("fwd", "dx"), by_case, strict=True):
                 ratios = _over_cublas(sized, case, tokens, "tli-engine:fast")
-                cells.append(f"{goal:g} | {_judged(ratios, goal)}")
+                cells.append(f"{goal:g} | {judged(ratios, goal)}")
             lines.append(f"| {title} | {tokens:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def exact_table(folder: Path) -> str:
     """What exact numerics take on top of fast ones, over all shapes."""
-    rows = _rows(folder, "nf4_linear")
+    rows = rows_of(folder, "nf4_linear")
     ms = {(r["case"], r["model"], r["shape"]["M"], r["provider"]): r["ms"] for r in rows}
     lines = ["| direction | tokens | goal | reached |", "|---|---:|---:|---:|"]
     for case, goals in _EXACT.items():
@@ -103,13 +104,13 @@ def exact_table(folder: Path) -> str:
                 if (of, provider) == (case, "tli-engine") and (tokens <= 128) == few
             ]
             name = "forward" if case == "fwd" else "dX"
-            lines.append(f"| {name} | {title} | {goal:g} | {_judged(more, goal, at_least=False)} |")
+            lines.append(f"| {name} | {title} | {goal:g} | {judged(more, goal, at_least=False)} |")
     return "\n".join(lines)
 
 
 def decoded_table(*folders: Path) -> str:
     """Decoding and cuBLAS, as Triton's way takes many rows; the first folder that has a number of tokens."""
-    measured = {folder.name.split("-")[1]: _rows(folder, "nf4_linear") for folder in folders}
+    measured = {folder.name.split("-")[1]: rows_of(folder, "nf4_linear") for folder in folders}
     lines = ["| tokens | GPU | goal | forward | dX |", "|---:|---|---:|---:|---:|"]
     for tokens, goal in _DECODED.items():
         name, rows = next(
@@ -118,7 +119,7 @@ def decoded_table(*folders: Path) -> str:
             if any(r["shape"]["M"] == tokens for r in rows)
         )
         cells = (
-            _judged(_over_cublas(rows, case, tokens, "tli-engine:triton"), goal)
+            judged(_over_cublas(rows, case, tokens, "tli-engine:triton"), goal)
             for case in ("fwd", "dx")
         )
         lines.append(f"| {tokens:,} | {name} | {goal:g} | {' | '.join(cells)} |")
@@ -127,11 +128,11 @@ def decoded_table(*folders: Path) -> str:
 
 def triton_table(folder: Path) -> str:
     """Triton's fused forward product on matrices of 58 M weights and more."""
-    rows = _of_size(_rows(folder, "nf4_linear"), _LARGE)
+    rows = _of_size(rows_of(folder, "nf4_linear"), _LARGE)
     lines = ["| tokens | goal | reached |", "|---:|---:|---:|"]
     for tokens in (1, 16, 64):
         ratios = _over_cublas(rows, "fwd", tokens, "tli-engine:triton")
-        lines.append(f"| {tokens} | {_TRITON:g} | {_judged(ratios, _TRITON)} |")
+        lines.append(f"| {tokens} | {_TRITON:g} | {judged(ratios, _TRITON)} |")
     return "\n".join(lines)
 
 
@@ -144,18 +145,18 @@ def conversion_table(folder: Path) -> str:
     for title, (op, case, provider, share, ratio) in _CONVERSIONS.items():
         rows = [
             r
-            for r in _of_size(_rows(folder, op), _LARGE)
+            for r in _of_size(rows_of(folder, op), _LARGE)
             if (r["case"], r["provider"]) == (case, provider)
         ]
-        shares = _judged((r["roofline"] for r in rows), share)
-        ratios = _judged((r["ratio_to_baseline"] for r in rows), ratio)
+        shares = judged((r["roofline"] for r in rows), share)
+        ratios = judged((r["ratio_to_baseline"] for r in rows), ratio)
         lines.append(f"| {title} | {share:g} | {shares} | {ratio:g} | {ratios} |")
     return "\n".join(lines)
 
 
 def lora_table(folder: Path) -> str:
     """What the update adds to the frozen layer: the product by itself, and forward and backward."""
-    rows = _rows(folder, "nf4_lora_linear")
+    rows = rows_of(folder, "nf4_lora_linear")
     lines = [
         "| layer | tokens | product with the update in it (goal 0.06 from 256 on) | goal, forward and backward | reached |",
         "|---|---:|---:|---:|---:|",
@@ -171,9 +172,9 @@ def lora_table(folder: Path) -> str:
         product = added[model, tokens, "fwd", "tli-engine:epilogue"]
         goal = {64: 0.15, 4096: 0.08}.get(tokens)
         whole = added[model, tokens, "fwd_bwd", "tli-engine"]
-        reached = f"{whole:.2f}" if goal is None else _judged([whole], goal, at_least=False)
+        reached = f"{whole:.2f}" if goal is None else judged([whole], goal, at_least=False)
         lines.append(
-            f"| {model} | {tokens:,} | {_judged([product], 0.06, at_least=False)} | "
+            f"| {model} | {tokens:,} | {judged([product], 0.06, at_least=False)} | "
             f"{'' if goal is None else format(goal, 'g')} | {reached} |"
         )
     return "\n".join(lines)
@@ -181,7 +182,7 @@ def lora_table(folder: Path) -> str:
 
 def step_table(folder: Path) -> str:
     """The align step's time over its floor."""
-    rows = [r for r in _rows(folder, "tli_step") if r["case"] == "step"]
+    rows = [r for r in rows_of(folder, "tli_step") if r["case"] == "step"]
     ours = {"tli-engine": "exact", "tli-engine:fast": "fast", "tli-engine:bf16": "resident in bf16"}
     lines = ["| shape | tokens | numerics | goal | reached |", "|---|---:|---|---:|---:|"]
     for row in rows:
@@ -191,6 +192,6 @@ def step_table(folder: Path) -> str:
             goal = _STEP_FLOORS[tokens]
             lines.append(
                 f"| {row['model'].split()[0]} | {tokens:,} | {ours[row['provider']]} | {goal:g} | "
-                f"{_judged([1 / floor], goal, at_least=False)} |"
+                f"{judged([1 / floor], goal, at_least=False)} |"
             )
     return "\n".join(lines)

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import goals
+from bench import goals, training_goals
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -352,6 +352,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "decoded_goals": partial(goals.decoded_table, _GPU, _H200),
     "lora_goals": partial(goals.lora_table, _GPU),
     "step_goals": partial(goals.step_table, _H200),
+    "fine_tuning_goals": partial(training_goals.fine_tuning_table, _H200),
+    "generation_goals": partial(training_goals.generation_table, _GPU),
+    "planned_peaks": partial(training_goals.peaks_table, _H200),
 }
 
 

@@ -108,7 +108,7 @@ def measure(job: Job, world: World, device: torch.device) -> Report:
         memory["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         memory["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
     memory = dict(zip(memory, world.largest(list(memory.values())), strict=True)) if memory else {}
-    trained = sum(t.numel() for t in tensors.values())
+    trained = model.trained_parameters
     return Report(seconds[WARM_UP:], losses, trained, built, seconds[0], **memory)
 
 

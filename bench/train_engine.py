@@ -111,4 +111,4 @@ def engine_train_step(
     order = InTurns(rows_of, accumulate=provider.accumulate)
     step, number = SftStep(model, tensors, examples, order, config, None, print), count()
     model.train()
-    return Step(lambda: step.run(next(number)).loss, sum(t.numel() for t in tensors.values()))
+    return Step(lambda: step.run(next(number)).loss, model.trained_parameters)

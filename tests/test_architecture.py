@@ -18,7 +18,8 @@ BASE = {"", "errors", "config"}
 # the parts of tli_engine that each part may import, besides itself and BASE
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"config_data", "config_distributed"},
+    "config": {"config_combinations", "config_data", "config_distributed"},
+    "config_combinations": set(),
     "config_data": set(),
     "config_distributed": set(),
     "": set(),

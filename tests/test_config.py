@@ -353,6 +353,10 @@ def test_languages_may_be_comma_separated() -> None:
         ({"train": {"schedule": "wsd"}}, "decay_steps goes with schedule: wsd"),
         ({"train": {"decay_steps": 3}}, "decay_steps goes with schedule: wsd"),
         ({"train": {"in_backward": True, "accumulate": 2}}, "in_backward frees each gradient"),
+        (
+            {"objective": "joint", "data": "a.jsonl", "train": {"in_backward": True}},
+            "a step of objective joint has two: set train.in_backward: false, or objective: sft",
+        ),
         ({"prompt": {"instruction": "Fupisha:"}}, "must contain {text} once"),
         ({"data": {"columns": "text,text"}}, "columns must be two different columns"),
     ],

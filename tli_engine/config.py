@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from tli_engine.config_combinations import check_combination
 from tli_engine.config_data import DataConfig as DataConfig
 from tli_engine.config_data import PositiveInt as PositiveInt
 from tli_engine.config_distributed import DistributedConfig
@@ -191,14 +192,7 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "RunConfig":
-        if self.objective == "align" and self.train.batch_size < 2:
-            raise ValueError("train.batch_size must be at least 2: a pair alone has no negative")
-        if self.objective == "align" and self.method == "full":
-            raise ValueError("method full goes with objective sft or joint")
-        if self.objective != "align" and self.data.texts is None:
-            raise ValueError(f"objective {self.objective} needs data.texts, e.g. xlsum:swahili")
-        if self.method == "full" and self.quantize == "nf4":
-            raise ValueError("method full trains the weights: it needs quantize none")
+        check_combination(self)
         return self
 
 

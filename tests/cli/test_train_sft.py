@@ -89,6 +89,31 @@ def test_a_model_that_transformers_reads(
     assert cli("verify", "run").status == 0
 
 
+@pytest.mark.parametrize("objective", ["sft", "joint"])
+def test_parameters_are_counted_as_they_are_saved(
+    objective: str, cli: Cli, sft_config: Callable[..., Path], config_file: Path
+) -> None:
+    """Fused blocks join q, k and v; k has no adapter, and its zeros are none."""
+    from safetensors.torch import load_file
+
+    path = sft_config(
+        objective=objective, lora={"modules": ["q_proj", "v_proj"]}, train={"engine": "fused"}
+    )
+    result = cli("train", path, "--run", "run")
+    assert result.status == 0, result.err
+    saved = load_file("run/adapter/adapter_model.safetensors").values()
+    count = f"{sum(tensor.numel() for tensor in saved):,}"
+    assert f"lora training of {count} parameters" in result.err
+    assert f" {count} parameters." in Path("run/adapter/README.md").read_text("utf-8")
+    for device in ("cpu", "4090"):
+        assert f" {count} trained parameters" in cli("plan", path, "--device", device).out
+    # of the align objective, fused where it is planned for a GPU
+    default = [
+        cli("plan", config_file, "--device", d).out.split(" trained")[0] for d in ("cpu", "4090")
+    ]
+    assert default[0].rpartition(" ")[2] == default[1].rpartition(" ")[2]
+
+
 def test_joint_training_takes_pairs_too(
     cli: Cli, sft_config: Callable[..., Path], pairs_file: Path
 ) -> None:

@@ -108,6 +108,11 @@ SHARDED = {"weights": "sharded"}
         ({"method": "full", "train": {"optimizer": "adamw-8bit"}}, 2, "adamw-8bit"),
         ({"method": "full", "train": {"rounding": "stochastic"}}, 2, "stochastic"),
         ({"method": "full", "train": {"in_backward": True}}, 2, "in_backward"),
+        (
+            {"method": "lora", "train": {"in_backward": True}},
+            2,
+            "in_backward: gradients are summed",
+        ),
         ({"method": "full", "objective": "joint"}, 2, "objective joint"),
     ],
 )

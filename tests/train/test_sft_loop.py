@@ -178,6 +178,15 @@ def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
         assert torch.equal(tensor, resumed.state()[0][name]), name
 
 
+def test_updates_in_the_backward_pass_are_one_a_step(files: ModelFiles) -> None:
+    """Several rows are one pack, and that has one backward pass."""
+    trainer, _ = trainer_of(files, config_of("full", train={"in_backward": True, "batch_size": 3}))
+    trainer.run()
+    counts = {name: int(v) for name, v in trainer.state()[1].items() if name.endswith("/step")}
+    assert len(counts) == len(trainer.state()[0])
+    assert set(counts.values()) == {6}
+
+
 def test_loss_on_unseen_articles_is_measured(files: ModelFiles) -> None:
     trainer, steps = trainer_of(files, config_of(), validate=True)
     bests: list[tuple[int, float]] = []

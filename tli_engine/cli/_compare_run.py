@@ -19,8 +19,6 @@ from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
 from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
-from tli_engine.models.adapters import adapter_tensors
-from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_device
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.train.energy import energy_joules
@@ -192,7 +190,7 @@ def _measure(
             vectors[stage] = encode_splits(model.early, splits, config, told)
         if stage == "after":
             written = summariser.write(model, folder.name)
-            trained = _trained_parameters(model, config)
+            trained = model.trained_parameters
             device = model.early.device
         # the next stage may be another model
         del model
@@ -228,11 +226,6 @@ def _summariser(
     articles = [texts[i] for i in range(len(texts))]
     how = {"batch_size": settings.batch_size, "beams": settings.beams}
     return Summariser.prepare(articles, files, config, settings.max_new_tokens, **how)
-
-
-def _trained_parameters(model: CausalModel, config: RunConfig) -> int:
-    trained = model.weights() if config.method == "full" else adapter_tensors(model.early)
-    return sum(tensor.numel() for tensor in trained.values())
 
 
 def _name(device: torch.device) -> str:

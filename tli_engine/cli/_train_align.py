@@ -11,7 +11,7 @@ from tli_engine.config import RunConfig
 from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError
 from tli_engine.evaluate.plots import plot_training
-from tli_engine.models.adapters import adapter_tensors
+from tli_engine.models.adapters import adapter_parameters
 from tli_engine.models.peft_format import save_adapter
 from tli_engine.train.card import model_card
 from tli_engine.train.loop import Trainer
@@ -40,10 +40,9 @@ class AlignJob:
     def introduction(self) -> str:
         """A line on what is about to be trained."""
         run = self.run
-        trainable = sum(t.numel() for t in adapter_tensors(run.model).values())
         return (
             f"{run.config.model}: {run.model.depth} of {run.files.config.num_hidden_layers} blocks, "
-            f"{trainable:,} trainable parameters, {len(run.splits[0].pairs)} pairs, on "
+            f"{adapter_parameters(run.model):,} trainable parameters, {len(run.splits[0].pairs)} pairs, on "
             f"{run.config.device}"
         )
 

@@ -49,11 +49,11 @@ class SftJob:
     def introduction(self) -> str:
         """A line on what is about to be trained."""
         run, config = self.run, self.run.config
-        trainable = sum(t.numel() for t in run.tensors.values())
         beside = "" if run.pairs is None else f" and {len(run.pairs.train.pairs)} pairs"
         return (
             f"{config.model}: {run.model.early.depth} blocks, {config.method} training of "
-            f"{trainable:,} parameters on {len(run.examples)} articles{beside}, on {config.device}"
+            f"{run.model.trained_parameters:,} parameters on {len(run.examples)} articles{beside}, "
+            f"on {config.device}"
         )
 
     def make_trainer(self, folder: Path, on_warning: Callable[[str], None]) -> SftTrainer:
@@ -159,9 +159,7 @@ class SftJob:
 
     def _save(self, folder: Path, warnings: list[str], weights: dict[str, Tensor]) -> list[str]:
         run, config = self.run, self.run.config
-        card = summary_card(
-            config, run.files, sum(t.numel() for t in run.tensors.values()), warnings
-        )
+        card = summary_card(config, run.files, run.model.trained_parameters, warnings)
         if config.method == "full":
             write_model(run.files, weights, folder / "model")
             (folder / "model" / "README.md").write_text(card, encoding="utf-8")

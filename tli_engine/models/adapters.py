@@ -174,6 +174,15 @@ def adapter_tensors(model: EarlyModel) -> dict[str, nn.Parameter]:
     }
 
 
+def adapter_parameters(model: EarlyModel) -> int:
+    """Numbers that the adapters train, and that are saved.
+
+    Layers without one that fused blocks join to adapted ones have rows of zeros, which stay zeros and
+    are none of them.
+    """
+    return sum(tensor.numel() for tensor in adapter_tensors(model).values())
+
+
 @contextmanager
 def adapters_off(model: EarlyModel) -> Iterator[None]:
     """Run the base model: inside, adapters do nothing."""

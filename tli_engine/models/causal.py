@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tli_engine.config import Numerics, Quantize, Residency
 from tli_engine.data.words import Laid, Pack
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters
+from tli_engine.models.adapters import adapter_parameters, adapters
 from tli_engine.models.document_attention import Attention, choose_attention
 from tli_engine.models.early import EarlyModel, Rotary, load_early
 from tli_engine.models.files import ModelFiles
@@ -23,6 +23,10 @@ from tli_engine.models.tensor_reader import TensorReader
 from tli_engine.nn import NF4Linear
 
 _HEAD = "lm_head.weight"
+FULL_IN_NF4 = (
+    "method: full trains every weight, but this model's are held in NF4; "
+    "use quantize: none with a model that is not quantised, or method: lora"
+)
 
 
 class Texts(Protocol):
@@ -236,10 +240,7 @@ class CausalModel(nn.Module):
             UserError: Some weights are held in NF4.
         """
         if any(isinstance(module, NF4Linear) for module in self.modules()):
-            raise UserError(
-                "method: full trains every weight, but this model's are held in NF4; "
-                "use quantize: none with a model that is not quantised, or method: lora"
-            )
+            raise UserError(FULL_IN_NF4)
         self.requires_grad_(True)
         joined: set[int] = set()
         if self.early.fused is not None:
@@ -264,6 +265,11 @@ class CausalModel(nn.Module):
             for projection in projections:
                 named |= projection.joined() | projection.joined_weights()
         return {n: p for n, p in named.items() if p.requires_grad}
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that training changes: the adapters', or without any those of all weights."""
+        return adapter_parameters(self.early) or sum(p.numel() for p in self.weights().values())
 
     def weights(self) -> dict[str, nn.Parameter]:
         """Every weight by transformers' name within the decoder, and ``lm_head.weight`` if untied.

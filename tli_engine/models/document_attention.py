@@ -76,16 +76,18 @@ class Documents:
 
 
 def choose_attention(
-    name: Attention, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: Attention, device: torch.device, dtype: torch.dtype, head_dim: int, *, here: bool = True
 ) -> Attention:
     """The implementation to use: of ``auto``, varlen where it runs, else sdpa, which runs anywhere.
+
+    Of a device that is not ``here`` the kind alone counts: what is installed there is not known.
 
     Raises:
         UserError: One that was asked for by name cannot run here; says why.
     """
     if name == "auto":
-        return "sdpa" if _why_not_flash("varlen", device, dtype, head_dim) else "varlen"
-    reason = None if name == "sdpa" else _why_not_flash(name, device, dtype, head_dim)
+        return "sdpa" if _why_not_flash("varlen", device, dtype, head_dim, here) else "varlen"
+    reason = None if name == "sdpa" else _why_not_flash(name, device, dtype, head_dim, here)
     if reason is not None:
         raise UserError(f"sft.attention: {name} cannot run here: {reason}; use auto or sdpa")
     return name
@@ -98,7 +100,7 @@ def attentions(device: torch.device) -> dict[str, str]:
 
 
 def _why_not_flash(
-    name: str, device: torch.device, dtype: torch.dtype, head_dim: int
+    name: str, device: torch.device, dtype: torch.dtype, head_dim: int, here: bool = True
 ) -> str | None:
     if device.type != "cuda":
         return f"it needs a GPU, the model is on {device.type}"
@@ -106,6 +108,8 @@ def _why_not_flash(
         return f"it needs bfloat16 or float16, the model is in {str(dtype).removeprefix('torch.')}"
     if head_dim > _WIDEST or head_dim % 8:
         return f"it needs heads of at most {_WIDEST} and a multiple of 8, these are of {head_dim}"
+    if not here:
+        return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return f"it needs compute capability 8.0, {torch.cuda.get_device_name(device)} has less"
     try:

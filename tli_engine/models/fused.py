@@ -120,10 +120,13 @@ class FusedBlock:
         pairs = tokens * min(longest, self._window or longest) / 2
         return linear[0] + linear[1] + 2 * 4 * pairs * self._heads[0] * self._head_dim, linear[2]
 
-    def working(self, element: int) -> tuple[int, int]:
-        """Bytes of gradients within the block at its fullest moment, a token, and of a decoded weight."""
+    def working(self, element: int, nf4: bool | None = None) -> tuple[int, int]:
+        """Bytes of gradients within the block at its fullest moment, a token, and of a decoded weight.
+
+        ``nf4``: whether its weights are to be NF4; by default whether they are.
+        """
         hidden, ffn = self.down.layer.out_features, self.down.layer.in_features
-        nf4 = isinstance(self.gate_up.layer, NF4Linear)
+        nf4 = isinstance(self.gate_up.layer, NF4Linear) if nf4 is None else nf4
         return (hidden + 3 * ffn) * element, hidden * 2 * ffn * element * nf4
 
     @property

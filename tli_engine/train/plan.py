@@ -4,23 +4,24 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from tli_engine.config import RunConfig
+from tli_engine.data.examples import ExampleTokenizer
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
-from tli_engine.train.order import steps_per_epoch
 from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline, outline
 from tli_engine.train.plan_peak import (
     CONTEXT,
+    Moment,
     Step,
     context_of,
     fits,
+    moments_of_pairs,
     optimizer_bytes,
     step_of_words,
 )
-from tli_engine.train.sft_prepare import check_context
 from tli_engine.train.step_times import measured_seconds
 
 # resident bytes of Python with torch and transformers imported, and with CUDA; measured roughly
@@ -64,34 +65,47 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Words:
-    """Of the pairs of a run: tokens of a batch, rows of embeddings, steps of the run."""
+    """Of the pairs of a run: tokens of a batch, rows of embeddings, pairs of a batch."""
 
     tokens: int
     rows: int
-    steps: int
+    pairs: int
 
 
-def make_plan(run: RunConfig, model: Survey, target: Target) -> Plan:
+def make_plan(run: RunConfig, model: Survey, target: Target, gpus: int = 1) -> Plan:
     """Plan a run; nothing is downloaded but what ``model`` has, and no GPU is needed.
 
+    Args:
+        run: The run, as one GPU sees it.
+        model: What it starts from.
+        target: Where it is planned to be.
+        gpus: That share it.
+
     Raises:
-        UserError: What the run asks for does not fit the model, or the pairs cannot be read.
+        UserError: What training refuses before it reads articles and weights, or the pairs cannot be
+            read.
     """
     notes: list[str] = []
-    if run.objective != "align":
-        check_context(run, model.config)
-    made = outline(run, model, target)
-    words = _words(run, model, notes) if run.objective == "align" else None
+    made = outline(run, model, target, gpus)
+    tokenizer = model.tokenizer()
+    if run.objective != "align" and tokenizer is not None:
+        # what it cannot do it refuses
+        ExampleTokenizer(tokenizer, run.prompt, run.sft.context)
+    words = None if run.objective == "sft" else _words(run, model, tokenizer, notes)
     held = _held(made, words)
     states, paged = optimizer_bytes(made)
     held["optimizer"] = states
     persistent = sum(held.values())
-    if words is not None:
+    moments: list[Moment] = []
+    if run.objective == "align" and words is not None:
         step = step_of_words(made, words.tokens, persistent, states)
     else:
         notes.append("every row is taken to be full, and every token of it a label: an upper bound")
         step = Step(made, run.train.batch_size * run.sft.context, persistent, states)
-    moment = step.peak()
+        if words is not None:
+            # each GPU compares all pairs, of words that are shared out
+            moments += moments_of_pairs(made, -(-words.tokens // gpus), words.pairs)
+    moment = max([step.peak(), *moments], key=lambda moment: moment.total)
     parts = held | asdict(moment)
     host = _host(made, model, states, paged)
     gpu: dict[str, int] = {}
@@ -111,12 +125,13 @@ def make_plan(run: RunConfig, model: Survey, target: Target) -> Plan:
 def _held(made: Outline, words: _Words | None) -> dict[str, int]:
     """Bytes that are held all the time, the optimizer's left out."""
     run = made.run
-    rows = None if words is None else words.rows
+    # the whole model has all rows
+    rows = None if words is None or made.causal is not None else words.rows
     resident = 0
     if made.nf4 and run.weight_residency == "bf16":
         resident = made.element * sum(n * k for n, k in made.linear.values())
     # the fused step has a table of its own of what blocks take
-    copies = made.embedding_bytes(rows) if words is not None and made.fused else 0
+    copies = made.embedding_bytes(rows) if made.causal is None and made.fused else 0
     found = {
         "weights_nf4" if made.nf4 else "weights": made.linear_bytes(),
         "transposed_copies": made.transposed_bytes(),
@@ -132,24 +147,23 @@ def _held(made: Outline, words: _Words | None) -> dict[str, int]:
     return {name: size for name, size in found.items() if size}
 
 
-def _words(run: RunConfig, model: Survey, notes: list[str]) -> _Words:
+def _words(run: RunConfig, model: Survey, tokenizer: Any, notes: list[str]) -> _Words:
     pairs: dict[str, PairList] = read_run_pairs(run.data)
     count = len(pairs["train"])
-    size = min(run.train.batch_size, count)
-    steps = run.train.steps or (run.train.epochs or 1) * steps_per_epoch(count, size)
-    tokenizer = model.tokenizer()
+    wanted = run.train.batch_size if run.objective == "align" else run.sft.align_pairs
+    size = min(wanted, count)
     if tokenizer is None:
         notes.append(f"no tokenizer is here: words are taken to be {_TOKENS_OF_A_WORD} tokens long")
         distinct = sum(len(p) for p in pairs.values()) * 2 * (_TOKENS_OF_A_WORD - 1)
         rows = min(model.config.vocab_size, int(_MOST_NEEDED * distinct))
-        return _Words(2 * size * _TOKENS_OF_A_WORD, rows, steps)
+        return _Words(2 * size * _TOKENS_OF_A_WORD, rows, size)
     splits = tokenize_splits(pairs, tokenizer, run.words)
     lengths = sorted(
         (len(s) + len(t) for s, t in zip(splits[0].source, splits[0].target, strict=True)),
         reverse=True,
     )
     mean = round(size * sum(lengths) / count)
-    return _Words(mean, len(tokens_of(splits)), steps)
+    return _Words(mean, len(tokens_of(splits)), size)
 
 
 def _host(made: Outline, model: Survey, states: int, paged: int) -> dict[str, int]:
@@ -185,11 +199,10 @@ def _add_notes(
 ) -> None:
     run, target = made.run, made.target
     owner = "the engine's" if made.fused else "transformers'"
-    count = sum(t.numel() for t in made.trained.values())
     notes.insert(
         0,
         f"{run.objective}, {run.method}: {made.early.depth} of {made.config.num_hidden_layers} "
-        f"blocks, {count:,} trained parameters, {step.tokens:,} tokens a batch, "
+        f"blocks, {made.trained_parameters:,} trained parameters, {step.tokens:,} tokens a batch, "
         f"{owner} blocks in "
         f"{str(made.dtype).removeprefix('torch.')}, on {target.name}",
     )

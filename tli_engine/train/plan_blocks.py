@@ -159,30 +159,39 @@ class BlockMemory:
     @property
     def _copies(self) -> bool:
         """Whether attention is sdpa's, which repeats keys and values, and joins its documents."""
-        outline = self._outline
-        if outline.causal is None:
-            return False
-        slow = not outline.on_gpu or outline.element > 2
-        return slow or outline.run.sft.attention == "sdpa"
+        causal = self._outline.causal
+        return causal is not None and causal.attention == "sdpa"
 
-    def working(self) -> int:
+    def working(self, number: int) -> int:
         """Bytes of gradients within a block at its fullest moment, and of a weight decoded for it."""
         b, e = self.block, self._outline.element
         down, gate_up = (self._decoded(b.hidden * n * b.ffn, _DECODED_BACK) for n in (1, 2))
+        # what down has read is free once its own gradients are there
+        full = self._outline.run.method == "full"
+        read = b.ffn if full or "down_proj" in self._adapted.get(number, {}) else 0
         # of the residual, beside: through the gate; through down; through gate and up, whose
         # outputs are kept no longer
         return max(
-            (b.hidden + 3 * b.ffn) * e * self.tokens,
+            (b.hidden + 3 * b.ffn - read) * e * self.tokens,
             (2 * b.hidden + b.ffn) * e * self.tokens + down,
             2 * b.hidden * e * self.tokens + gate_up,
         )
 
+    def reserved(self) -> int:
+        """Bytes that a run leaves for a block's way back when it decides what blocks keep."""
+        fused = self._outline.early.fused
+        if fused is None:
+            return max(
+                map(self.kept, range(self._outline.first_trained, self._outline.early.depth))
+            )
+        of_token, decoded = fused.blocks[0].working(self._outline.element, self._outline.nf4)
+        return self.tokens * of_token + decoded
+
     def run_again(self, number: int, keeps: Sequence[bool]) -> int:
         """Bytes that second runs add at the most: what they keep, weights decoded once."""
-        b, adapted = self.block, self._adapted.get(number, {})
+        b = self.block
+        # the last layer's is free again at the fullest moment
         of_part = [b.hidden * (2 * b.q + 2 * b.kv), b.hidden * 2 * b.ffn]
-        # its last layer is left out where it keeps nothing
-        of_part[1] += b.hidden * b.ffn * ("down_proj" in adapted or b.sandwich)
         if not self._outline.fused:
             of_part = [sum(of_part)]
         weights = [n for n, keep in zip(of_part, keeps, strict=True) if not keep]

@@ -1,7 +1,7 @@
 """Devices that a run can be planned for without having them."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -20,6 +20,7 @@ class Target:
         hopper: Whether the CUDA extension's kernels run there.
         results: Its name in the committed results of the benches, if it was measured.
         limited: Whether ``memory`` is a share of the device that the process may take.
+        here: Whether it is this machine's.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Target:
     hopper: bool = False
     results: str | None = None
     limited: bool = False
+    here: bool = False
 
     @property
     def kind(self) -> torch.device:
@@ -79,8 +81,8 @@ def find_target(name: str | None, configured: str) -> Target:
         raise UserError(f"device: {configured!r} is not supported; use auto, cpu, cuda or cuda:1")
     if configured == "cpu" or not torch.cuda.is_available():
         # a run that names a GPU is planned for the usual one
-        return _TARGETS[0] if configured in ("auto", "cpu") else _TARGETS[1]
+        return replace(_TARGETS[0], here=True) if configured in ("auto", "cpu") else _TARGETS[1]
     properties = torch.cuda.get_device_properties(None if configured == "auto" else configured)
     label = properties.name.replace(" ", "-")
     hopper = (properties.major, properties.minor) == (9, 0)
-    return Target(properties.name, properties.total_memory, hopper, label)
+    return Target(properties.name, properties.total_memory, hopper, label, here=True)

@@ -9,11 +9,11 @@ from tli_engine.distributed.gathered_blocks import bytes_to_come
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
-from tli_engine.train.plan import REPLAYED, RUN_AGAIN, Plan, make_plan, recomputation
+from tli_engine.train.plan import RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
 from tli_engine.train.plan_peak import CONTEXT, Step, fits
-from tli_engine.train.sft_distribute import check_distributed
+from tli_engine.train.sft_distribute import SHARDED_NOT_NF4, check_distributed
 
 # of a weight that is trained: itself, its gradient and AdamW's two moments, all fp32
 _SHARE = 16
@@ -37,13 +37,13 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
     mine = rank_config(run, gpus)
     if run.method == "full":
         return _with_counts(_fully_sharded(run, mine, model, target, gpus), run, model)
-    plan = make_plan(mine, model, target)
-    made = outline(mine, model, target)
+    plan = make_plan(mine, model, target, gpus)
+    made = outline(mine, model, target, gpus)
     parts = dict(plan.gpu_bytes or plan.host_bytes)
     parts["gradients_of_all"] = sum(t.nbytes for t in made.trained.values())
     if run.distributed.weights == "sharded":
         if not made.nf4:
-            raise UserError("distributed.weights: sharded is of NF4 weights; set quantize: nf4")
+            raise UserError(SHARDED_NOT_NF4)
         blocks = _block_bytes(made)
         parts["weights_nf4"] = -(-sum(blocks) // gpus)
         parts["gathered_blocks"] = sum(sorted(blocks)[-2:])
@@ -138,8 +138,8 @@ def _fully_sharded(
     run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int
 ) -> Plan:
     # downloads, disk, host and notes; the bytes of a GPU are counted anew
-    plan = make_plan(mine, model, target)
-    made = outline(mine, model, target)
+    plan = make_plan(mine, model, target, gpus)
+    made = outline(mine, model, target, gpus)
     found = full_bytes(made, gpus, run.distributed.offload)
     parts = found.on_gpu
     notes = [n for n in plan.notes if RUN_AGAIN not in n] + recomputation(made, found.step)
@@ -161,7 +161,7 @@ def _of_several(
     here = min(gpus, _OF_A_NODE)
     on_gpu = target.memory is not None
     of_one = host if on_gpu else {**host, **parts}
-    of_one_gpu = ("fits:", "does not fit:", "no step like", REPLAYED)
+    of_one_gpu = ("fits:", "does not fit:", "no step like")
     notes = [n for n in plan.notes if not n.startswith(of_one_gpu)]
     notes[0] += f", {gpus} of them"
     notes.append(

@@ -9,13 +9,20 @@ from torch import nn
 
 from tli_engine.config import RunConfig
 from tli_engine.errors import UserError
-from tli_engine.models.adapters import adapters, add_lora, gradient_passes
-from tli_engine.models.causal import CausalModel
+from tli_engine.models.adapters import adapter_parameters, adapters, add_lora, gradient_passes
+from tli_engine.models.causal import FULL_IN_NF4, CausalModel
 from tli_engine.models.device import choose_dtype
+from tli_engine.models.document_attention import choose_attention
 from tli_engine.models.early import EarlyModel
-from tli_engine.models.fused import check_fused
 from tli_engine.models.projection import NotFusedError
 from tli_engine.models.survey import Survey, model_without_memory
+from tli_engine.train.checks import (
+    check_alignment,
+    check_model,
+    check_run,
+    not_fused,
+    wants_fused,
+)
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.prepare import go_on_from
 
@@ -55,6 +62,7 @@ class Outline:
         nf4: Whether the blocks' linear layers are NF4.
         double_quant: Whether their absmax is in 8 bits.
         linear: Linear layers of the blocks, ``(rows, columns)`` by name.
+        gpus: That share the run.
     """
 
     run: RunConfig
@@ -66,6 +74,7 @@ class Outline:
     nf4: bool
     double_quant: bool
     linear: dict[str, tuple[int, int]]
+    gpus: int = 1
 
     @property
     def config(self) -> Any:
@@ -81,6 +90,15 @@ class Outline:
     def fused(self) -> bool:
         """Whether the engine's ops run the blocks."""
         return self.early.fused is not None
+
+    @property
+    def trained_parameters(self) -> int:
+        """Numbers that are trained; ``trained`` has zeros beside, where layers are joined."""
+        return (
+            adapter_parameters(self.early)
+            if self.causal is None
+            else self.causal.trained_parameters
+        )
 
     @property
     def on_gpu(self) -> bool:
@@ -143,20 +161,25 @@ def _block_of(name: str) -> int:
     return int(name.split(".")[1])
 
 
-def outline(run: RunConfig, model: Survey, target: Target) -> Outline:
+def outline(run: RunConfig, model: Survey, target: Target, gpus: int = 1) -> Outline:
     """Build a run's model without memory for its weights, and put on it what is trained.
 
+    Args:
+        run: The run, as one GPU sees it.
+        model: What it starts from.
+        target: Where it is planned to be.
+        gpus: That share it.
+
     Raises:
-        UserError: What the run asks for does not fit the model.
+        UserError: What training refuses before it reads articles and weights.
     """
+    check_run(run, target.kind, here=target.here)
+    check_model(run, model.name, model.config)
     config, aligns = model.config, run.objective == "align"
-    total = config.num_hidden_layers
-    depth = run.align.layer if aligns else total
-    if depth > total:
-        raise UserError(f"{model.name}: hidden_states[{depth}] does not exist; it has 0 … {total}")
+    depth = run.align.layer if aligns else config.num_hidden_layers
     nf4 = run.quantize == "nf4" or (run.quantize == "auto" and model.quantised is not None)
     if nf4 and run.method == "full":
-        raise UserError("method: full trains every weight, but this model's are stored in NF4")
+        raise UserError(FULL_IN_NF4)
     dtype = choose_dtype(run.dtype, target.kind)
     early = model_without_memory(config, depth).to(dtype)
     linear = {
@@ -171,12 +194,12 @@ def outline(run: RunConfig, model: Survey, target: Target) -> Outline:
         add_lora(early, run.lora, depth, run.seed)
     else:
         go_on_from(early, run, lambda line: None)
-    if _fuses(run, config, target):
-        early.fuse()
+    check_alignment(run, early)
+    _fuse(run, early, causal, target)
     trained = _trained_adapters(early) if causal is None else causal.trainable()
     stored = model.quantised or {}
     double = stored.get("bnb_4bit_use_double_quant", run.double_quant)
-    return Outline(run, target, early, causal, trained, dtype, nf4, bool(double), linear)
+    return Outline(run, target, early, causal, trained, dtype, nf4, bool(double), linear, gpus)
 
 
 def _head(config: Any, dtype: torch.dtype) -> nn.Parameter | None:
@@ -194,15 +217,18 @@ def _trained_adapters(early: EarlyModel) -> dict[str, nn.Parameter]:
     return {n: p for n, p in named if ".lora_" in n}
 
 
-def _fuses(run: RunConfig, config: Any, target: Target) -> bool:
-    """Whether the engine's ops are to run the blocks."""
-    engine = run.train.engine
-    if engine == "modules" or (engine == "auto" and target.kind.type == "cpu"):
-        return False
+def _fuse(run: RunConfig, early: EarlyModel, causal: CausalModel | None, target: Target) -> None:
+    """Put the blocks on the engine's ops as training would."""
+    if not wants_fused(run, target.kind):
+        return
+    weight: Any = early.decoder.embed_tokens.weight
+    block: Any = early.blocks[0]
+    wanted = run.sft.attention, target.kind, weight.dtype, block.self_attn.head_dim
+    attention = None if causal is None else choose_attention(*wanted, here=target.here)
     try:
-        check_fused(config)
+        early.fuse()
     except NotFusedError as reason:
-        if engine == "fused":
-            raise UserError(f"train.engine: fused cannot run this: {reason}") from None
-        return False
-    return True
+        not_fused(run, reason)
+        return
+    if causal is not None and attention is not None:
+        causal.attention = attention

@@ -1,7 +1,7 @@
 """When a training step holds the most memory, and what it is."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tli_engine.models.arrangement import (
     EVERYTHING,
@@ -14,7 +14,7 @@ from tli_engine.models.arrangement import (
 )
 from tli_engine.models.linear_cross_entropy import chunk_rows
 from tli_engine.models.recompute import UNPLANNED, with_gaps
-from tli_engine.train.pack_graphs import wants_graphs
+from tli_engine.train.pack_graphs import wants_graphs, why_not_captured
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.plan_outline import Outline
@@ -29,6 +29,10 @@ _WORKSPACES, _WORKSPACES_HOPPER = 2 * 8_519_680, 2 * 32 * 2**20
 _EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256
 # rows of the vocabulary whose gradient is computed at once
 _VOCABULARY_ROWS = 16384
+# two pairs compared with one another: cosine, logits either way and their masks, the mean over those that
+# are mismatched, which are listed by two numbers of 64 bits
+_OF_TWO_PAIRS = 36
+_EMBEDDINGS = "embed_tokens.weight"
 # elements to which tensors in one buffer are filled up
 _FLAT = 64
 
@@ -153,7 +157,7 @@ class Step:
             if not all(self._keeps(i)):
                 activations += self._blocks.run_again(i, self._keeps(i))
             gradients = every if earlier else gradients + self._gradient(i)
-            working = self._blocks.working() + self._workspaces
+            working = self._blocks.working(i) + self._workspaces
             if outline.causal is None:
                 # fused: they are made, then written to the buffer of all
                 gradients = (2 if outline.fused else 1) * every
@@ -235,10 +239,10 @@ class Step:
     @property
     def uses_graphs(self) -> bool:
         """Whether packs of texts are replayed from CUDA graphs."""
-        outline = self._outline
-        if outline.causal is None or not outline.on_gpu or not outline.fused:
+        outline, run = self._outline, self._outline.run
+        if outline.causal is None or not outline.on_gpu or not wants_graphs(run, outline.causal):
             return False
-        return outline.run.sft.attention != "sdpa" and wants_graphs(outline.run, outline.causal)
+        return why_not_captured(run, outline.causal, outline.gpus) is None
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""
@@ -263,11 +267,8 @@ class Step:
         to_come = master + reserve.states if self._to_come is None else self._to_come
         there = self._before + self._workspaces // 2 + to_come
         free = memory - context_of(outline.target) - int(UNPLANNED * memory)
-        working = self._blocks.working()
-        if not outline.fused:
-            working = max(sum(part.kept for part in parts) for parts in self._parts)
         loss = reserve.loss + self.tokens * reserve.loss_of_token
-        return with_gaps(free - there, working, loss)
+        return with_gaps(free - there, self._blocks.reserved(), loss)
 
 
 def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:
@@ -275,6 +276,31 @@ def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int
     rows = padded(tokens) if outline.fused else tokens
     most = outline.run.train.chunk_tokens
     return Step(outline, rows if most is None else min(rows, most), persistent, optimizer)
+
+
+def moments_of_pairs(outline: Outline, tokens: int, pairs: int) -> Iterator[Moment]:
+    """Those of joint training's pass over word pairs, whose blocks keep all.
+
+    It comes when the gradients of the texts are there, and adds to them.
+
+    Args:
+        outline: The run.
+        tokens: Of the pairs' words.
+        pairs: That are compared, each with each.
+    """
+    blocks = BlockMemory(replace(outline, causal=None), tokens)
+    full = outline.run.method == "full"
+    every = sum(t.nbytes for t in outline.trained.values())
+    numbers = range(outline.first_trained, outline.run.align.layer)
+    kept = [blocks.kept(i) + blocks.input * (full or i > numbers[0]) for i in numbers]
+    compared = blocks.input + _OF_TWO_PAIRS * pairs**2
+    yield Moment(every, sum(kept), compared)
+    for i in reversed(numbers):
+        own = sum(t.nbytes for n, t in outline.trained.items() if n.startswith(f"layers.{i}."))
+        yield Moment(every + own, sum(kept[: i + 1 - numbers[0]]), blocks.working(i))
+    if full:
+        # of all rows, whichever words there are
+        yield Moment(every + outline.trained[_EMBEDDINGS].nbytes, blocks.input, 0)
 
 
 def context_of(target: Target) -> int:

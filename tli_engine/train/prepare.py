@@ -12,15 +12,14 @@ from tli_engine.align.space import PairSpace, fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.check import leaks
 from tli_engine.data.splits import Split, read_run_pairs, tokenize_splits, tokens_of
-from tli_engine.errors import UserError
 from tli_engine.models.adapters import add_lora, add_transposed_copies
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
 from tli_engine.models.projection import NotFusedError
+from tli_engine.train.checks import check_model, check_run, not_fused, wants_fused
 from tli_engine.train.manifest import sha256
-from tli_engine.train.metrics import check_tensorboard
 from tli_engine.train.provenance import provenance
 
 
@@ -60,12 +59,12 @@ def prepare(
     Raises:
         UserError: Anything in the configuration, the pairs or the model that cannot work.
     """
-    if config.train.tensorboard:
-        check_tensorboard()
-    pairs = read_run_pairs(config.data)
     device = choose_device(config.device)
+    check_run(config, device)
+    pairs = read_run_pairs(config.data)
     dtype = choose_dtype(config.dtype, device)
     files = files or open_model(config.model)
+    check_model(config, files.name, files.config)
     splits = tokenize_splits(pairs, files.tokenizer, config.words)
     model = load_early(
         files,
@@ -101,24 +100,14 @@ def _adapt(
         add_lora(model, config.lora, config.align.layer, config.seed)
     else:
         record["lora_init_sha256"] = go_on_from(model, config, say)
-    if config.train.engine != "modules":
-        _fuse(model, config, say)
-    nbytes, copies = add_transposed_copies(model)
-    if copies:
-        say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
-
-
-def _fuse(model: EarlyModel, config: RunConfig, say: Callable[[str], None]) -> None:
-    """Put the blocks on the engine's ops if the run asks for it, or has a GPU and they can."""
-    if config.train.engine == "fused":
+    if wants_fused(config, model.device):
         try:
             model.fuse()
         except NotFusedError as reason:
-            raise UserError(f"train.engine: fused cannot run this: {reason}") from None
-    elif model.device.type == "cuda":
-        why_not = model.fuse_on_gpu()
-        if why_not is not None:
-            say(f"training through transformers' modules: {why_not}")
+            say(not_fused(config, reason))
+    nbytes, copies = add_transposed_copies(model)
+    if copies:
+        say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")
 
 
 def leak_warnings(splits: list[Split]) -> list[str]:

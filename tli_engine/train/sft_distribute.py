@@ -14,6 +14,10 @@ from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.recompute import Activations
 
+SHARDED_NOT_NF4 = (
+    "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
+)
+
 
 def check_distributed(config: RunConfig, world: World) -> None:
     """Refuse what several processes cannot do.
@@ -23,6 +27,11 @@ def check_distributed(config: RunConfig, world: World) -> None:
     """
     shared, train, sft = config.distributed, config.train, config.sft
     wrong = []
+    if train.in_backward and world.size > 1:
+        # adapters would be updated by their own rank's gradients, before these are summed
+        raise UserError(
+            "train.in_backward: gradients are summed over the GPUs first; set it to false, or take one GPU"
+        )
     if shared.weights == "sharded":
         wrong = [
             (config.method == "full", "method: full is sharded anyhow; leave it at replicated"),
@@ -37,7 +46,6 @@ def check_distributed(config: RunConfig, world: World) -> None:
         wrong = [
             (train.optimizer != "adamw", f"not train.optimizer: {train.optimizer}, but adamw"),
             (train.rounding != "master", "no train.rounding: stochastic; the shares are fp32"),
-            (train.in_backward, "no train.in_backward: gradients are summed over the GPUs first"),
             (config.objective == "joint", "no objective joint, which runs blocks on their own"),
         ]
         _refuse("method: full on several GPUs takes", wrong)
@@ -102,9 +110,7 @@ def shard_base(model: CausalModel, world: World) -> ShardedNF4:
     """
     blocks = nf4_blocks(model.early)
     if not all(blocks):
-        raise UserError(
-            "distributed.weights: sharded is of NF4 weights, and the model's are not; set quantize: nf4"
-        )
+        raise UserError(SHARDED_NOT_NF4)
     shards = ShardedNF4(blocks, world)
     model.fetch, model.fetched_nbytes = shards.fetch, shards.nbytes
     model.activations = Activations("recompute")

@@ -13,20 +13,24 @@ from tli_engine.data.packing import rows_of_epoch
 from tli_engine.data.splits import read_run_pairs, tokenize_splits
 from tli_engine.data.texts import Texts, read_texts
 from tli_engine.distributed.world import ALONE, World
-from tli_engine.errors import UserError
 from tli_engine.models.adapters import add_lora
 from tli_engine.models.causal import CausalModel, load_causal
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.projection import NotFusedError
 from tli_engine.models.recompute import Activations
-from tli_engine.train.metrics import check_tensorboard
+from tli_engine.train.checks import (
+    check_alignment,
+    check_model,
+    check_run,
+    not_fused,
+    wants_fused,
+)
 from tli_engine.train.prepare import fit_loss_space, go_on_from, leak_warnings
 from tli_engine.train.provenance import provenance
 from tli_engine.train.sft_distribute import check_distributed, loads_on_cpu
 from tli_engine.train.sft_loop import Validation
 from tli_engine.train.sft_step import Pairs
-from tli_engine.train.updates import optimizer_of
 
 # called with a title, a total, and what takes the numbers done
 Progress = Callable[[str, int], Any]
@@ -67,11 +71,9 @@ def prepare_sft(
     Raises:
         UserError: Anything in the configuration, the articles or the model that cannot work.
     """
-    if config.train.tensorboard:
-        check_tensorboard()
     device = choose_device(config.device)
     check_distributed(config, world)
-    optimizer_of(config.train, device)
+    check_run(config, device)
     texts = {split: read_texts(config.data, split) for split in ("train", "validation")}
     train = texts["train"]
     assert train is not None
@@ -80,7 +82,7 @@ def prepare_sft(
     chosen = {"device": str(device), "dtype": str(choose_dtype(config.dtype, device))[6:]}
     config = config.model_copy(update=chosen)
     files = open_model(config.model)
-    check_context(config, files.config)
+    check_model(config, files.name, files.config)
     stores = {split: _tokenise(t, files, config, progress) for split, t in texts.items() if t}
     model = load_whole(files, config, "cpu" if loads_on_cpu(config, world) else None)
     pairs, record, warnings = _pairs(config, files, model)
@@ -93,12 +95,6 @@ def prepare_sft(
     return SftPrepared(
         config, files, model, tensors, stores["train"], validation, pairs, record, warnings
     )
-
-
-def check_context(config: RunConfig, model: Any) -> None:
-    """Raise ``UserError`` if ``sft.context`` is more than the model of that configuration takes."""
-    if config.sft.context > (most := model.max_position_embeddings):
-        raise UserError(f"sft.context: {config.sft.context} is more than the model's {most} tokens")
 
 
 def load_whole(files: ModelFiles, config: RunConfig, device: str | None = None) -> CausalModel:
@@ -151,6 +147,7 @@ def _trained(
         add_lora(model.early, config.lora, model.early.depth, config.seed)
     else:
         record["lora_init_sha256"] = go_on_from(model.early, config, say)
+    check_alignment(config, model.early)
     fuse_for_texts(model, config, say, choose_device(config.device) if sharded else None)
     return model.trainable()
 
@@ -168,20 +165,15 @@ def fuse_for_texts(
     Raises:
         UserError: The run asks for what cannot run here.
     """
-    sft, engine = config.sft, config.train.engine
+    sft = config.sft
     most = config.train.batch_size * sft.context
     model.activations = Activations(sft.activations, largest=most)
-    computes_on = moves_to or model.early.device
-    if engine == "modules" or (engine == "auto" and computes_on.type != "cuda"):
-        if sft.attention not in ("auto", "sdpa"):
-            raise UserError(f"sft.attention: {sft.attention} needs train.engine: fused, on a GPU")
+    if not wants_fused(config, moves_to or model.early.device):
         return
     try:
         model.fuse(sft.attention, moves_to)
     except NotFusedError as reason:
-        if engine == "fused":
-            raise UserError(f"train.engine: fused cannot run this: {reason}") from None
-        say(f"training through transformers' modules: {reason}")
+        say(not_fused(config, reason))
 
 
 def validation_of(store: ExampleStore, config: RunConfig) -> Validation:

@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from tli_engine.train.plan_outline import Outline
 
 # hidden size, feed-forward size, blocks, query heads, key heads, vocabulary
@@ -10,6 +12,8 @@ _SHAPES = {
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
     "qwen2-72b": (8192, 29568, 80, 64, 8, 152064),
 }
+# blocks with adapters, and what the bench calls that
+_BLOCKS = {"0-2": "lora_early", "all": "lora_all"}
 _ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
@@ -21,8 +25,8 @@ class Measured:
         results: The device's name in ``bench/results``.
         model: A shape.
         case: ``step`` of ``tli_step.json``: hidden_states[2], adapters of rank 16 on q and v of blocks
-            0-1; ``lora_early`` of ``train_step.json``: of rank 16 on all projections of blocks 0-2, nothing
-            run again. Weights in NF4.
+            0-1; ``lora_early`` and ``lora_all`` of ``train_step.json``: of rank 16 on all projections of
+            blocks 0-2, or of all, nothing run again. Weights in NF4.
         tokens: Of a batch.
         numerics: Of the products.
         ms: Of a step, the median.
@@ -36,7 +40,7 @@ class Measured:
     ms: float
 
 
-_H100 = "NVIDIA-H100-80GB-HBM3"
+_H100, _H200 = "NVIDIA-H100-80GB-HBM3", "NVIDIA-H200"
 MEASURED = [
     Measured(_H100, "llama-3-8b", "step", 64, "exact", 0.66),
     Measured(_H100, "llama-3-8b", "step", 64, "fast", 0.61),
@@ -49,6 +53,19 @@ MEASURED = [
     Measured(_H100, "qwen2-72b", "step", 256, "exact", 4.68),
     Measured(_H100, "qwen2-72b", "step", 256, "fast", 4.23),
     Measured(_H100, "llama-3-8b", "lora_early", 8192, "exact", 460.58),
+    Measured(_H100, "llama-3-8b", "lora_all", 8192, "exact", 501.57),
+    Measured(_H200, "llama-3-8b", "step", 64, "exact", 0.63),
+    Measured(_H200, "llama-3-8b", "step", 64, "fast", 0.58),
+    Measured(_H200, "llama-3-8b", "step", 256, "exact", 1.58),
+    Measured(_H200, "llama-3-8b", "step", 256, "fast", 1.46),
+    Measured(_H200, "llama-3-8b", "step", 4125, "exact", 13.27),
+    Measured(_H200, "llama-3-8b", "step", 4125, "fast", 13.13),
+    Measured(_H200, "qwen2-72b", "step", 64, "exact", 1.65),
+    Measured(_H200, "qwen2-72b", "step", 64, "fast", 1.47),
+    Measured(_H200, "qwen2-72b", "step", 256, "exact", 4.57),
+    Measured(_H200, "qwen2-72b", "step", 256, "fast", 4.17),
+    Measured(_H200, "llama-3-8b", "lora_early", 8192, "exact", 453.46),
+    Measured(_H200, "llama-3-8b", "lora_all", 8192, "exact", 487.79),
 ]
 # share by which a batch may differ from the one measured
 _NEAR = 0.05
@@ -57,9 +74,7 @@ _NEAR = 0.05
 def measured_seconds(outline: Outline, tokens: int, recomputed: int) -> float | None:
     """Seconds of a step of this run, if one like it was measured: same shape, adapters and tokens."""
     run = outline.run
-    if not (outline.nf4 and outline.fused and run.method == "lora") or recomputed:
-        return None
-    if run.weight_residency != "nf4" or run.lora.r != 16 or run.train.accumulate > 1:
+    if recomputed or not _alike(outline):
         return None
     case = _case(outline)
     shape = _shape(outline.config)
@@ -74,15 +89,26 @@ def measured_seconds(outline: Outline, tokens: int, recomputed: int) -> float | 
     return None if found is None else found.ms / 1000
 
 
+def _alike(outline: Outline) -> bool:
+    """Whether all but shape, adapters' places and tokens is as it was measured."""
+    run, lora, train = outline.run, outline.run.lora, outline.run.train
+    weights = outline.nf4 and outline.fused and outline.dtype == torch.bfloat16
+    # an adapter that is gone on from may be of another rank, on other layers
+    adapters = run.method == "lora" and (lora.r, lora.dropout, lora.init) == (16, 0, None)
+    at_once = (train.accumulate, train.in_backward, train.chunk_tokens) == (1, False, None)
+    usual = (train.optimizer, train.cuda_graph, run.weight_residency) == ("adamw", "auto", "nf4")
+    return weights and adapters and at_once and usual and outline.gpus == 1
+
+
 def _case(outline: Outline) -> str | None:
     run = outline.run
     modules, layers = set(run.lora.modules), outline.run.lora.layers
     if run.objective == "align":
         alike = modules == {"q_proj", "v_proj"} and layers == "0-1" and outline.early.depth == 2
         return "step" if alike and run.align.space == "raw" else None
-    alike = modules == _ALL and layers == "0-2" and run.objective == "sft"
+    alike = modules == _ALL and run.objective == "sft" and run.sft.attention in ("auto", "varlen")
     # attention took rows of one length
-    return "lora_early" if alike and run.sft.context == 2048 else None
+    return _BLOCKS.get(layers) if alike and run.sft.context == 2048 else None
 
 
 def _shape(config: Any) -> tuple[int, ...]:

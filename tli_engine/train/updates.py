@@ -201,27 +201,41 @@ def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:
     return statistics | ({} if step.is_floating_point() else {"step": int(step)})
 
 
+def check_optimizer(train: TrainConfig, device: torch.device) -> None:
+    """Raise ``UserError`` if the optimizer does not run on that kind of device, or not with the rest."""
+    if train.optimizer != "adamw" and train.rounding == "stochastic":
+        raise UserError(
+            f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}"
+        )
+    if device.type != "cuda" and "paged" in train.optimizer:
+        raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw or adamw-8bit")
+
+
 def optimizer_of(train: TrainConfig, device: torch.device) -> Any:
     """What makes the optimizer of a run from parameter groups.
 
     Raises:
         UserError: It cannot run there, or is not installed.
     """
+    check_optimizer(train, device)
     if train.rounding == "stochastic" and train.optimizer == "adamw":
         return StochasticAdamW
     if train.optimizer == "adamw":
         return partial(torch.optim.AdamW, lr=0.0, fused=device.type == "cuda")
-    if train.rounding == "stochastic":
-        raise UserError(
-            f"train.rounding: stochastic goes with optimizer adamw, not {train.optimizer}"
-        )
-    if device.type != "cuda" and "paged" in train.optimizer:
-        raise UserError(f"train.optimizer: {train.optimizer} needs a GPU; use adamw or adamw-8bit")
+    return partial(bitsandbytes_optimizer(train.optimizer), lr=0.0)
+
+
+def bitsandbytes_optimizer(name: str) -> Any:
+    """The class of bitsandbytes behind ``train.optimizer``.
+
+    Raises:
+        UserError: It is not installed.
+    """
     try:
         from bitsandbytes import optim
     except ImportError:
         raise UserError(
-            f"train.optimizer: {train.optimizer} is bitsandbytes', which is not installed; pip install "
+            f"train.optimizer: {name} is bitsandbytes', which is not installed; pip install "
             f"'tli-engine[bitsandbytes]'"
         ) from None
-    return partial(getattr(optim, _BITSANDBYTES[train.optimizer]), lr=0.0)
+    return getattr(optim, _BITSANDBYTES[name])
