@@ -178,7 +178,7 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     else:
         run_block = run_step if settings.graphs is None else settings.graphs.runner(call)
         run = LazyRun(call, *note_steps(call), run_block)
-        read = run.hidden_state
+        read = run.read
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth
     use_cache = arguments.get("use_cache")

@@ -131,6 +131,9 @@ def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
 class LazyRun:
     """A call, computed up to the last hidden state that was read.
 
+    A caller may write to what it reads. What goes on from there then reads a copy, and not the caller the copy:
+    gradients of a loss above are asked for by the tensor that the caller has.
+
     Args:
         call: The call.
         steps: Its blocks.
@@ -138,7 +141,8 @@ class LazyRun:
         run: Runs one block.
 
     Attributes:
-        states: Hidden states that are held, by number; the last computed is always among them.
+        states: Hidden states that are held, by number; the last computed is always among them. Those that
+            callers hold may have been written to since.
         reached: Its number.
     """
 
@@ -158,8 +162,21 @@ class LazyRun:
         """Number of blocks; the last hidden state's number."""
         return len(self._steps)
 
+    def read(self, k: int) -> Tensor:
+        """Return ``hidden_states[k]``, ``[B, T, D]``, for a caller who may write to it."""
+        state = self.hidden_state(k)
+        if state is self._hidden and self._goes_on_from(k):
+            with self._call.state.gradients():
+                self._hidden = state.clone()
+        return state
+
+    def _goes_on_from(self, k: int) -> bool:
+        """Whether something is computed of ``hidden_states[k]`` that may still be asked for."""
+        call = self._call
+        return k != call.stop_at and (k < self.depth or call.owner is not call.decoder)
+
     def hidden_state(self, k: int) -> Tensor:
-        """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes."""
+        """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes; not to be written to."""
         stop_at = self._call.stop_at
         if stop_at is not None and k > stop_at:
             raise UserError(
@@ -178,9 +195,12 @@ class LazyRun:
 
     def finish(self) -> Any:
         """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
-        last = self.hidden_state(self.depth)
+        self.hidden_state(self.depth)
         ran = SimpleNamespace(
-            last_hidden_state=last, past_key_values=None, hidden_states=None, attentions=None
+            last_hidden_state=self._hidden,
+            past_key_values=None,
+            hidden_states=None,
+            attentions=None,
         )
         call = self._call
         if call.owner is call.decoder:
@@ -201,8 +221,8 @@ class LazyRun:
 
     def _advance(self) -> None:
         self._call.counts["blocks"] += 1
-        self._hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
+        hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
         self.reached += 1
         # transformers gives the last one after the norm
-        last = self.reached == self.depth
-        self.states[self.reached] = self._call.decoder.norm(self._hidden) if last else self._hidden
+        self._hidden = self._call.decoder.norm(hidden) if self.reached == self.depth else hidden
+        self.states[self.reached] = self._hidden
