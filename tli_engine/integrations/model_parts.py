@@ -138,7 +138,9 @@ def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
     active = tuple(active) if isinstance(active, list) else active
     scaling = layer.get("scaling")
     scaling = tuple(scaling.items()) if isinstance(scaling, dict) else None
-    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"]), scaling
+    # not all that adapts merges: what PEFT trains as a whole does not
+    merged = tuple(layer.get("merged_adapters", ()))
+    return layer["_disable_adapters"], active, merged, scaling
 
 
 def _captures(hook: Any) -> bool:
