@@ -4,6 +4,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, wraps
 from typing import Any
 
@@ -28,6 +29,11 @@ _FAMILIES = {
     "gemma3_text": "gemma3",
 }
 _SETTINGS = "_tli_engine_lazy"
+# before a reason among a model's counts, which count the calls that it kept from being lazy
+AT_ONCE = "at once: "
+# the decoder of a model whose call is not lazy, and whose decoder's therefore is not
+_at_once: ContextVar[Any] = ContextVar("at_once", default=None)
+_REPLACED = "its forward was replaced by another library"
 
 
 class LazySettings:
@@ -38,7 +44,8 @@ class LazySettings:
         memo: Holds the hidden states of words, if it is to.
         graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
-            calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
+            calls ran, and those that they would have run, ``of_blocks``; ``at once: …``, calls for hidden
+            states that were not lazy, and why; ``replayed``, blocks of
             training steps from graphs; ``launched: …``, those that were not, and why; ``recordings``
             that were made for them. Of the host's nanoseconds ``call_ns`` went by in lazy calls,
             ``read_ns`` in reading what they put off, of those ``first_read_ns`` in the first and
@@ -109,11 +116,15 @@ def decoder_of(module: Any, theirs: type) -> Any:
     if theirs.__module__ != f"transformers.models.{family}.modeling_{family}":
         return f"{theirs.__name__} is not transformers' own class"
     if "forward" in module.__dict__:
-        return "its forward was replaced by another library"
-    decoder = getattr(module, "model", None) if hasattr(module, "lm_head") else module
+        return _REPLACED
+    decoder = _decoder_in(module)
     if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm")):
         return f"{theirs.__name__} is neither a decoder nor a causal LM"
     return decoder
+
+
+def _decoder_in(module: Any) -> Any:
+    return getattr(module, "model", None) if hasattr(module, "lm_head") else module
 
 
 @cache
@@ -122,10 +133,16 @@ def _lazy_class(theirs: Any) -> Any:
 
     @wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_compiling() or _at_once.get() is self:
             return theirs.forward(self, *args, **kwargs)
         output = _call(self, theirs, dict(zip(names, args, strict=False)) | kwargs)
-        return theirs.forward(self, *args, **kwargs) if output is None else output
+        if output is not None:
+            return output
+        token = _at_once.set(_decoder_in(self))
+        try:
+            return theirs.forward(self, *args, **kwargs)
+        finally:
+            _at_once.reset(token)
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {n: v for n, v in self.__dict__.items() if not n.startswith("_tli_engine_")}
@@ -157,15 +174,9 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     settings: LazySettings = model.__dict__[_SETTINGS]
     counts = settings.counts
     counts["calls"] += 1
-    decoder, parts = decoder_of(model, theirs), None
-    if _asks_for_states(model.config, arguments):
-        parts = settings.parts_of(model, decoder)
-    if parts is None or parts.has_hooks() or _global_hooks():
-        if settings.stop_at is not None:
-            raise UserError(
-                f"the model stops at hidden_states[{settings.stop_at}] (stop_at), so it is called "
-                f"with output_hidden_states=True, without a cache or hooks, and gives no more"
-            )
+    decoder = _decoder_in(model)
+    parts = _parts_if_lazy(model, decoder, settings, arguments)
+    if parts is None:
         return None
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
@@ -187,6 +198,34 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     output = lazy_output(_output_class(theirs), run, read, labels=labels, cached=bool(cached))
     counts["call_ns"] += time.perf_counter_ns() - start
     return output
+
+
+def _parts_if_lazy(
+    model: Any, decoder: Any, settings: LazySettings, arguments: Mapping[str, Any]
+) -> ModelParts | None:
+    """The model's modules if a call can be put off; else why not is counted.
+
+    Raises:
+        UserError: It cannot, and the model has a ``stop_at``.
+    """
+    parts, reason = None, ""
+    if _asks_for_states(model.config, arguments):
+        # what another library wraps around a call may look at all that it returns
+        if "forward" in model.__dict__ or "forward" in decoder.__dict__:
+            reason = _REPLACED
+        else:
+            parts = settings.parts_of(model, decoder)
+            reason = "all modules have hooks" if _global_hooks() else parts.why_at_once() or ""
+        if not reason:
+            return parts
+        settings.counts[f"{AT_ONCE}{reason}"] += 1
+    if settings.stop_at is not None:
+        raise UserError(
+            f"the model stops at hidden_states[{settings.stop_at}] (stop_at), so it is called "
+            f"with output_hidden_states=True, without a cache or hooks, and gives no more"
+            + (f"; {reason}" if reason else "")
+        )
+    return None
 
 
 def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
