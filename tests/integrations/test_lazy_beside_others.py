@@ -172,6 +172,22 @@ def test_compiled_modules(
     assert reasons(model) == []
 
 
+@pytest.mark.parametrize("wraps", [False, True], ids=["in place", "wrapped"])
+def test_a_decoder_that_is_compiled_is_run_whole(
+    load: Load, tokens: dict[str, Tensor], wraps: bool
+) -> None:
+    model = load(nf4=False)
+    expected = model(**tokens, output_hidden_states=True)
+    accelerate(model)
+    if wraps:
+        model.model = torch.compile(model.model, backend="eager")
+    else:
+        model.model.compile(backend="eager")
+    actual = model(**tokens, output_hidden_states=True)
+    assert_equal(read(actual), read(expected))
+    assert len(reasons(model)) == 1
+
+
 def test_a_scripted_module_is_run_as_ever(load: Load, tokens: dict[str, Tensor]) -> None:
     model = load(nf4=False)
     expected = model(**tokens, output_hidden_states=True)

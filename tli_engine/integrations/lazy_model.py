@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
+from threading import RLock
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +42,7 @@ class LazySettings:
 
     Attributes:
         stop_at: The last hidden state that may be read, or None.
+        lock: Whoever holds it works for a lazy call; of a causal LM its decoder's counts.
         memo: Holds the hidden states of words, if it is to.
         graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
@@ -57,7 +59,17 @@ class LazySettings:
         self.memo: Memo | None = None
         self.graphs: TrainingGraphs | None = None
         self.counts: Counter[str] = Counter()
+        # a call may be made inside another one
+        self.lock = RLock()
         self._parts: ModelParts | None = None
+
+    def check_limit(self, reason: str = "") -> None:
+        """Raise ``UserError`` for a call that cannot be lazy, and so does not stop, if it has to."""
+        if self.stop_at is not None:
+            raise UserError(
+                f"the model stops at hidden_states[{self.stop_at}] (stop_at), so it is called "
+                f"with output_hidden_states=True, without a cache or hooks, and gives no more{reason}"
+            )
 
     def parts_of(self, model: Any, decoder: Any) -> ModelParts:
         """The model's modules, found anew when some were exchanged."""
@@ -170,19 +182,32 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     if "layers" in model.__dict__:
         # a run begins: stand-ins are there for the blocks
         return None
-    start = time.perf_counter_ns()
     settings: LazySettings = model.__dict__[_SETTINGS]
-    counts = settings.counts
-    counts["calls"] += 1
+    settings.counts["calls"] += 1
+    if not _asks_for_states(model.config, arguments):
+        settings.check_limit()
+        return None
     decoder = _decoder_in(model)
-    parts = _parts_if_lazy(model, decoder, settings, arguments)
-    if parts is None:
+    # a causal LM's calls and those of its decoder run the same blocks
+    with (settings_of(decoder) or settings).lock:
+        return _call_alone(model, theirs, decoder, settings, arguments)
+
+
+def _call_alone(
+    model: Any, theirs: Any, decoder: Any, settings: LazySettings, arguments: dict[str, Any]
+) -> Any:
+    start = time.perf_counter_ns()
+    counts = settings.counts
+    parts = settings.parts_of(model, decoder)
+    reason = _why_at_once(model, decoder, parts)
+    if reason:
+        counts[f"{AT_ONCE}{reason}"] += 1
+        settings.check_limit(f"; {reason}")
         return None
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
-
-    forward = theirs.forward.__get__(model)
-    call = Call(forward, decoder, model, arguments, state, settings.stop_at, counts)
+    lock = (settings_of(decoder) or settings).lock
+    call = Call(theirs.forward, decoder, model, arguments, state, settings.stop_at, counts, lock)
     found = None if settings.memo is None else settings.memo.find(call)
     if found:
         run, read = found
@@ -190,42 +215,30 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
         run_block = run_step if settings.graphs is None else settings.graphs.runner(call)
         run = LazyRun(call, *note_steps(call), run_block)
         read = run.read
+
+    def read_alone(k: int) -> Tensor:
+        with lock:
+            return read(k)
+
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth
     use_cache = arguments.get("use_cache")
     cached = model.config.use_cache if use_cache is None else use_cache
     labels = arguments.get("labels") is not None
-    output = lazy_output(_output_class(theirs), run, read, labels=labels, cached=bool(cached))
+    output_class = _output_class(theirs)
+    output = lazy_output(output_class, run, read_alone, labels=labels, cached=bool(cached))
     counts["call_ns"] += time.perf_counter_ns() - start
     return output
 
 
-def _parts_if_lazy(
-    model: Any, decoder: Any, settings: LazySettings, arguments: Mapping[str, Any]
-) -> ModelParts | None:
-    """The model's modules if a call can be put off; else why not is counted.
-
-    Raises:
-        UserError: It cannot, and the model has a ``stop_at``.
-    """
-    parts, reason = None, ""
-    if _asks_for_states(model.config, arguments):
-        # what another library wraps around a call may look at all that it returns
-        if "forward" in model.__dict__ or "forward" in decoder.__dict__:
-            reason = _REPLACED
-        else:
-            parts = settings.parts_of(model, decoder)
-            reason = "all modules have hooks" if _global_hooks() else parts.why_at_once() or ""
-        if not reason:
-            return parts
-        settings.counts[f"{AT_ONCE}{reason}"] += 1
-    if settings.stop_at is not None:
-        raise UserError(
-            f"the model stops at hidden_states[{settings.stop_at}] (stop_at), so it is called "
-            f"with output_hidden_states=True, without a cache or hooks, and gives no more"
-            + (f"; {reason}" if reason else "")
-        )
-    return None
+def _why_at_once(model: Any, decoder: Any, parts: ModelParts) -> str | None:
+    """Why a call for hidden states cannot be put off, if there is a reason."""
+    # what another library wraps around a call may look at all that it returns
+    if "forward" in model.__dict__ or "forward" in decoder.__dict__:
+        return _REPLACED
+    if decoder.__dict__.get("_compiled_call_impl") is not None:
+        return "its decoder is compiled as a whole"
+    return "all modules have hooks" if _global_hooks() else parts.why_at_once()
 
 
 def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:

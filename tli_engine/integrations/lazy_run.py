@@ -8,8 +8,8 @@ gave. Nothing of a family's code is repeated here.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +27,14 @@ class Call:
     """A call of a model.
 
     Attributes:
-        forward: The model's own ``forward``, bound.
+        forward: The model's own ``forward``, not bound.
         decoder: The module that holds ``layers`` and ``norm``.
         owner: The model whose ``forward`` it is; the decoder itself, or a causal LM over it.
         arguments: By name.
         state: When it was made.
         stop_at: The last hidden state that may be read; None: all.
         counts: Of blocks that ran, and the like.
+        lock: Of the decoder: one thread at a time works for its calls.
     """
 
     forward: Callable[..., Any]
@@ -43,10 +44,11 @@ class Call:
     state: CallState
     stop_at: int | None
     counts: Counter[str]
+    lock: AbstractContextManager[Any]
 
-    def run(self, **changes: Any) -> Any:
-        """Return what ``forward`` does with other values of some arguments."""
-        return self.forward(**{**self.arguments, **changes})
+    def run(self, model: Any, **changes: Any) -> Any:
+        """Return what ``forward`` does on a model with other values of some arguments."""
+        return self.forward(model, **{**self.arguments, **changes})
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,14 @@ def _stop(*args: Any, **kwargs: Any) -> None:
     raise _NormReachedError
 
 
-@contextmanager
-def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes stand before a module's own for a while."""
-    module.__dict__.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del module.__dict__[name]
+def _standing_in(module: nn.Module, **attributes: Any) -> Any:
+    """A module that holds what another holds, but for some attributes.
+
+    The other stays as it is: a second thread may be inside.
+    """
+    other: Any = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, **attributes)
+    return other
 
 
 def note_steps(call: Call) -> tuple[list[Step], Tensor]:
@@ -112,11 +113,13 @@ def note_steps(call: Call) -> tuple[list[Step], Tensor]:
     steps: list[Step] = []
     embedded: list[Tensor] = []
     layers = [_Noted(block, steps, embedded) for block in call.decoder.layers]
-    with _shadowed(call.decoder, layers=layers, norm=_stop):
-        try:
-            call.run(**_NO_MORE)
-        except _NormReachedError:
-            return steps, embedded[0]
+    model = _standing_in(call.decoder, layers=layers, norm=_stop)
+    if call.owner is not call.decoder:
+        model = _standing_in(call.owner, model=model)
+    try:
+        call.run(model, **_NO_MORE)
+    except _NormReachedError:
+        return steps, embedded[0]
     raise AssertionError("forward did not reach the norm")
 
 
@@ -194,19 +197,19 @@ class LazyRun:
         return self.states[k]
 
     def finish(self) -> Any:
-        """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
-        self.hidden_state(self.depth)
-        ran = SimpleNamespace(
-            last_hidden_state=self._hidden,
-            past_key_values=None,
-            hidden_states=None,
-            attentions=None,
-        )
+        """Return a causal LM's output but for hidden states and cache: logits and the loss."""
         call = self._call
-        if call.owner is call.decoder:
-            return ran
-        with call.state.again("logits"), _shadowed(call.owner, model=lambda *a, **k: ran):
-            return call.run(**_NO_MORE)
+        with call.lock:
+            self.hidden_state(self.depth)
+            ran = SimpleNamespace(
+                last_hidden_state=self._hidden,
+                past_key_values=None,
+                hidden_states=None,
+                attentions=None,
+            )
+            with call.state.again("logits"):
+                model = _standing_in(call.owner, model=lambda *args, **kwargs: ran)
+                return call.run(model, **_NO_MORE)
 
     def run_eagerly(self, **changes: Any) -> Any:
         """Return the output of the model's own ``forward``, all of it, as at the call."""
@@ -216,8 +219,8 @@ class LazyRun:
                 f"this reads more than hidden_states[{stop_at}], at which the model was "
                 f"told to stop (stop_at={stop_at})"
             )
-        with self._call.state.again("the output"):
-            return self._call.run(**changes)
+        with self._call.lock, self._call.state.again("the output"):
+            return self._call.run(self._call.owner, **changes)
 
     def _advance(self) -> None:
         self._call.counts["blocks"] += 1
