@@ -85,9 +85,9 @@ def settings_of(model: nn.Module) -> LazySettings | None:
 
 
 def make_lazy(
-    name: str, module: Any, stop_at: int | None, lazy: list[str], eager: dict[str, str]
+    name: str, module: Any, stop_at: int | None, lazy: dict[str, int | None], eager: dict[str, str]
 ) -> None:
-    """Make a module lazy if it is a decoder or a causal LM, and note it, or why it is not.
+    """Make a module lazy if it is a decoder or a causal LM, and note it with its limit, or why it is not.
 
     Raises:
         UserError: ``stop_at`` is no hidden state of it.
@@ -109,7 +109,7 @@ def make_lazy(
         module.__dict__[_SETTINGS].stop_at = stop_at
     # a decoder inside a causal LM goes without saying
     if not any(outer == "" or name.startswith(f"{outer}.") for outer in lazy):
-        lazy.append(name)
+        lazy[name] = module.__dict__[_SETTINGS].stop_at
 
 
 def _is_model(module: nn.Module) -> bool:
