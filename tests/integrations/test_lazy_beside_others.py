@@ -200,6 +200,23 @@ def test_a_scripted_module_is_run_as_ever(load: Load, tokens: dict[str, Tensor])
     assert reasons(model) == ["it holds a module of torch.jit"]
 
 
+@pytest.mark.parametrize("first", ["hook", "call"])
+def test_hooks_run_in_the_order_of_an_eager_model(
+    load: Load, tokens: dict[str, Tensor], first: str
+) -> None:
+    """Those that capture hidden states come with the first call for them."""
+    found = []
+    for ours in (False, True):
+        model = load(nf4=False)
+        if ours:
+            accelerate(model)
+        if first == "call":
+            model(**tokens, output_hidden_states=True)
+        model.model.layers[0].register_forward_hook(lambda module, args, out: 2 * out)
+        found.append(read(model(**tokens, output_hidden_states=True)))
+    assert_equal(*found)
+
+
 SCRIPT = """
 import sys, torch
 from transformers import AutoModelForCausalLM

@@ -3,9 +3,10 @@
 import inspect
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from functools import cache, wraps
+from importlib.util import find_spec
 from threading import RLock
 from typing import Any
 
@@ -204,6 +205,7 @@ def _call_alone(
         counts[f"{AT_ONCE}{reason}"] += 1
         settings.check_limit(f"; {reason}")
         return None
+    _put_capturing_hooks()(decoder)
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
     lock = (settings_of(decoder) or settings).lock
@@ -229,6 +231,22 @@ def _call_alone(
     output = lazy_output(output_class, run, read_alone, labels=labels, cached=bool(cached))
     counts["call_ns"] += time.perf_counter_ns() - start
     return output
+
+
+@cache
+def _put_capturing_hooks() -> Callable[[Any], None]:
+    """What puts transformers' hooks on a decoder's blocks, as its own first call for hidden states does.
+
+    So hooks that come later run after them, and calls that have to be computed at once by then give the
+    states from before those hooks, as ever.
+    """
+    if not find_spec("transformers.utils.output_capturing"):
+        # transformers 4 captures without hooks
+        return lambda decoder: None
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    put: Callable[[Any], None] = maybe_install_capturing_hooks
+    return put
 
 
 def _why_at_once(model: Any, decoder: Any, parts: ModelParts) -> str | None:
