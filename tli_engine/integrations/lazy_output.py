@@ -120,10 +120,13 @@ class LazyOutput:
         return object.__getattribute__(self, "__dict__").get(name, ())
 
     def _settle(self, name: str) -> None:
-        pending, unread = self._noted(_PENDING), self._noted(_UNREAD)
-        if name not in pending:
+        pending: Any = self._noted(_PENDING) or {}
+        unread = self._noted(_UNREAD)
+        # another thread may have been here
+        compute = pending.get(name)
+        if compute is None:
             return
-        value = pending[name]()
+        value = compute()
         if name not in pending:
             # set by who computed it, or by another thread
             return
