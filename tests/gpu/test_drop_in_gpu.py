@@ -110,6 +110,18 @@ def test_lazy_states_are_the_eager_ones(load: Load, tokens: dict[str, Tensor]) -
     assert torch.equal(lazy.logits, eager.logits)
 
 
+@torch.no_grad()
+def test_states_may_be_written_to(load: Load, tokens: dict[str, Tensor]) -> None:
+    model = load()
+    accelerate(model)
+    eager = model(**tokens, output_hidden_states=True, use_cache=True)
+    lazy = model(**tokens, output_hidden_states=True)
+    for k, theirs in enumerate(eager.hidden_states):
+        assert torch.equal(lazy.hidden_states[k], theirs)
+        lazy.hidden_states[k].zero_()
+    assert torch.equal(lazy.logits, eager.logits)
+
+
 def test_early_states_need_no_memory_for_the_rest(load: Load, tokens: dict[str, Tensor]) -> None:
     model = load()
     accelerate(model)

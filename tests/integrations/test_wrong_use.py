@@ -119,6 +119,36 @@ def test_an_offloaded_model_is_refused(load: Load, tokens: dict[str, Tensor]) ->
         accelerate(model)
 
 
+@pytest.mark.parametrize("stop_at", ["2", 2.0, True])
+def test_stop_at_is_a_whole_number(load: Load, stop_at: Any) -> None:
+    model = load(nf4=False)
+    with pytest.raises(UserError, match=f"number of a hidden state, such as 2; got {stop_at!r}"):
+        accelerate(model, stop_at=stop_at)
+    with pytest.raises(UserError, match="not accelerated"):
+        restore(model)
+
+
+def test_a_limit_holds_and_is_said(load: Load, tokens: dict[str, Tensor]) -> None:
+    model = load()
+    limit = "lazy hidden states: the model, none above hidden_states[2] (stop_at, until restored)"
+    assert limit in str(accelerate(model, stop_at=2))
+    # as adapters that come later are taken in
+    summary = accelerate(model)
+    assert limit in str(summary)
+    assert summary.limits == {"": 2}
+    assert len(summary.replaced) == 14
+    assert set(summary.kept.values()) == {"above stop_at=2"}
+    out = model(**tokens, output_hidden_states=True)
+    with pytest.raises(UserError, match=r"hidden_states\[3\] lies above stop_at=2"):
+        out.hidden_states[3]
+    assert accelerate(model, stop_at=3).limits == {"": 3}
+    restore(model)
+    summary = accelerate(model)
+    assert summary.limits == {}
+    assert "lazy hidden states: the model\n" in f"{summary}\n"
+    assert model(**tokens, output_hidden_states=True).hidden_states[3].shape == (3, 7, 64)
+
+
 def test_stop_at_leaves_the_blocks_above(load: Load) -> None:
     model = adapt(load())
     summary = accelerate(model, stop_at=2)

@@ -4,6 +4,7 @@ from collections import Counter
 from pathlib import Path
 
 from tli_engine.cli.console import plain_table, say
+from tli_engine.integrations.lazy_model import AT_ONCE
 from tli_engine.integrations.script import ScriptRun, run_script
 from tli_engine.integrations.training_graphs import LAUNCHED
 
@@ -15,6 +16,11 @@ _COLUMNS = {
     "blocks": "blocks run",
     "of_blocks": "of",
     "replayed": "replayed",
+}
+# what is counted by a reason, and what it is called
+_REASONS = {
+    AT_ONCE: "calls computed at once",
+    LAUNCHED: "blocks trained without graphs",
 }
 
 
@@ -43,10 +49,11 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
     for name, counts in ran.counts:
         if counts["lazy"]:
             say(f"tli-engine: {name}: {_host_seconds(counts)}")
-        for key, blocks in counts.items():
-            if key.startswith(LAUNCHED):
-                reason = key.removeprefix(LAUNCHED)
-                say(f"tli-engine: {name}: blocks trained without graphs: {blocks:,} x: {reason}")
+        for key, count in counts.items():
+            for prefix, what in _REASONS.items():
+                if key.startswith(prefix):
+                    reason = key.removeprefix(prefix)
+                    say(f"tli-engine: {name}: {what}: {count:,} x: {reason}")
 
 
 def _host_seconds(counts: Counter[str]) -> str:

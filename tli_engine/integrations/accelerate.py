@@ -9,7 +9,7 @@ from torch import nn
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.frozen_weight import NotReplacedError
-from tli_engine.integrations.lazy_model import make_lazy
+from tli_engine.integrations.lazy_model import make_lazy, settings_of
 from tli_engine.integrations.replace import (
     Kind,
     check_model,
@@ -29,6 +29,8 @@ class Summary:
         kept: Why a layer that looks like one of those was left as it is, by its name.
         lazy: Models whose hidden states are computed as they are read, by their names.
         eager: Why a model's are not, by its name.
+        limits: The last hidden state that may be read of those of :attr:`lazy` that have a limit, by name;
+            it holds until :func:`restore`, or another ``stop_at``.
         repacked_nbytes: Memory held beside the model's own weights.
     """
 
@@ -36,6 +38,7 @@ class Summary:
     kept: dict[str, str] = field(default_factory=dict)
     lazy: list[str] = field(default_factory=list)
     eager: dict[str, str] = field(default_factory=dict)
+    limits: dict[str, int] = field(default_factory=dict)
     repacked_nbytes: int = 0
 
     def __str__(self) -> str:
@@ -43,7 +46,7 @@ class Summary:
         lines = [f"accelerated: {', '.join(lines) or 'no layer'}"]
         if self.repacked_nbytes:
             lines.append(f"repacked for the kernels: {self.repacked_nbytes / 2**20:,.0f} MiB")
-        lines += [f"lazy hidden states: {name or 'the model'}" for name in self.lazy]
+        lines += [f"lazy hidden states: {n or 'the model'}{self._limit(n)}" for n in self.lazy]
         lines += [
             f"hidden states as before: {n or 'the model'}: {r}" for n, r in self.eager.items()
         ]
@@ -51,6 +54,11 @@ class Summary:
         first = {reason: name for name, reason in reversed(self.kept.items())}
         lines += [f"left as they are: {n} x: {r} ({first[r]} …)" for r, n in reasons.items()]
         return "\n".join(lines)
+
+    def _limit(self, name: str) -> str:
+        if name not in self.limits:
+            return ""
+        return f", none above hidden_states[{self.limits[name]}] (stop_at, until restored)"
 
 
 def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
@@ -63,29 +71,35 @@ def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
     Args:
         model: A causal LM or a decoder, wrapped by PEFT or not, its weights loaded.
         stop_at: No more than ``hidden_states[stop_at]`` will be read: blocks above keep their
-            layers and never run, and reading more, logits included, is an error. None: all.
+            layers and never run, and reading more, logits included, is an error. None: all, or as far as
+            an earlier call said.
 
     Returns:
         What was replaced, and what was not, and why.
 
     Raises:
-        UserError: Not a model, weights on the meta device, offloaded by hooks, or a ``stop_at``
-            that the model does not have or cannot keep to.
+        UserError: Not a model, weights on the meta device, offloaded by hooks, or a ``stop_at`` that is no
+            whole number, or one that the model does not have or cannot keep to.
     """
     check_model(model)
-    summary = Summary()
+    if stop_at is not None and type(stop_at) is not int:
+        raise UserError(f"stop_at is the number of a hidden state, such as 2; got {stop_at!r}")
+    summary, limits = Summary(), dict[str, int | None]()
     for name, module in model.named_modules():
-        make_lazy(name, module, stop_at, summary.lazy, summary.eager)
+        make_lazy(name, module, stop_at, limits, summary.eager)
+    summary.lazy = list(limits)
+    summary.limits = {name: limit for name, limit in limits.items() if limit is not None}
     if stop_at is not None and not summary.lazy:
         reasons = "; ".join(summary.eager.values()) or "it holds no decoder of transformers"
         raise UserError(
             f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {reasons}"
         )
-    above = _blocks_above(model, stop_at)
+    above = _blocks_above(model)
     for kind in kinds():
         for name, layer in _candidates(model, kind):
-            if any(name.startswith(prefix) for prefix in above):
-                summary.kept[name] = f"above stop_at={stop_at}"
+            limit = next((k for prefix, k in above.items() if name.startswith(prefix)), None)
+            if limit is not None:
+                summary.kept[name] = f"above stop_at={limit}"
             else:
                 _take(layer, name, kind, summary)
     summary.repacked_nbytes = sum(
@@ -127,14 +141,13 @@ def _take(layer: nn.Module, name: str, kind: Kind, summary: Summary) -> None:
     summary.replaced[name] = kind.name
 
 
-def _blocks_above(model: nn.Module, stop_at: int | None) -> list[str]:
-    """Names of the blocks that ``hidden_states[stop_at]`` does not need, each with a dot."""
-    if stop_at is None:
-        return []
-    found = []
+def _blocks_above(model: nn.Module) -> dict[str, int]:
+    """Names of the blocks that lazy models never run, each with a dot, and their model's limit."""
+    found: dict[str, int] = {}
     for name, module in model.named_modules():
-        layers = getattr(module, "layers", None)
-        if original_class(module) is not None and isinstance(layers, nn.ModuleList):
+        settings, layers = settings_of(module), getattr(module, "layers", None)
+        limit = None if settings is None else settings.stop_at
+        if limit is not None and isinstance(layers, nn.ModuleList):
             prefix = f"{name}.layers." if name else "layers."
-            found += [f"{prefix}{i}." for i in range(stop_at, len(layers))]
+            found |= {f"{prefix}{i}.": limit for i in range(limit, len(layers))}
     return found

@@ -53,6 +53,15 @@ class CallState:
         return same and self._versions[0] == other._versions[0]
 
     @contextmanager
+    def gradients(self) -> Iterator[None]:
+        """Compute with or without gradients, as the call did."""
+        with ExitStack() as modes:
+            if torch.is_inference_mode_enabled() != self._inference:
+                modes.enter_context(torch.inference_mode(self._inference))
+            modes.enter_context(torch.set_grad_enabled(self.grad))
+            yield
+
+    @contextmanager
     def again(self, what: str, k: int | None = None) -> Iterator[None]:
         """Run what was put off as it would have run at the call.
 
@@ -74,18 +83,13 @@ class CallState:
         if changes_adapters:
             parts.set_adapters(self.adapters)
         try:
-            with ExitStack() as modes:
-                if torch.is_inference_mode_enabled() != self._inference:
-                    modes.enter_context(torch.inference_mode(self._inference))
-                modes.enter_context(torch.set_grad_enabled(self.grad))
-                modes.enter_context(
-                    torch.autocast(
-                        self._device,
-                        dtype=self._autocast_dtype,
-                        enabled=self._autocast,
-                        cache_enabled=self._autocast_cache,
-                    )
-                )
+            autocast = torch.autocast(
+                self._device,
+                dtype=self._autocast_dtype,
+                enabled=self._autocast,
+                cache_enabled=self._autocast_cache,
+            )
+            with self.gradients(), autocast:
                 yield
         finally:
             if changes_mode:

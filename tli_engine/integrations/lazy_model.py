@@ -3,8 +3,11 @@
 import inspect
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from functools import cache, wraps
+from importlib.util import find_spec
+from threading import RLock
 from typing import Any
 
 from torch import Tensor, nn
@@ -28,6 +31,11 @@ _FAMILIES = {
     "gemma3_text": "gemma3",
 }
 _SETTINGS = "_tli_engine_lazy"
+# before a reason among a model's counts, which count the calls that it kept from being lazy
+AT_ONCE = "at once: "
+# the decoder of a model whose call is not lazy, and whose decoder's therefore is not
+_at_once: ContextVar[Any] = ContextVar("at_once", default=None)
+_REPLACED = "its forward was replaced by another library"
 
 
 class LazySettings:
@@ -35,10 +43,12 @@ class LazySettings:
 
     Attributes:
         stop_at: The last hidden state that may be read, or None.
+        lock: Whoever holds it works for a lazy call; of a causal LM its decoder's counts.
         memo: Holds the hidden states of words, if it is to.
         graphs: Replays blocks of training steps, if it is to.
         counts: Of ``calls``, those that were ``lazy``, ``words`` found again, ``blocks`` that lazy
-            calls ran, and those that they would have run, ``of_blocks``; ``replayed``, blocks of
+            calls ran, and those that they would have run, ``of_blocks``; ``at once: …``, calls for hidden
+            states that were not lazy, and why; ``replayed``, blocks of
             training steps from graphs; ``launched: …``, those that were not, and why; ``recordings``
             that were made for them. Of the host's nanoseconds ``call_ns`` went by in lazy calls,
             ``read_ns`` in reading what they put off, of those ``first_read_ns`` in the first and
@@ -50,7 +60,17 @@ class LazySettings:
         self.memo: Memo | None = None
         self.graphs: TrainingGraphs | None = None
         self.counts: Counter[str] = Counter()
+        # a call may be made inside another one
+        self.lock = RLock()
         self._parts: ModelParts | None = None
+
+    def check_limit(self, reason: str = "") -> None:
+        """Raise ``UserError`` for a call that cannot be lazy, and so does not stop, if it has to."""
+        if self.stop_at is not None:
+            raise UserError(
+                f"the model stops at hidden_states[{self.stop_at}] (stop_at), so it is called "
+                f"with output_hidden_states=True, without a cache or hooks, and gives no more{reason}"
+            )
 
     def parts_of(self, model: Any, decoder: Any) -> ModelParts:
         """The model's modules, found anew when some were exchanged."""
@@ -66,9 +86,9 @@ def settings_of(model: nn.Module) -> LazySettings | None:
 
 
 def make_lazy(
-    name: str, module: Any, stop_at: int | None, lazy: list[str], eager: dict[str, str]
+    name: str, module: Any, stop_at: int | None, lazy: dict[str, int | None], eager: dict[str, str]
 ) -> None:
-    """Make a module lazy if it is a decoder or a causal LM, and note it, or why it is not.
+    """Make a module lazy if it is a decoder or a causal LM, and note it with its limit, or why it is not.
 
     Raises:
         UserError: ``stop_at`` is no hidden state of it.
@@ -90,7 +110,7 @@ def make_lazy(
         module.__dict__[_SETTINGS].stop_at = stop_at
     # a decoder inside a causal LM goes without saying
     if not any(outer == "" or name.startswith(f"{outer}.") for outer in lazy):
-        lazy.append(name)
+        lazy[name] = module.__dict__[_SETTINGS].stop_at
 
 
 def _is_model(module: nn.Module) -> bool:
@@ -109,11 +129,15 @@ def decoder_of(module: Any, theirs: type) -> Any:
     if theirs.__module__ != f"transformers.models.{family}.modeling_{family}":
         return f"{theirs.__name__} is not transformers' own class"
     if "forward" in module.__dict__:
-        return "its forward was replaced by another library"
-    decoder = getattr(module, "model", None) if hasattr(module, "lm_head") else module
+        return _REPLACED
+    decoder = _decoder_in(module)
     if not all(hasattr(decoder, part) for part in ("embed_tokens", "layers", "norm")):
         return f"{theirs.__name__} is neither a decoder nor a causal LM"
     return decoder
+
+
+def _decoder_in(module: Any) -> Any:
+    return getattr(module, "model", None) if hasattr(module, "lm_head") else module
 
 
 @cache
@@ -122,10 +146,16 @@ def _lazy_class(theirs: Any) -> Any:
 
     @wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling():
+        if is_compiling() or _at_once.get() is self:
             return theirs.forward(self, *args, **kwargs)
         output = _call(self, theirs, dict(zip(names, args, strict=False)) | kwargs)
-        return theirs.forward(self, *args, **kwargs) if output is None else output
+        if output is not None:
+            return output
+        token = _at_once.set(_decoder_in(self))
+        try:
+            return theirs.forward(self, *args, **kwargs)
+        finally:
+            _at_once.reset(token)
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {n: v for n, v in self.__dict__.items() if not n.startswith("_tli_engine_")}
@@ -153,40 +183,80 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
     if "layers" in model.__dict__:
         # a run begins: stand-ins are there for the blocks
         return None
-    start = time.perf_counter_ns()
     settings: LazySettings = model.__dict__[_SETTINGS]
-    counts = settings.counts
-    counts["calls"] += 1
-    decoder, parts = decoder_of(model, theirs), None
-    if _asks_for_states(model.config, arguments):
-        parts = settings.parts_of(model, decoder)
-    if parts is None or parts.has_hooks() or _global_hooks():
-        if settings.stop_at is not None:
-            raise UserError(
-                f"the model stops at hidden_states[{settings.stop_at}] (stop_at), so it is called "
-                f"with output_hidden_states=True, without a cache or hooks, and gives no more"
-            )
+    settings.counts["calls"] += 1
+    if not _asks_for_states(model.config, arguments):
+        settings.check_limit()
         return None
+    decoder = _decoder_in(model)
+    # a causal LM's calls and those of its decoder run the same blocks
+    with (settings_of(decoder) or settings).lock:
+        return _call_alone(model, theirs, decoder, settings, arguments)
+
+
+def _call_alone(
+    model: Any, theirs: Any, decoder: Any, settings: LazySettings, arguments: dict[str, Any]
+) -> Any:
+    start = time.perf_counter_ns()
+    counts = settings.counts
+    parts = settings.parts_of(model, decoder)
+    reason = _why_at_once(model, decoder, parts)
+    if reason:
+        counts[f"{AT_ONCE}{reason}"] += 1
+        settings.check_limit(f"; {reason}")
+        return None
+    _put_capturing_hooks()(decoder)
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
-
-    forward = theirs.forward.__get__(model)
-    call = Call(forward, decoder, model, arguments, state, settings.stop_at, counts)
+    lock = (settings_of(decoder) or settings).lock
+    call = Call(theirs.forward, decoder, model, arguments, state, settings.stop_at, counts, lock)
     found = None if settings.memo is None else settings.memo.find(call)
     if found:
         run, read = found
     else:
         run_block = run_step if settings.graphs is None else settings.graphs.runner(call)
         run = LazyRun(call, *note_steps(call), run_block)
-        read = run.hidden_state
+        read = run.read
+
+    def read_alone(k: int) -> Tensor:
+        with lock:
+            return read(k)
+
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth
     use_cache = arguments.get("use_cache")
     cached = model.config.use_cache if use_cache is None else use_cache
     labels = arguments.get("labels") is not None
-    output = lazy_output(_output_class(theirs), run, read, labels=labels, cached=bool(cached))
+    output_class = _output_class(theirs)
+    output = lazy_output(output_class, run, read_alone, labels=labels, cached=bool(cached))
     counts["call_ns"] += time.perf_counter_ns() - start
     return output
+
+
+@cache
+def _put_capturing_hooks() -> Callable[[Any], None]:
+    """What puts transformers' hooks on a decoder's blocks, as its own first call for hidden states does.
+
+    So hooks that come later run after them, and calls that have to be computed at once by then give the
+    states from before those hooks, as ever.
+    """
+    if not find_spec("transformers.utils.output_capturing"):
+        # transformers 4 captures without hooks
+        return lambda decoder: None
+    from transformers.utils.output_capturing import maybe_install_capturing_hooks
+
+    put: Callable[[Any], None] = maybe_install_capturing_hooks
+    return put
+
+
+def _why_at_once(model: Any, decoder: Any, parts: ModelParts) -> str | None:
+    """Why a call for hidden states cannot be put off, if there is a reason."""
+    # what another library wraps around a call may look at all that it returns
+    if "forward" in model.__dict__ or "forward" in decoder.__dict__:
+        return _REPLACED
+    if decoder.__dict__.get("_compiled_call_impl") is not None:
+        return "its decoder is compiled as a whole"
+    return "all modules have hooks" if _global_hooks() else parts.why_at_once()
 
 
 def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:

@@ -106,40 +106,74 @@ _pytree.register_pytree_node(
 )
 
 _PENDING = "_tli_engine_pending"
+_UNREAD = "_tli_engine_unread"
 
 
 class LazyOutput:
-    """Mixed into a class of transformers' outputs; reading a field computes it."""
+    """Mixed into a class of transformers' outputs; reading a field computes it.
+
+    An output of transformers holds a field twice, as an attribute and as an item, and setting an attribute
+    to ``None`` leaves the item. So which items are pending and which attributes are unread is noted apart.
+    """
+
+    def _noted(self, name: str) -> Any:
+        return object.__getattribute__(self, "__dict__").get(name, ())
 
     def _settle(self, name: str) -> None:
-        pending: Any = object.__getattribute__(self, "__dict__").get(_PENDING)
-        if pending and name in pending:
-            value = pending[name]()
-            del pending[name]
-            if value is None:
-                OrderedDict.__delitem__(self, name)  # type: ignore[arg-type]
-                self.__dict__[name] = None
-            else:
-                self[name] = value
+        pending: Any = self._noted(_PENDING) or {}
+        unread = self._noted(_UNREAD)
+        # another thread may have been here
+        compute = pending.get(name)
+        if compute is None:
+            return
+        value = compute()
+        if name not in pending:
+            # set by who computed it, or by another thread
+            return
+        if value is not None:
+            OrderedDict.__setitem__(self, name, value)  # type: ignore[index]
+        elif name in self.keys():
+            OrderedDict.__delitem__(self, name)  # type: ignore[arg-type]
+        if name in unread:
+            self.__dict__[name] = value
+            unread.discard(name)
+        pending.pop(name, None)
 
     def _settle_all(self) -> None:
-        for name in list(self.__dict__.get(_PENDING, ())):
+        for name in list(self._noted(_PENDING)):
             self._settle(name)
 
+    def _forget(self, name: str, *, item: bool) -> None:
+        """Leave an attribute, and its item too, to who sets it."""
+        if name in self._noted(_UNREAD):
+            self._noted(_UNREAD).discard(name)
+        if item and name in self._noted(_PENDING):
+            self._noted(_PENDING).pop(name, None)
+
     def __getattribute__(self, name: str) -> Any:
-        if name in object.__getattribute__(self, "__dict__").get(_PENDING, ()):
+        if name in object.__getattribute__(self, "__dict__").get(_UNREAD, ()):
             object.__getattribute__(self, "_settle")(name)
         return super().__getattribute__(name)
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        self._forget(name, item=value is not None)
+        super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._forget(name, item=False)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._forget(key, item=True)
+        super().__setitem__(key, value)  # type: ignore[misc]
+
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, int):
-            key = list(self.keys())[key]
-        if isinstance(key, str):
-            self._settle(key)
-            # transformers' own reads every item to find one
-            return OrderedDict.__getitem__(self, key)  # type: ignore[index]
-        self._settle_all()
-        return super().__getitem__(key)  # type: ignore[misc]
+        if not isinstance(key, str):
+            names: Any = list(self.keys())[key]
+            # transformers' own reads every item to find some
+            return self[names] if isinstance(names, str) else tuple(self[n] for n in names)
+        self._settle(key)
+        return OrderedDict.__getitem__(self, key)  # type: ignore[index]
 
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dictionary."""
@@ -156,10 +190,22 @@ class LazyOutput:
         self._settle_all()
         return super().values()  # type: ignore[misc]
 
+    def popitem(self, last: bool = True) -> Any:
+        """As of a dictionary; computes everything."""
+        self._settle_all()
+        return super().popitem(last)  # type: ignore[misc]
+
+    def clear(self) -> None:
+        """As of a dictionary, attributes stay; computes everything."""
+        self._settle_all()
+        super().clear()  # type: ignore[misc]
+
     def __reduce__(self) -> Any:
         self._settle_all()
-        names = (field.name for field in fields(self))  # type: ignore[arg-type]
-        return type(self).__mro__[2], tuple(getattr(self, name) for name in names)
+        reduced: Any = super().__reduce__()
+        _, args, state, *others = reduced
+        state = {name: value for name, value in state.items() if name not in (_PENDING, _UNREAD)}
+        return type(self).__mro__[2], args, state, *others
 
 
 @cache
@@ -197,16 +243,18 @@ def lazy_output(
     pending: dict[str, Callable[[], Any]] = {}
     if labels and "loss" in names:
         pending["loss"] = part("loss")
-    for name in ("last_hidden_state", "logits"):
-        if name in names:
-            pending[name] = part(name)
+    if "logits" in names:
+        pending["logits"] = part("logits")
+    if "last_hidden_state" in names:
+        # that of the tuple, as eager outputs have it
+        pending["last_hidden_state"] = lambda: read(run.depth)
     if cached:
         pending["past_key_values"] = keys_and_values
     output = lazy_class(theirs)()
     for name in pending:
         OrderedDict.__setitem__(output, name, None)
     output["hidden_states"] = LazyHiddenStates(range(run.depth + 1), read=read)
-    output.__dict__[_PENDING] = pending
+    output.__dict__[_PENDING], output.__dict__[_UNREAD] = pending, set(pending)
     return output
 
 

@@ -8,8 +8,8 @@ gave. Nothing of a family's code is repeated here.
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +27,14 @@ class Call:
     """A call of a model.
 
     Attributes:
-        forward: The model's own ``forward``, bound.
+        forward: The model's own ``forward``, not bound.
         decoder: The module that holds ``layers`` and ``norm``.
         owner: The model whose ``forward`` it is; the decoder itself, or a causal LM over it.
         arguments: By name.
         state: When it was made.
         stop_at: The last hidden state that may be read; None: all.
         counts: Of blocks that ran, and the like.
+        lock: Of the decoder: one thread at a time works for its calls.
     """
 
     forward: Callable[..., Any]
@@ -43,10 +44,11 @@ class Call:
     state: CallState
     stop_at: int | None
     counts: Counter[str]
+    lock: AbstractContextManager[Any]
 
-    def run(self, **changes: Any) -> Any:
-        """Return what ``forward`` does with other values of some arguments."""
-        return self.forward(**{**self.arguments, **changes})
+    def run(self, model: Any, **changes: Any) -> Any:
+        """Return what ``forward`` does on a model with other values of some arguments."""
+        return self.forward(model, **{**self.arguments, **changes})
 
 
 @dataclass(frozen=True)
@@ -96,15 +98,14 @@ def _stop(*args: Any, **kwargs: Any) -> None:
     raise _NormReachedError
 
 
-@contextmanager
-def _shadowed(module: nn.Module, **attributes: Any) -> Iterator[None]:
-    """Let attributes stand before a module's own for a while."""
-    module.__dict__.update(attributes)
-    try:
-        yield
-    finally:
-        for name in attributes:
-            del module.__dict__[name]
+def _standing_in(module: nn.Module, **attributes: Any) -> Any:
+    """A module that holds what another holds, but for some attributes.
+
+    The other stays as it is: a second thread may be inside.
+    """
+    other: Any = object.__new__(type(module))
+    other.__dict__.update(module.__dict__, **attributes)
+    return other
 
 
 def note_steps(call: Call) -> tuple[list[Step], Tensor]:
@@ -112,11 +113,13 @@ def note_steps(call: Call) -> tuple[list[Step], Tensor]:
     steps: list[Step] = []
     embedded: list[Tensor] = []
     layers = [_Noted(block, steps, embedded) for block in call.decoder.layers]
-    with _shadowed(call.decoder, layers=layers, norm=_stop):
-        try:
-            call.run(**_NO_MORE)
-        except _NormReachedError:
-            return steps, embedded[0]
+    model = _standing_in(call.decoder, layers=layers, norm=_stop)
+    if call.owner is not call.decoder:
+        model = _standing_in(call.owner, model=model)
+    try:
+        call.run(model, **_NO_MORE)
+    except _NormReachedError:
+        return steps, embedded[0]
     raise AssertionError("forward did not reach the norm")
 
 
@@ -131,6 +134,9 @@ def run_step(number: int, step: Step, hidden: Tensor) -> Tensor:
 class LazyRun:
     """A call, computed up to the last hidden state that was read.
 
+    A caller may write to what it reads. What goes on from there then reads a copy, and not the caller the copy:
+    gradients of a loss above are asked for by the tensor that the caller has.
+
     Args:
         call: The call.
         steps: Its blocks.
@@ -138,7 +144,8 @@ class LazyRun:
         run: Runs one block.
 
     Attributes:
-        states: Hidden states that are held, by number; the last computed is always among them.
+        states: Hidden states that are held, by number; the last computed is always among them. Those that
+            callers hold may have been written to since.
         reached: Its number.
     """
 
@@ -158,8 +165,21 @@ class LazyRun:
         """Number of blocks; the last hidden state's number."""
         return len(self._steps)
 
+    def read(self, k: int) -> Tensor:
+        """Return ``hidden_states[k]``, ``[B, T, D]``, for a caller who may write to it."""
+        state = self.hidden_state(k)
+        if state is self._hidden and self._goes_on_from(k):
+            with self._call.state.gradients():
+                self._hidden = state.clone()
+        return state
+
+    def _goes_on_from(self, k: int) -> bool:
+        """Whether something is computed of ``hidden_states[k]`` that may still be asked for."""
+        call = self._call
+        return k != call.stop_at and (k < self.depth or call.owner is not call.decoder)
+
     def hidden_state(self, k: int) -> Tensor:
-        """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes."""
+        """Return ``hidden_states[k]``, ``[B, T, D]``, running the blocks that it takes; not to be written to."""
         stop_at = self._call.stop_at
         if stop_at is not None and k > stop_at:
             raise UserError(
@@ -177,16 +197,19 @@ class LazyRun:
         return self.states[k]
 
     def finish(self) -> Any:
-        """Return the model's output but for hidden states and cache: logits, the loss, the last state."""
-        last = self.hidden_state(self.depth)
-        ran = SimpleNamespace(
-            last_hidden_state=last, past_key_values=None, hidden_states=None, attentions=None
-        )
+        """Return a causal LM's output but for hidden states and cache: logits and the loss."""
         call = self._call
-        if call.owner is call.decoder:
-            return ran
-        with call.state.again("logits"), _shadowed(call.owner, model=lambda *a, **k: ran):
-            return call.run(**_NO_MORE)
+        with call.lock:
+            self.hidden_state(self.depth)
+            ran = SimpleNamespace(
+                last_hidden_state=self._hidden,
+                past_key_values=None,
+                hidden_states=None,
+                attentions=None,
+            )
+            with call.state.again("logits"):
+                model = _standing_in(call.owner, model=lambda *args, **kwargs: ran)
+                return call.run(model, **_NO_MORE)
 
     def run_eagerly(self, **changes: Any) -> Any:
         """Return the output of the model's own ``forward``, all of it, as at the call."""
@@ -196,13 +219,13 @@ class LazyRun:
                 f"this reads more than hidden_states[{stop_at}], at which the model was "
                 f"told to stop (stop_at={stop_at})"
             )
-        with self._call.state.again("the output"):
-            return self._call.run(**changes)
+        with self._call.lock, self._call.state.again("the output"):
+            return self._call.run(self._call.owner, **changes)
 
     def _advance(self) -> None:
         self._call.counts["blocks"] += 1
-        self._hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
+        hidden = self._run(self.reached, self._steps[self.reached], self._hidden)
         self.reached += 1
         # transformers gives the last one after the norm
-        last = self.reached == self.depth
-        self.states[self.reached] = self._call.decoder.norm(self._hidden) if last else self._hidden
+        self._hidden = self._call.decoder.norm(hidden) if self.reached == self.depth else hidden
+        self.states[self.reached] = self._hidden

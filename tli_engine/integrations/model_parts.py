@@ -5,15 +5,18 @@ them takes as long as twenty launches.
 """
 
 from collections.abc import Iterable, Sequence
-from itertools import chain
-from operator import is_, itemgetter
+from itertools import chain, repeat
+from operator import contains, is_, itemgetter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 _TRAINING = itemgetter("training")
+# where accelerate notes its hook, which replaces the module's forward
+_HOOK = "_hf_hook"
 # what only holds others has no forward: neither its mode nor its hooks change anything
 _CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
@@ -25,9 +28,12 @@ class Modules:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        modules = list(modules)
+        # those of torch.jit hold nothing where others do
+        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         self._dicts = [m.__dict__ for m in modules]
         self._called = [m.__dict__ for m in modules if type(m) not in _CONTAINERS]
+        # a module that torch.compile wraps has its mode itself
+        self._in_mode = [d for d in self._called if "training" in d]
         self._adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
         self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
@@ -40,6 +46,7 @@ class Modules:
         some._dicts = self._dicts[:count]
         held = {id(v) for d in some._dicts for v in (d, d["_parameters"], d["_modules"])}
         some._called = [d for d in self._called if id(d) in held]
+        some._in_mode = [d for d in self._in_mode if id(d) in held]
         some._adapted = [d for d in self._adapted if id(d) in held]
         some._tensors = [d for d in self._tensors if id(d) in held]
         some._children = [d for d in self._children if id(d) in held]
@@ -61,11 +68,11 @@ class Modules:
 
     def training(self) -> list[bool]:
         """Of each that is called, whether it is in training mode."""
-        return [*map(_TRAINING, self._called)]
+        return [*map(_TRAINING, self._in_mode)]
 
     def set_training(self, flags: Sequence[bool]) -> None:
         """Put each in the mode that :meth:`training` gave."""
-        for d, flag in zip(self._called, flags, strict=False):
+        for d, flag in zip(self._in_mode, flags, strict=False):
             d["training"] = flag
 
     def adapters(self) -> list[tuple[object, ...]]:
@@ -95,6 +102,8 @@ class ModelParts(Modules):
         modules = list(model.modules())
         super().__init__(modules)
         self._config = model.config
+        self._is_scripted = len(self._dicts) < len(modules)
+        self._holders = [d for d in self._dicts if d["_parameters"] or d["_buffers"]]
         numbers = {id(module): i for i, module in enumerate(modules)}
         starts = [numbers[id(block)] for block in decoder.layers]
         # a block ends where the next begins; not where a block comes twice, or they stand in another order
@@ -121,11 +130,30 @@ class ModelParts(Modules):
             self._below[k] = self.first(self._ends[k - 1])
         return self._below[k]
 
-    def has_hooks(self) -> bool:
+    def why_at_once(self) -> str | None:
+        """Why a call cannot be put off, if something in the model is against it."""
+        if self._is_scripted:
+            return "it holds a module of torch.jit"
+        if self._is_offloaded():
+            return "it is offloaded by accelerate's hooks"
+        return "a module has hooks" if self._has_hooks() else None
+
+    def _is_offloaded(self) -> bool:
+        """Whether weights come only while their module runs, and are others each time."""
+        if not any(map(contains, self._holders, repeat(_HOOK))):
+            return False
+        return any(offloads(d.get(_HOOK)) for d in self._holders)
+
+    def _has_hooks(self) -> bool:
         """Whether a module has a hook that would run, or not run, at another time than it expects."""
         if any(self._hooks):
             return True
         return any(not all(map(_captures, hooks.values())) for hooks in filter(None, self._after))
+
+
+def offloads(hook: Any) -> bool:
+    """Whether a hook of accelerate's takes weights away after a call."""
+    return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
 
 def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
@@ -138,7 +166,9 @@ def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
     active = tuple(active) if isinstance(active, list) else active
     scaling = layer.get("scaling")
     scaling = tuple(scaling.items()) if isinstance(scaling, dict) else None
-    return layer["_disable_adapters"], active, tuple(layer["merged_adapters"]), scaling
+    # not all that adapts merges: what PEFT trains as a whole does not
+    merged = tuple(layer.get("merged_adapters", ()))
+    return layer["_disable_adapters"], active, merged, scaling
 
 
 def _captures(hook: Any) -> bool:

@@ -11,6 +11,7 @@ from torch import nn
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.frozen_weight import NotReplacedError, nf4_weight
+from tli_engine.integrations.model_parts import offloads
 
 
 class Kind:
@@ -118,8 +119,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         raise UserError(f"accelerate takes a model, got {type(model).__name__}")
     for name, module in model.named_modules():
-        hook = getattr(module, "_hf_hook", None)
-        if any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook])):
+        if offloads(getattr(module, "_hf_hook", None)):
             raise UserError(
                 f"{name or 'the model'} is offloaded by accelerate's hooks; load the model onto one "
                 f"device, with device_map={{'': 0}}"
