@@ -4,18 +4,19 @@ Some thousand modules are asked twice a call, for the most part by one pass of C
 them takes as long as twenty launches.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import chain
-from operator import is_, itemgetter
+from operator import itemgetter
 from typing import Any
 
 from torch import Tensor, nn
 
+from tli_engine.integrations.held_state import CONTAINERS, HeldState
+
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 _TRAINING = itemgetter("training")
-# what only holds others has no forward: neither its mode nor its hooks change anything
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Modules:
@@ -27,7 +28,8 @@ class Modules:
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         self._dicts = [m.__dict__ for m in modules]
-        self._called = [m.__dict__ for m in modules if type(m) not in _CONTAINERS]
+        # what only holds others has no forward: neither its mode nor its hooks change anything
+        self._called = [m.__dict__ for m in modules if type(m) not in CONTAINERS]
         self._adapted = [d for d in self._dicts if "_disable_adapters" in d]
         self._tensors = [d["_parameters"] for d in self._dicts if d["_parameters"]]
         self._children = [d["_modules"] for d in self._dicts if d["_modules"]]
@@ -47,6 +49,9 @@ class Modules:
         some._numbers = self._numbers[: len(some._children)]
         some._held = self._held[: sum(some._numbers)]
         return some
+
+    def __len__(self) -> int:
+        return len(self._dicts)
 
     def are_same(self) -> bool:
         """Whether they still consist of the same modules."""
@@ -94,7 +99,8 @@ class ModelParts(Modules):
     def __init__(self, model: Any, decoder: Any) -> None:
         modules = list(model.modules())
         super().__init__(modules)
-        self._config = model.config
+        self._config, self._modules = model.config, modules
+        self._state: HeldState | None = None
         numbers = {id(module): i for i, module in enumerate(modules)}
         starts = [numbers[id(block)] for block in decoder.layers]
         # a block ends where the next begins; not where a block comes twice, or they stand in another order
@@ -106,6 +112,8 @@ class ModelParts(Modules):
         later = [d for d in self._called if id(d) not in at_call]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
+        places = {id(m.__dict__): i for i, m in enumerate(modules)}
+        self._hooked = [places[id(d)] for d in later]
 
     @property
     def attention(self) -> str | None:
@@ -121,16 +129,25 @@ class ModelParts(Modules):
             self._below[k] = self.first(self._ends[k - 1])
         return self._below[k]
 
-    def has_hooks(self) -> bool:
-        """Whether a module has a hook that would run, or not run, at another time than it expects."""
-        if any(self._hooks):
+    def has_hooks(self, count: int | None = None) -> bool:
+        """Whether a module has a hook that would run, or not run, at another time than it expects.
+
+        Args:
+            count: So many modules are looked at, the first; ``None``: all.
+        """
+        before, after = self._hooks, self._after
+        if count is not None:
+            some = bisect_left(self._hooked, count)
+            before, after = before[: 2 * some], after[:some]
+        if any(before):
             return True
-        return any(not all(map(_captures, hooks.values())) for hooks in filter(None, self._after))
+        return any(not all(map(_captures, hooks.values())) for hooks in filter(None, after))
 
-
-def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
-    """Whether both are the same objects in the same order."""
-    return len(some) == len(others) and all(map(is_, some, others))
+    def held(self) -> HeldState:
+        """What the modules hold now beside weights and modes: the same object until it changes."""
+        if self._state is None or not self._state.is_same():
+            self._state = HeldState(self._modules)
+        return self._state
 
 
 def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
