@@ -10,7 +10,7 @@ from torch import Tensor
 from tli_engine.errors import UserError
 from tli_engine.integrations.held_state import HeldState
 from tli_engine.integrations.model_parts import ModelParts, Modules
-from tli_engine.integrations.same_objects import are_identical, versions
+from tli_engine.integrations.same_objects import are_same_weights, versions
 
 
 class CallState:
@@ -56,7 +56,7 @@ class CallState:
 
     def same_weights(self, other: "CallState") -> bool:
         """Whether both calls saw the same parameters with the same values, in the same modules."""
-        same = self._held is other._held and are_identical(self._weights, other._weights)
+        same = self._held is other._held and are_same_weights(self._weights, other._weights)
         return same and self._versions[0] == other._versions[0]
 
     @contextmanager
@@ -102,7 +102,7 @@ class CallState:
 
     def _check(self, what: str, parts: Modules, adapters: Sequence[tuple[object, ...]]) -> None:
         now = parts.parameters()
-        same = parts.are_same() and are_identical(now, self._weights[: len(now)])
+        same = parts.are_same() and are_same_weights(now, self._weights[: len(now)])
         same = same and _fixed(adapters) == _fixed(self.adapters[: len(adapters)])
         if not (same and versions(now) == self._versions[0][: len(now)]):
             raise UserError(
