@@ -14,6 +14,8 @@ from tli_engine.errors import UserError
 
 # what `start` promised, for `joined` to check
 PROMISED = "TLI_ENGINE_PROCESSES"
+# what torchrun says to each process beside WORLD_SIZE
+_PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # seconds that processes have to keep a checkpoint after a signal
 _GRACE = 120
 # for what one process does and the others wait for, such as a download
@@ -90,10 +92,10 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
         The world, and the device to use.
 
     Raises:
-        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, or fewer processes than were
-            to start.
+        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, fewer processes than were to
+            start, or an environment that says only a part of what torchrun says.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     check_promised(size, os.environ.get(PROMISED))
     if size == 1:
         yield ALONE, device
@@ -121,6 +123,25 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     world.together(lambda: None)
     dist.destroy_process_group()
     del os.environ["TLI_ENGINE_RANK"]
+
+
+def world_size() -> int:
+    """How many processes there are, as torchrun says.
+
+    Raises:
+        UserError: It is no number, or says nothing of which of them this is and where the first one is.
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"WORLD_SIZE={said} in the environment is no number of processes; unset it")
+    missing = [name for name in _PLACE if not os.environ.get(name)]
+    if int(said) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={said} in the environment says that this is one of {said} processes, and "
+            f"{', '.join(missing)} do not say which: start them by torchrun or by --gpus, or unset "
+            f"WORLD_SIZE to train in one"
+        )
+    return int(said)
 
 
 def check_promised(size: int, promised: str | None) -> None:
