@@ -1,5 +1,6 @@
 """What is refused before processes train together, said in one line."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -194,4 +195,53 @@ def test_options_reach_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(launch, "start", record)
     options = ["--recipe", "demo", "--set", "train.steps=3", "--run", str(tmp_path / "r")]
     assert main(["train", *options, "--overwrite", "--gpus", "2"]) == 0
-    assert started == [("train", *options, "--overwrite")]
+    assert started == [("train", *options[:-2], "--overwrite", *options[-2:])]
+    # a folder that is not named is the same for all
+    assert main(["train", "--recipe", "demo", "--gpus", "2"]) == 0
+    *_, option, folder = started[-1]
+    assert option == "--run"
+    assert folder.startswith("runs/demo-")
+
+
+@pytest.mark.parametrize(
+    ("status", "has_begun", "said"),
+    [
+        (
+            137,
+            True,
+            "a process was killed by signal 9; resume with: tli-engine train --resume --run ",
+        ),
+        (137, False, "a process was killed by signal 9 before the run began"),
+        # processes that were asked to stop have said it, and an error is no reason to go on
+        (143, True, ""),
+        (1, True, ""),
+        (2, False, ""),
+    ],
+)
+def test_a_killed_process_is_told_with_how_to_go_on(
+    status: int,
+    has_begun: bool,
+    said: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: m\ndevice: cpu\n")
+    os.utime(run / "config.yaml", (1, 1))
+
+    def start(*_: Any, **__: Any) -> int:
+        if has_begun:
+            (run / "config.yaml").touch()
+        return status
+
+    monkeypatch.setattr(launch, "start", start)
+    options = ["--recipe", "demo", "--run", str(run), "--overwrite", "--gpus", "2"]
+    assert main(["train", *options]) == status
+    error = capfd.readouterr().err
+    assert error.startswith(said) if said else not error
+    assert f"--run '{run}' --gpus 2\n" in error or "resume" not in said
+    os.utime(run / "config.yaml", (1, 1))
+    assert main(["train", "--resume", "--run", str(run), "--gpus", "4"]) == status
+    assert (f"--run '{run}' --gpus 4" in capfd.readouterr().err) == (status == 137)

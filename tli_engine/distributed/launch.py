@@ -1,6 +1,8 @@
 """How the processes of a run start, find one another, and end together."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,10 @@ from tli_engine.errors import UserError
 
 # what `start` promised, for `joined` to check
 PROMISED = "TLI_ENGINE_PROCESSES"
+# the number of the process that did
+_STARTER = "TLI_ENGINE_STARTER"
+# of prctl: the signal that a process gets when the one that started it is gone
+_PR_SET_PDEATHSIG = 1
 # what torchrun says to each process beside WORLD_SIZE
 _PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # seconds that processes have to keep a checkpoint after a signal
@@ -47,7 +53,7 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     # many processes' threads would wait for one another
     usual = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE)}
     before = dict(os.environ)
-    os.environ.update(usual | before | {PROMISED: str(processes)})
+    os.environ.update(usual | before | {PROMISED: str(processes), _STARTER: str(os.getpid())})
     try:
         config = LaunchConfig(
             min_nodes=1,
@@ -97,6 +103,8 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     """
     size = world_size()
     check_promised(size, os.environ.get(PROMISED))
+    if _STARTER in os.environ:
+        end_with(int(os.environ[_STARTER]))
     if size == 1:
         yield ALONE, device
         return
@@ -142,6 +150,21 @@ def world_size() -> int:
             f"WORLD_SIZE to train in one"
         )
     return int(said)
+
+
+def end_with(starter: int) -> None:
+    """Have this process asked to stop, as by SIGTERM, when the one that started it is gone.
+
+    On Linux; elsewhere it goes on alone.
+
+    Raises:
+        UserError: It is gone already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != starter:
+        raise UserError("the process that started this one is gone")
 
 
 def check_promised(size: int, promised: str | None) -> None:
