@@ -50,7 +50,8 @@ class HeldState:
         self._numbers = [i for i, m in enumerate(modules) if type(m) not in CONTAINERS]
         self._modules = [modules[i] for i in self._numbers]
         self._dicts = [m.__dict__ for m in self._modules]
-        self._buffers = [d["_buffers"] for d in self._dicts]
+        # modules of torch.jit have none there
+        self._buffers = [d.get("_buffers", {}) for d in self._dicts]
         self._look()
 
     def _look(self) -> None:
@@ -194,7 +195,7 @@ class _Quantised:
         self._numbers: list[int] = []
         self._parameters: list[dict[str, Any]] = []
         for number, d in enumerate(dicts):
-            for parameter in d["_parameters"].values():
+            for parameter in d.get("_parameters", {}).values():
                 if getattr(parameter, "__dict__", {}).get("quant_state") is not None:
                     self._numbers.append(number)
                     self._parameters.append(parameter.__dict__)
