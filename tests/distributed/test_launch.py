@@ -1,5 +1,6 @@
 """What is refused before processes train together, said in one line."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,9 @@ def test_only_training_is_for_several(
 
 
 def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+    place = {"RANK": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"}
+    sizes = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "LOCAL_RANK": "3"}
+    for name, value in (place | sizes).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(dist, "is_nccl_available", lambda: True)
@@ -58,11 +61,54 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         pass
 
 
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        (
+            {"WORLD_SIZE": "2"},
+            "WORLD_SIZE=2 in the environment says that this is one of 2 processes, and RANK, "
+            "LOCAL_RANK, MASTER_ADDR, MASTER_PORT do not say which: start them by torchrun or by "
+            "--gpus, or unset WORLD_SIZE to train in one",
+        ),
+        (
+            {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "29500"},
+            "2 processes, and LOCAL_RANK do not say which",
+        ),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is no number of processes"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no number of processes"),
+    ],
+    ids=["alone", "no local rank", "no number", "nobody"],
+)
+def test_a_part_of_an_environment_is_told(
+    said: dict[str, str],
+    message: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert main(["train", "--recipe", "demo", "--run", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+
+
 def test_no_nccl_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_nccl_available", lambda: False)
     with pytest.raises(UserError, match="built without NCCL"):
         launch.check_backends(on_gpu=True)
     launch.check_backends(on_gpu=False)
+
+
+def test_the_docs_say_what_torchrun_takes() -> None:
+    """Machines that find one another by c10d have no number: torchrun warns that it is ignored."""
+    docs = (Path(__file__).parents[2] / "docs" / "several-gpus.md").read_text()
+    commands = [line for line in docs.splitlines() if "--rdzv-backend c10d" in line]
+    assert commands
+    assert not any("--node-rank" in command for command in commands)
 
 
 def test_as_many_processes_as_were_promised() -> None:
@@ -154,4 +200,53 @@ def test_options_reach_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     monkeypatch.setattr(launch, "start", record)
     options = ["--recipe", "demo", "--set", "train.steps=3", "--run", str(tmp_path / "r")]
     assert main(["train", *options, "--overwrite", "--gpus", "2"]) == 0
-    assert started == [("train", *options, "--overwrite")]
+    assert started == [("train", *options[:-2], "--overwrite", *options[-2:])]
+    # a folder that is not named is the same for all
+    assert main(["train", "--recipe", "demo", "--gpus", "2"]) == 0
+    *_, option, folder = started[-1]
+    assert option == "--run"
+    assert folder.startswith("runs/demo-")
+
+
+@pytest.mark.parametrize(
+    ("status", "has_begun", "said"),
+    [
+        (
+            137,
+            True,
+            "a process was killed by signal 9; resume with: tli-engine train --resume --run ",
+        ),
+        (137, False, "a process was killed by signal 9 before the run began"),
+        # processes that were asked to stop have said it, and an error is no reason to go on
+        (143, True, ""),
+        (1, True, ""),
+        (2, False, ""),
+    ],
+)
+def test_a_killed_process_is_told_with_how_to_go_on(
+    status: int,
+    has_begun: bool,
+    said: str,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = tmp_path / "a run"
+    run.mkdir()
+    (run / "config.yaml").write_text("model: m\ndevice: cpu\n")
+    os.utime(run / "config.yaml", (1, 1))
+
+    def start(*_: Any, **__: Any) -> int:
+        if has_begun:
+            (run / "config.yaml").touch()
+        return status
+
+    monkeypatch.setattr(launch, "start", start)
+    options = ["--recipe", "demo", "--run", str(run), "--overwrite", "--gpus", "2"]
+    assert main(["train", *options]) == status
+    error = capfd.readouterr().err
+    assert error.startswith(said) if said else not error
+    assert f"--run '{run}' --gpus 2\n" in error or "resume" not in said
+    os.utime(run / "config.yaml", (1, 1))
+    assert main(["train", "--resume", "--run", str(run), "--gpus", "4"]) == status
+    assert (f"--run '{run}' --gpus 4" in capfd.readouterr().err) == (status == 137)

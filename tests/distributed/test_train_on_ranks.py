@@ -1,6 +1,7 @@
 """``tli-engine train`` in several processes: started, stopped, resumed, and when one of them fails."""
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -102,20 +103,21 @@ def test_gpus_starts_as_many_processes(
 def test_two_nodes_on_the_loopback(
     config: Callable[..., Path], tmp_path: Path, ended: Ended, free_port: Callable[[], int]
 ) -> None:
-    """The same command on each, and torchrun's flags that say where the first one is."""
+    """The same command on each, as docs/several-gpus.md has it."""
     path, one, two = config(), tmp_path / "one", tmp_path / "two"
     place = f"127.0.0.1:{free_port()}"
     nodes = [
         ended(
-            *TORCHRUN, "--nnodes", 2, "--node-rank", number, "--nproc-per-node", 1,
+            *TORCHRUN, "--nnodes", 2, "--nproc-per-node", 1,
             "--rdzv-backend", "c10d", "--rdzv-endpoint", place, "--rdzv-id", "test",
             "--local-addr", "127.0.0.1", "-m", "tli_engine", "train", path, "--run-folder", two,
         )
-        for number in range(2)
+        for _ in range(2)
     ]  # fmt: skip
     for node in nodes:
         _, err = node.communicate(timeout=100)
         assert node.returncode == 0, err
+        assert "will be ignored" not in err
     assert main(["train", str(path), "--run", str(one)]) == 0
     same_result(two, one)
 
@@ -181,6 +183,60 @@ def test_a_signal_stops_all_and_one_process_goes_on(
     torch.testing.assert_close(
         torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-3, atol=1e-3
     )
+
+
+def rank_of(process: Any, number: int) -> int:
+    """The process that ``--gpus`` started for a rank."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for child in children:
+        said = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        if f"RANK={number}".encode() in said:
+            return int(child)
+    pytest.fail(f"no rank {number} among {children}")
+
+
+def is_running(number: int) -> bool:
+    try:
+        state = Path(f"/proc/{number}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    # ended, and nobody has asked for its status
+    return state != "Z"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_a_killed_rank_is_told_with_how_to_go_on(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    path, run = config(train={"steps": 1000, "checkpoint_steps": 2}), tmp_path / "run"
+    process = ended(*TLI_ENGINE, "train", path, "--run", run, "--gpus", 2)
+    wait_for_steps(process, run, 3)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGKILL
+    again = f"tli-engine train --resume --run {run} --gpus 2"
+    assert err.splitlines()[-1] == f"a process was killed by signal 9; resume with: {again}"
+    assert find_checkpoint(run).path is not None
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux")
+def test_ranks_end_when_what_started_them_is_killed(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """With a checkpoint of the step that they were at, as when they are asked to stop."""
+    path, run = config(train={"steps": 3000, "checkpoint_steps": 5000}), tmp_path / "run"
+    process = ended(*TLI_ENGINE, "train", path, "--run", run, "--gpus", 2)
+    wait_for_steps(process, run, 3)
+    ranks = [rank_of(process, number) for number in range(2)]
+    process.kill()
+    # its pipes are open as long as they are
+    process.communicate(timeout=60)
+    deadline = time.monotonic() + 10
+    while any(map(is_running, ranks)) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(map(is_running, ranks))
+    assert len(losses(run)) < 3000
+    assert find_checkpoint(run).path is not None
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Scripts run as they are: results, what is said, exit statuses and tracebacks; and the bench of them."""
 
 import json
+import py_compile
 import re
 import runpy
 import subprocess
@@ -132,8 +133,10 @@ def test_why_training_was_not_replayed_is_printed(
 
 SCRIPT = """
 import os, sys
+import __main__
 from helper import shout
-shout(sys.argv, __name__, __file__)
+shout(sys.argv, sys.path[0], __name__, __file__, __spec__, __package__, __loader__.path)
+shout(__main__.__file__, __main__.__dict__ is globals(), sorted(globals()))
 {end}
 """
 
@@ -152,11 +155,19 @@ shout(sys.argv, __name__, __file__)
     ],
 )
 def test_a_script_behaves_as_with_python(
-    tmp_path: Path, end: str, status: int, shown: str, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    end: str,
+    status: int,
+    shown: str,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "helper.py").write_text("def shout(*args): print(args, flush=True)\n")
     script = tmp_path / "script.py"
     script.write_text(SCRIPT.format(end=end))
+    # a path that a script cannot find its neighbours by once it has changed the folder
+    monkeypatch.chdir(tmp_path)
+    script = script.relative_to(tmp_path)
     plain = python(str(script), "--flag", "x", "--profile", cwd=tmp_path)
     capfd.readouterr()
     sys.modules.pop("helper", None)
@@ -165,6 +176,7 @@ def test_a_script_behaves_as_with_python(
     sys.modules.pop("helper", None)
     out, err = capfd.readouterr()
     assert (sys.argv, sys.path) == (argv, path)
+    assert getattr(sys.modules["__main__"], "__file__", None) != str(script.absolute())
     assert out == plain.stdout
     assert shown in err
     if status != 130:
@@ -172,6 +184,15 @@ def test_a_script_behaves_as_with_python(
         assert plain.returncode == status
     if "Traceback" in plain.stderr and "Keyboard" not in shown:
         assert err[err.index("Traceback") :] == plain.stderr[plain.stderr.index("Traceback") :]
+
+
+def test_a_compiled_script(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    script = tmp_path / "script.py"
+    script.write_text("import sys; print(__name__, sys.argv[1:])")
+    compiled = py_compile.compile(str(script), cfile=str(tmp_path / "script.pyc"))
+    assert compiled is not None
+    assert main(["run", compiled, "x"]) == 0
+    assert capfd.readouterr().out == "__main__ ['x']\n"
 
 
 def test_a_missing_script(capsys: pytest.CaptureFixture[str]) -> None:

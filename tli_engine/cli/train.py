@@ -1,11 +1,15 @@
 """``tli-engine train``: train adapters on a few early layers."""
 
 import os
+import shlex
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
 import click
 
+from tli_engine.cli.console import say
 from tli_engine.config import (
     Kind,
     RunConfig,
@@ -16,6 +20,10 @@ from tli_engine.config import (
     to_yaml,
 )
 from tli_engine.errors import ConfigError
+
+# an exit status above is that of a signal; of these processes have said themselves how to go on
+_SIGNALLED = 128
+_ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM)
 
 
 @click.command("train")
@@ -73,7 +81,7 @@ def command(
             raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
         resolved = resolve_config(read_yaml(config), str(config))
         if gpus is not None:
-            return _start(gpus, resolved, ("--resume", "--run", str(run)))
+            return _start(gpus, resolved, ("--resume",), run)
         from tli_engine.cli._train import resume_training
 
         return resume_training(resolved, run)
@@ -90,8 +98,11 @@ def command(
     if gpus is not None:
         source = ["--recipe", recipe] if recipe else [str(config)]
         sets = [part for override in overrides for part in ("--set", override)]
-        folder = ["--run", str(run)] if run else []
-        return _start(gpus, resolved, (*source, *sets, *folder, *["--overwrite"] * overwrite))
+        from tli_engine.train.run_folder import default_folder
+
+        # named here: what is said of a run that was killed names it too
+        folder = run or default_folder(name)
+        return _start(gpus, resolved, (*source, *sets, *["--overwrite"] * overwrite), folder)
     from tli_engine.cli._train import run_training
 
     return run_training(resolved, name, run, overwrite)
@@ -126,9 +137,20 @@ def read_values(
     return apply_overrides(values, list(overrides)), where
 
 
-def _start(gpus: int, config: RunConfig, options: tuple[str, ...]) -> int:
+def _start(gpus: int, config: RunConfig, options: tuple[str, ...], folder: Path) -> int:
     from tli_engine.distributed.launch import start
 
     debug = ["--debug"] if os.environ.get("TLI_ENGINE_DEBUG") else []
-    arguments = (*debug, "train", *options)
-    return start(gpus, arguments, on_cpu=config.device == "cpu")
+    arguments = (*debug, "train", *options, "--run", str(folder))
+    began = time.time()
+    status = start(gpus, arguments, on_cpu=config.device == "cpu")
+    if status > _SIGNALLED and status - _SIGNALLED not in _ASKED_TO_STOP:
+        what = f"a process was killed by signal {status - _SIGNALLED}"
+        record = folder / "config.yaml"
+        # one that was there before is of the run that this one was to overwrite
+        if record.is_file() and ("--resume" in options or record.stat().st_mtime >= began - 1):
+            again = f"tli-engine train --resume --run {shlex.quote(str(folder))} --gpus {gpus}"
+            say(f"{what}; resume with: {again}")
+        else:
+            say(f"{what} before the run began")
+    return status

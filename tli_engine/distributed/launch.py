@@ -1,6 +1,8 @@
 """How the processes of a run start, find one another, and end together."""
 
+import ctypes
 import os
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +16,12 @@ from tli_engine.errors import UserError
 
 # what `start` promised, for `joined` to check
 PROMISED = "TLI_ENGINE_PROCESSES"
+# the number of the process that did
+_STARTER = "TLI_ENGINE_STARTER"
+# of prctl: the signal that a process gets when the one that started it is gone
+_PR_SET_PDEATHSIG = 1
+# what torchrun says to each process beside WORLD_SIZE
+_PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # seconds that processes have to keep a checkpoint after a signal
 _GRACE = 120
 # for what one process does and the others wait for, such as a download
@@ -45,7 +53,7 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     # many processes' threads would wait for one another
     usual = {"OMP_NUM_THREADS": "1", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(_GRACE)}
     before = dict(os.environ)
-    os.environ.update(usual | before | {PROMISED: str(processes)})
+    os.environ.update(usual | before | {PROMISED: str(processes), _STARTER: str(os.getpid())})
     try:
         config = LaunchConfig(
             min_nodes=1,
@@ -90,11 +98,13 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
         The world, and the device to use.
 
     Raises:
-        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, or fewer processes than were
-            to start.
+        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, fewer processes than were to
+            start, or an environment that says only a part of what torchrun says.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     check_promised(size, os.environ.get(PROMISED))
+    if _STARTER in os.environ:
+        end_with(int(os.environ[_STARTER]))
     if size == 1:
         yield ALONE, device
         return
@@ -121,6 +131,40 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     world.together(lambda: None)
     dist.destroy_process_group()
     del os.environ["TLI_ENGINE_RANK"]
+
+
+def world_size() -> int:
+    """How many processes there are, as torchrun says.
+
+    Raises:
+        UserError: It is no number, or says nothing of which of them this is and where the first one is.
+    """
+    said = os.environ.get("WORLD_SIZE") or "1"
+    if not said.isdecimal() or int(said) < 1:
+        raise UserError(f"WORLD_SIZE={said} in the environment is no number of processes; unset it")
+    missing = [name for name in _PLACE if not os.environ.get(name)]
+    if int(said) > 1 and missing:
+        raise UserError(
+            f"WORLD_SIZE={said} in the environment says that this is one of {said} processes, and "
+            f"{', '.join(missing)} do not say which: start them by torchrun or by --gpus, or unset "
+            f"WORLD_SIZE to train in one"
+        )
+    return int(said)
+
+
+def end_with(starter: int) -> None:
+    """Have this process asked to stop, as by SIGTERM, when the one that started it is gone.
+
+    On Linux; elsewhere it goes on alone.
+
+    Raises:
+        UserError: It is gone already.
+    """
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != starter:
+        raise UserError("the process that started this one is gone")
 
 
 def check_promised(size: int, promised: str | None) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tli_engine.integrations.model_parts import are_identical
+from tli_engine.integrations.held_code import Code, Configs
+from tli_engine.integrations.same_objects import are_identical
 
 # whose modules are known to launch the same kernels at every call; of PEFT the engine's own subclasses
 _KNOWN = (
@@ -30,6 +31,8 @@ class Weights:
 
     Attributes:
         trained: Parameters with a gradient, each once.
+        code: What its modules run.
+        configs: What they are configured by.
         key: Equal for calls that one graph serves.
 
     Raises:
@@ -61,7 +64,11 @@ class Weights:
         found += [_of_peft(m.__dict__) for m in modules if "_disable_adapters" in m.__dict__]
         # laid out anew if written to: another object then, which the key keeps
         frozen = [m.frozen_weight() for m in modules if hasattr(type(m), "frozen_weight")]
-        self.key = Key((*found, *frozen))
+        self.code, self.configs = Code(modules), Configs(modules)
+        foreign = self.code.foreign()
+        if foreign is not None:
+            raise NotStaticError(f"another {foreign} than its own library's was put into a class")
+        self.key = Key((*found, *frozen, *self.code.found, self.configs.frozen()))
 
     def _note(
         self, holder: dict[str, Any], name: str, tensor: Tensor, numbers: dict[int, int]
@@ -167,6 +174,8 @@ class _Seen:
             and are_identical(self._look_inside(), self._contents)
             and _places(self._tensors) == self._laid_out
             and are_identical([m.frozen_weight() for m in self._layers], self._frozen)
+            and self.weights.code.is_same()
+            and self.weights.configs.is_same()
         )
 
     def _look(self) -> list[object]:

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from tli_engine.errors import UserError
-from tli_engine.integrations.model_parts import ModelParts, Modules, are_identical
+from tli_engine.integrations.held_state import HeldState
+from tli_engine.integrations.model_parts import ModelParts, Modules
+from tli_engine.integrations.same_objects import are_same_weights, versions
 
 
 class CallState:
@@ -33,6 +35,11 @@ class CallState:
         self._inputs = list(inputs)
         self._weights = parts.parameters()
         self._versions = versions(self._weights), versions(self._inputs)
+        self._held: HeldState | None = None
+
+    def look(self) -> None:
+        """Note what modules hold beside weights: what they changed themselves until now is no change."""
+        self._held = self.parts.held()
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -48,8 +55,8 @@ class CallState:
         return other
 
     def same_weights(self, other: "CallState") -> bool:
-        """Whether both calls saw the same parameters with the same values."""
-        same = are_identical(self._weights, other._weights)
+        """Whether both calls saw the same parameters with the same values, in the same modules."""
+        same = self._held is other._held and are_same_weights(self._weights, other._weights)
         return same and self._versions[0] == other._versions[0]
 
     @contextmanager
@@ -99,7 +106,7 @@ class CallState:
 
     def _check(self, what: str, parts: Modules, adapters: Sequence[tuple[object, ...]]) -> None:
         now = parts.parameters()
-        same = parts.are_same() and are_identical(now, self._weights[: len(now)])
+        same = parts.are_same() and are_same_weights(now, self._weights[: len(now)])
         same = same and _fixed(adapters) == _fixed(self.adapters[: len(adapters)])
         if not (same and versions(now) == self._versions[0][: len(now)]):
             raise UserError(
@@ -112,6 +119,13 @@ class CallState:
                 f"{what} was not read before the model's attention was changed from "
                 f"{self._attention} to {attention}; read it right after the call"
             )
+        assert self._held is not None
+        change = self._held.change(len(parts))
+        if change is not None or self.parts.has_hooks(len(parts)):
+            raise UserError(
+                f"{what} was not read before {change or 'a hook'} was changed; hidden states are "
+                f"computed as they are read: read it right after the call, or call the model again"
+            )
         if versions(self._inputs) != self._versions[1]:
             raise UserError(
                 f"{what} was not read before the call's inputs were written to; read it right "
@@ -122,17 +136,3 @@ class CallState:
 def _fixed(adapters: Sequence[tuple[object, ...]]) -> list[object]:
     """What a reading does not change back: what is merged, and scalings."""
     return [state[2:] for state in adapters]
-
-
-def versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    """How often each was written to; -1 for those of inference mode, and for ``None``."""
-    # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
-    with torch._C.DisableTorchFunctionSubclass():
-        try:
-            return [-1 if tensor is None else tensor._version for tensor in tensors]
-        except RuntimeError:
-            # tensors of inference mode have none, and are not written to outside it
-            return [
-                -1 if tensor is None or tensor.is_inference() else tensor._version
-                for tensor in tensors
-            ]

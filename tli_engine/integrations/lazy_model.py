@@ -279,8 +279,8 @@ def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
 
 
 def _global_hooks() -> bool:
-    names = ("_global_forward_hooks", "_global_forward_pre_hooks", "_global_backward_hooks")
-    return any(getattr(torch_module, name) for name in names)
+    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+    return any(getattr(torch_module, f"_global_{name}") for name in names)
 
 
 @cache

@@ -2,7 +2,8 @@
 
 PEFT's own forward runs, over an accelerated base, wherever there is more to it than one plain
 adapter without dropout: several active at once, DoRA and other variants, a bias in the adapter,
-adapters by row, merged ones.
+adapters by row, merged ones; hooks, a ``forward`` of its own or another class on the base or on a
+part of the adapter; hooks of all modules.
 """
 
 from collections.abc import Mapping
@@ -11,10 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tli_engine.nn import dense_lora_linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# torch's own; None where another was put there before
+_LINEAR_FORWARD = (
+    nn.Linear.forward
+    if getattr(nn.Linear.forward, "__globals__", {}).get("__name__") == nn.Linear.__module__
+    else None
+)
+_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 class Update(NamedTuple):
@@ -44,7 +53,15 @@ class Linear(lora.Linear):  # type: ignore[misc]
 
 def is_hooked(base: nn.Module) -> bool:
     """Whether calling ``base`` does more than its class's forward, which a fused product would skip."""
-    return "forward" in base.__dict__ or any(getattr(base, name) for name in _HOOKS)
+    if "forward" in base.__dict__ or any(getattr(base, name) for name in _HOOKS):
+        return True
+    # another one may stand in the class that all projections share
+    return type(base) is nn.Linear and nn.Linear.forward is not _LINEAR_FORWARD
+
+
+def has_global_hooks() -> bool:
+    """Whether something looks at the calls of all modules."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 def plain_update(layer: Any) -> Update | None:
@@ -61,18 +78,20 @@ def plain_update(layer: Any) -> Update | None:
 
 def _is_plain(layer: Any, name: str) -> bool:
     dropout = layer.lora_dropout[name]
-    drops = not isinstance(dropout, nn.Identity) and dropout.training and dropout.p > 0
+    if is_hooked(dropout) or has_global_hooks() or not _passes(dropout):
+        return False
     dora: Mapping[str, bool] = getattr(layer, "use_dora", {})
     variant = name in getattr(layer, "lora_variant", {}) or dora.get(name, False)
-    if drops or variant or getattr(layer, "fan_in_fan_out", False):
+    if variant or getattr(layer, "fan_in_fan_out", False):
         return False
     factors = (layer.lora_A[name], layer.lora_B[name])
-    if len({(factor.weight.dtype, factor.weight.device) for factor in factors}) > 1:
+    if not all(type(f) is nn.Linear and f.bias is None and not is_hooked(f) for f in factors):
         return False
-    return all(
-        type(factor) is nn.Linear
-        and factor.bias is None
-        and not factor._forward_hooks
-        and not factor._forward_pre_hooks
-        for factor in factors
-    )
+    return len({(factor.weight.dtype, factor.weight.device) for factor in factors}) == 1
+
+
+def _passes(dropout: nn.Module) -> bool:
+    """Whether it gives what it gets; of other classes than PEFT puts there nothing is known."""
+    if type(dropout) is nn.Identity:
+        return True
+    return type(dropout) is nn.Dropout and not (dropout.training and dropout.p > 0)

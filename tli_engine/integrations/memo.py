@@ -78,6 +78,7 @@ class Memo:
         word = None if state.grad or any(state.training) else _word(call.arguments)
         if word is None:
             return None
+        state.look()
         self._forget_if_changed(state)
         key = (*word, *state.key)
         run = self._runs.get(key)

@@ -4,21 +4,22 @@ Some thousand modules are asked twice a call, for the most part by one pass of C
 them takes as long as twenty launches.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from itertools import chain, repeat
-from operator import contains, is_, itemgetter
+from operator import contains, itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from tli_engine.integrations.held_state import CONTAINERS, HeldState
 
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 _TRAINING = itemgetter("training")
 # where accelerate notes its hook, which replaces the module's forward
 _HOOK = "_hf_hook"
-# what only holds others has no forward: neither its mode nor its hooks change anything
-_CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 
 
 class Modules:
@@ -28,10 +29,10 @@ class Modules:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        # those of torch.jit hold nothing where others do
-        modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        modules = _not_scripted(modules)
         self._dicts = [m.__dict__ for m in modules]
-        self._called = [m.__dict__ for m in modules if type(m) not in _CONTAINERS]
+        # what only holds others has no forward: neither its mode nor its hooks change anything
+        self._called = [m.__dict__ for m in modules if type(m) not in CONTAINERS]
         # a module that torch.compile wraps has its mode itself
         self._in_mode = [d for d in self._called if "training" in d]
         self._adapted = [d for d in self._dicts if "_disable_adapters" in d]
@@ -54,6 +55,9 @@ class Modules:
         some._numbers = self._numbers[: len(some._children)]
         some._held = self._held[: sum(some._numbers)]
         return some
+
+    def __len__(self) -> int:
+        return len(self._dicts)
 
     def are_same(self) -> bool:
         """Whether they still consist of the same modules."""
@@ -99,13 +103,15 @@ class ModelParts(Modules):
     """
 
     def __init__(self, model: Any, decoder: Any) -> None:
-        modules = list(model.modules())
+        found = list(model.modules())
+        modules = _not_scripted(found)
         super().__init__(modules)
-        self._config = model.config
-        self._is_scripted = len(self._dicts) < len(modules)
+        self._config, self._modules = model.config, modules
+        self._state: HeldState | None = None
+        self._is_scripted = len(modules) < len(found)
         self._holders = [d for d in self._dicts if d["_parameters"] or d["_buffers"]]
         numbers = {id(module): i for i, module in enumerate(modules)}
-        starts = [numbers[id(block)] for block in decoder.layers]
+        starts = [numbers.get(id(block), 0) for block in decoder.layers]
         # a block ends where the next begins; not where a block comes twice, or they stand in another order
         self._ends = starts[1:] if sorted(set(starts)) == starts else []
         self._below: dict[int, Modules] = {}
@@ -115,6 +121,8 @@ class ModelParts(Modules):
         later = [d for d in self._called if id(d) not in at_call]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
+        places = {id(m.__dict__): i for i, m in enumerate(modules)}
+        self._hooked = [places[id(d)] for d in later]
 
     @property
     def attention(self) -> str | None:
@@ -136,7 +144,7 @@ class ModelParts(Modules):
             return "it holds a module of torch.jit"
         if self._is_offloaded():
             return "it is offloaded by accelerate's hooks"
-        return "a module has hooks" if self._has_hooks() else None
+        return "a module has hooks" if self.has_hooks() else None
 
     def _is_offloaded(self) -> bool:
         """Whether weights come only while their module runs, and are others each time."""
@@ -144,11 +152,25 @@ class ModelParts(Modules):
             return False
         return any(offloads(d.get(_HOOK)) for d in self._holders)
 
-    def _has_hooks(self) -> bool:
-        """Whether a module has a hook that would run, or not run, at another time than it expects."""
-        if any(self._hooks):
+    def has_hooks(self, count: int | None = None) -> bool:
+        """Whether a module has a hook that would run, or not run, at another time than it expects.
+
+        Args:
+            count: So many modules are looked at, the first; ``None``: all.
+        """
+        before, after = self._hooks, self._after
+        if count is not None:
+            some = bisect_left(self._hooked, count)
+            before, after = before[: 2 * some], after[:some]
+        if any(before):
             return True
-        return any(not all(map(_captures, hooks.values())) for hooks in filter(None, self._after))
+        return any(not all(map(_captures, hooks.values())) for hooks in filter(None, after))
+
+    def held(self) -> HeldState:
+        """What the modules hold now beside weights and modes: the same object until it changes."""
+        if self._state is None or not self._state.is_same():
+            self._state = HeldState(self._modules)
+        return self._state
 
 
 def offloads(hook: Any) -> bool:
@@ -156,9 +178,9 @@ def offloads(hook: Any) -> bool:
     return any(getattr(h, "offload", False) for h in getattr(hook, "hooks", [hook]))
 
 
-def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
-    """Whether both are the same objects in the same order."""
-    return len(some) == len(others) and all(map(is_, some, others))
+def _not_scripted(modules: Iterable[nn.Module]) -> list[nn.Module]:
+    """Those that hold what they hold where others do; modules of torch.jit do not."""
+    return [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
 
 
 def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:

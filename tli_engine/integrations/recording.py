@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.autograd import Variable
 
-from tli_engine.integrations.call_state import CallState, versions
+from tli_engine.integrations.call_state import CallState
+from tli_engine.integrations.same_objects import versions
 from tli_engine.integrations.static_block import StaticBlock
 
 T = TypeVar("T")

@@ -1,5 +1,6 @@
 """Runs another code base's script with its models accelerated as they load."""
 
+import builtins
 import runpy
 import sys
 import time
@@ -7,9 +8,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from importlib.machinery import SourceFileLoader
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from zipfile import is_zipfile
 
 from torch import nn
 
@@ -131,18 +135,42 @@ def run_script(path: Path, arguments: Sequence[str], say: Say) -> tuple[int, Scr
     start = time.perf_counter()
     try:
         with accelerated_loading(run):
-            runpy.run_path(str(path), run_name="__main__")
+            _run_main(path.absolute())
         status = 0
     except SystemExit as exit_:
         status = _status(exit_)
     except BaseException as error:
         # as the interpreter would show it, from the script's own first line on
-        error.__traceback__ = _from_script(error, path)
+        error.__traceback__ = _from_script(error, path.absolute())
         sys.excepthook(type(error), error, error.__traceback__)
         status = 130 if isinstance(error, KeyboardInterrupt) else 1
     finally:
         sys.argv, sys.path = argv, search
     return status, run, time.perf_counter() - start
+
+
+def _run_main(path: Path) -> None:
+    """Run what is at an absolute path as ``__main__``; ``runpy`` would put the path into ``sys.argv``."""
+    if path.suffix == ".pyc" or is_zipfile(path):
+        runpy.run_path(str(path), run_name="__main__")
+        return
+    module = ModuleType("__main__")
+    loader = SourceFileLoader("__main__", str(path))
+    module.__dict__.update(
+        __annotations__={},
+        __builtins__=builtins,
+        __cached__=None,
+        __file__=str(path),
+        __loader__=loader,
+        __package__=None,
+    )
+    ours = sys.modules["__main__"]
+    sys.modules["__main__"] = module
+    try:
+        source = loader.get_data(str(path))
+        exec(compile(source, str(path), "exec", dont_inherit=True), module.__dict__)
+    finally:
+        sys.modules["__main__"] = ours
 
 
 def _status(exit_: SystemExit) -> int:

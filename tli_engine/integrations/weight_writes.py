@@ -1,12 +1,14 @@
-"""Notices writes to parameters that their version counters do not show.
+"""Notices writes to parameters and buffers that their version counters do not show.
 
 ``parameter.data`` gives a tensor with a counter of its own, and some optimizers write through
-pointers. While a memo is in use, reading ``data`` of a parameter, setting it, and every step of an
-optimizer count as writes.
+pointers. While a memo is in use, reading ``data`` of a parameter or of a buffer that is looked at,
+setting it, and every step of an optimizer count as writes.
 """
 
-from collections.abc import Iterator
+import weakref
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,11 +16,27 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 _writes = 0
+# by their numbers: tensors compare element by element
+_watched: dict[int, "weakref.ref[Tensor]"] = {}
 
 
 def writes() -> int:
     """Number of possible writes so far, while :func:`watched`."""
     return _writes
+
+
+def watch(tensors: Iterable[Tensor]) -> None:
+    """Let these count as parameters do."""
+    for tensor in tensors:
+        _watched[id(tensor)] = weakref.ref(tensor, partial(_forget, id(tensor)))
+
+
+def _forget(number: int, _: object) -> None:
+    _watched.pop(number, None)
+
+
+def _counts(tensor: Tensor) -> bool:
+    return isinstance(tensor, nn.Parameter) or id(tensor) in _watched
 
 
 def _count(*args: Any) -> None:
@@ -33,13 +51,13 @@ def watched() -> Iterator[None]:
     theirs: Any = outer or torch._C.TensorBase.data
 
     def read(tensor: Tensor) -> Tensor:
-        if isinstance(tensor, nn.Parameter):
+        if _counts(tensor):
             _count()
         value: Tensor = theirs.__get__(tensor)
         return value
 
     def write(tensor: Tensor, value: Tensor) -> None:
-        if isinstance(tensor, nn.Parameter):
+        if _counts(tensor):
             _count()
         theirs.__set__(tensor, value)
 

@@ -1,0 +1,50 @@
+"""Whether objects and tensors are what they were."""
+
+from collections.abc import Sequence
+from operator import is_
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
+    """Whether both are the same objects in the same order."""
+    return len(some) == len(others) and all(map(is_, some, others))
+
+
+def are_same_weights(some: Sequence[Tensor | None], others: Sequence[Tensor | None]) -> bool:
+    """Whether both are the same parameters; of 4-bit ones those on the same bytes, too.
+
+    PEFT puts such a one in the place of each that it dequantises on a CPU, in a forward of DoRA.
+    """
+    if are_identical(some, others):
+        return True
+    return len(some) == len(others) and all(map(_are_one_weight, some, others))
+
+
+def _are_one_weight(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is other:
+        return True
+    state = getattr(one, "__dict__", {}).get("quant_state")
+    if state is None or getattr(other, "__dict__", {}).get("quant_state") is not state:
+        return False
+    return _place(one) == _place(other)
+
+
+def _place(tensor: Any) -> tuple[object, ...]:
+    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
+
+
+def versions(tensors: Sequence[Tensor | None]) -> list[int]:
+    """How often each was written to; -1 for those of inference mode, and for ``None``."""
+    # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return [-1 if tensor is None else tensor._version for tensor in tensors]
+        except RuntimeError:
+            # tensors of inference mode have none, and are not written to outside it
+            return [
+                -1 if tensor is None or tensor.is_inference() else tensor._version
+                for tensor in tensors
+            ]
