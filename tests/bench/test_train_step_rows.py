@@ -62,6 +62,22 @@ def test_ratios_are_to_the_first_of_a_case_and_a_loss_that_is_off_is_noted() -> 
     assert off[5] != off[5]
 
 
+def test_losses_that_part_after_updates_are_noted() -> None:
+    losses = {
+        "peft+bitsandbytes": [5.0, 4.9, 4.8],
+        "tli-engine": [5.0, 4.9, 4.81],
+        "tli-engine:12-gib-in-4": [5.0, 4.9, 4.7],
+        "tli-engine:stochastic": [5.0, 4.9, 4.7],
+    }
+    rows = [row(name) for name in losses]
+    for one, of in zip(rows, losses.values(), strict=True):
+        one.notes["losses"] = of
+    # a run of fewer steps is compared as far as it goes
+    rows[1].notes["losses"] = rows[1].notes["losses"][:2]
+    found = [r.notes.get("losses_apart") for r in compared(rows)]
+    assert found == [None, None, 0.1, None]
+
+
 def test_jobs_are_those_asked_for() -> None:
     assert [(j.case, j.provider) for j in chosen(providers=["tli-engine", "transformers"])] == [
         ("lora_early", "tli-engine"),

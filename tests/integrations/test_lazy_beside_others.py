@@ -70,6 +70,8 @@ def test_what_peft_trains_whole(
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(expected[-1], bare[-1])
     assert actual[2].keys() == grads.keys()
+    for name, gradient in actual[2].items():
+        torch.testing.assert_close(gradient, grads[name], rtol=1e-4, atol=1e-6)
 
 
 def test_mixed_precision_of_accelerate(load: Load, tokens: dict[str, Tensor]) -> None:

@@ -53,6 +53,18 @@ def test_no_garbage_is_collected(recorded: list[Any], collects: bool) -> None:
     assert recorded == expected
 
 
+def test_recordings_of_two_threads_end_one_after_the_other(recorded: list[Any]) -> None:
+    graph: Any = object()
+    first, second = capture(graph), capture(graph)
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    # the other still records
+    assert not gc.isenabled()
+    second.__exit__(None, None, None)
+    assert gc.isenabled()
+
+
 def test_the_cause_of_a_failure_is_shown(recorded: list[Any]) -> None:
     graph: Any = object()
     with pytest.raises(RuntimeError, match="is capturing") as caught, capture(graph):

@@ -9,7 +9,6 @@ from typing import Any
 
 import click
 
-from tli_engine.cli.console import say
 from tli_engine.config import (
     Kind,
     RunConfig,
@@ -23,7 +22,7 @@ from tli_engine.errors import ConfigError
 
 # an exit status above is that of a signal; of these processes have said themselves how to go on
 _SIGNALLED = 128
-_ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM)
+_ASKED_TO_STOP = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 @click.command("train")
@@ -138,6 +137,7 @@ def read_values(
 
 
 def _start(gpus: int, config: RunConfig, options: tuple[str, ...], folder: Path) -> int:
+    from tli_engine.cli.console import say
     from tli_engine.distributed.launch import start
 
     debug = ["--debug"] if os.environ.get("TLI_ENGINE_DEBUG") else []

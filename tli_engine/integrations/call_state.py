@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.held_state import HeldState
-from tli_engine.integrations.model_parts import ModelParts, Modules
+from tli_engine.integrations.model_parts import ModelParts, Modules, has_global_hooks
 from tli_engine.integrations.same_objects import are_same_weights, versions
 
 
@@ -121,7 +121,7 @@ class CallState:
             )
         assert self._held is not None
         change = self._held.change(len(parts))
-        if change is not None or self.parts.has_hooks(len(parts)):
+        if change is not None or self.parts.has_hooks(len(parts)) or has_global_hooks():
             raise UserError(
                 f"{what} was not read before {change or 'a hook'} was changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"

@@ -93,7 +93,7 @@ class Configs:
 
     def is_same(self) -> bool:
         """Whether they say what they said; what is settled at each call does not count."""
-        return self._configs == self._copies or self.change() is None
+        return self.change() is None
 
     def frozen(self) -> Hashable:
         """What they said, as part of a key."""
@@ -108,7 +108,7 @@ class Configs:
         """The name of a value that is another now."""
         for config, copy in zip(self._configs, self._copies, strict=True):
             for name in sorted((config.keys() | copy.keys()) - _OF_CALLS):
-                if name not in config or name not in copy or config[name] != copy[name]:
+                if name not in config or name not in copy or not _is_same(config[name], copy[name]):
                     return f"the configuration's {name}"
         return None
 
@@ -117,14 +117,36 @@ def _copy(value: Any) -> Any:
     """A value whose containers are others, and what they hold the same."""
     if isinstance(value, dict):
         return {name: _copy(v) for name, v in value.items()}
-    return [*map(_copy, value)] if type(value) is list else value
+    if isinstance(value, set):
+        return set(value)
+    return type(value)(map(_copy, value)) if type(value) in (list, tuple) else value
+
+
+def _is_same(value: Any, copy: Any) -> bool:
+    """Whether a value is what was copied; of what cannot be compared, whether it is the same object."""
+    if value is copy:
+        return True
+    if isinstance(value, dict) and isinstance(copy, dict):
+        return value.keys() == copy.keys() and all(_is_same(v, copy[n]) for n, v in value.items())
+    if type(value) in (list, tuple):
+        return (
+            type(copy) is type(value)
+            and len(value) == len(copy)
+            and all(map(_is_same, value, copy))
+        )
+    try:
+        return bool(value == copy)
+    except (RuntimeError, ValueError):
+        return False
 
 
 def _freeze(value: Any) -> Hashable:
     """A hashable form of a value; of what has none, the object itself."""
     if isinstance(value, dict):
         return tuple((name, _freeze(v)) for name, v in value.items())
-    if isinstance(value, list):
+    if isinstance(value, (list, tuple)):
         return tuple(map(_freeze, value))
+    if isinstance(value, (set, frozenset)):
+        return frozenset(map(_freeze, value))
     # by its number: the copies hold it
     return value if isinstance(value, Hashable) else id(value)

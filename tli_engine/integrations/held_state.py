@@ -135,8 +135,8 @@ class HeldState:
                 and self._code.is_same()
                 and self._configs.is_same()
             )
-        except (KeyError, RuntimeError):
-            # an attribute is gone, or tensors would be compared number by number
+        except (KeyError, RuntimeError, ValueError):
+            # an attribute is gone, or tensors or arrays would be compared number by number
             return False
 
     def _change_of(self, number: int) -> str | None:
@@ -166,7 +166,7 @@ class HeldState:
             try:
                 if self._containers[i] != self._contents[i]:
                     return name
-            except RuntimeError:
+            except (RuntimeError, ValueError):
                 return name
         return None
 

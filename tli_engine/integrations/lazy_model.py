@@ -11,14 +11,13 @@ from threading import RLock
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
 from tli_engine.errors import UserError
 from tli_engine.integrations.call_state import CallState
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
-from tli_engine.integrations.model_parts import ModelParts
+from tli_engine.integrations.model_parts import ModelParts, has_global_hooks
 from tli_engine.integrations.replace import mark, original_class
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
@@ -256,7 +255,7 @@ def _why_at_once(model: Any, decoder: Any, parts: ModelParts) -> str | None:
         return _REPLACED
     if decoder.__dict__.get("_compiled_call_impl") is not None:
         return "its decoder is compiled as a whole"
-    return "all modules have hooks" if _global_hooks() else parts.why_at_once()
+    return "all modules have hooks" if has_global_hooks() else parts.why_at_once()
 
 
 def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
@@ -276,11 +275,6 @@ def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
         and not arguments.get("use_cache")
         and isinstance(embeds if ids is None else ids, Tensor)
     )
-
-
-def _global_hooks() -> bool:
-    names = ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
-    return any(getattr(torch_module, f"_global_{name}") for name in names)
 
 
 @cache

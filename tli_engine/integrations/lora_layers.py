@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners import lora
 from torch import Tensor, nn
-from torch.nn.modules import module as torch_module
 
+from tli_engine.integrations.model_parts import has_global_hooks
 from tli_engine.nn import dense_lora_linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
@@ -23,7 +23,6 @@ _LINEAR_FORWARD = (
     if getattr(nn.Linear.forward, "__globals__", {}).get("__name__") == nn.Linear.__module__
     else None
 )
-_GLOBAL_HOOKS = tuple(f"_global{name}" for name in _HOOKS)
 
 
 class Update(NamedTuple):
@@ -57,11 +56,6 @@ def is_hooked(base: nn.Module) -> bool:
         return True
     # another one may stand in the class that all projections share
     return type(base) is nn.Linear and nn.Linear.forward is not _LINEAR_FORWARD
-
-
-def has_global_hooks() -> bool:
-    """Whether something looks at the calls of all modules."""
-    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 def plain_update(layer: Any) -> Update | None:

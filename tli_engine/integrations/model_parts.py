@@ -12,12 +12,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
 from tli_engine.integrations.held_state import CONTAINERS, HeldState
 
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
 _TRAINING = itemgetter("training")
+_GLOBAL_HOOKS = tuple(
+    f"_global_{name}"
+    for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
+)
 # where accelerate notes its hook, which replaces the module's forward
 _HOOK = "_hf_hook"
 
@@ -171,6 +176,11 @@ class ModelParts(Modules):
         if self._state is None or not self._state.is_same():
             self._state = HeldState(self._modules)
         return self._state
+
+
+def has_global_hooks() -> bool:
+    """Whether something looks at the calls of all modules."""
+    return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
 def offloads(hook: Any) -> bool:

@@ -1,6 +1,7 @@
 """Launches recorded as CUDA graphs."""
 
 import gc
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from typing import Any, NamedTuple, TypeVar
@@ -9,6 +10,29 @@ import torch
 from torch.autograd.grad_mode import set_multithreading_enabled
 
 T = TypeVar("T")
+
+
+class _NoGarbage:
+    """No collection while anyone is inside; threads may be there at once."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._collects = threading.Lock(), 0, False
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._collects = gc.isenabled()
+                gc.disable()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0 and self._collects:
+                gc.enable()
+
+
+_no_garbage = _NoGarbage()
 
 
 @contextmanager
@@ -36,10 +60,8 @@ def capture(
     """
     begin = torch.cuda.graph if begin is None else begin
     errors: list[RuntimeError] = []
-    collects = gc.isenabled()
-    gc.disable()
     try:
-        with begin(graph, pool, stream, capture_error_mode="thread_local"):
+        with _no_garbage, begin(graph, pool, stream, capture_error_mode="thread_local"):
             try:
                 yield
             except RuntimeError as error:
@@ -50,9 +72,6 @@ def capture(
         if errors:
             raise errors[0] from None
         raise
-    finally:
-        if collects:
-            gc.enable()
 
 
 @contextmanager
