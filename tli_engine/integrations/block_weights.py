@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tli_engine.integrations.held_code import Code, Configs
-from tli_engine.integrations.same_objects import are_identical
+from tli_engine.integrations.same_objects import PLAIN, are_identical, places
 
 # whose modules are known to launch the same kernels at every call; of PEFT the engine's own subclasses
 _KNOWN = (
@@ -19,7 +19,6 @@ _KNOWN = (
     "transformers.models.",
     "tli_engine.integrations.",
 )
-_PLAIN = frozenset((bool, int, float, str))
 
 
 class NotStaticError(Exception):
@@ -50,7 +49,7 @@ class Weights:
             for module in modules:
                 _check(module)
                 d = module.__dict__
-                found += [v for v in d.values() if type(v) in _PLAIN]
+                found += [v for v in d.values() if type(v) in PLAIN]
                 for holder in (d["_parameters"], d["_buffers"]):
                     for name, tensor in holder.items():
                         if tensor is None:
@@ -158,7 +157,7 @@ class _Seen:
         self._contents = self._look_inside()
         holders = [d[name] for d in map(_DICT, modules) for name in ("_parameters", "_buffers")]
         self._tensors = [t for holder in holders for t in holder.values() if t is not None]
-        self._laid_out = _places(self._tensors)
+        self._laid_out = places(self._tensors)
         self._layers = [m for m in modules if hasattr(type(m), "frozen_weight")]
         self._frozen = [m.frozen_weight() for m in self._layers]
         self.weights = Weights(modules, device)
@@ -172,7 +171,7 @@ class _Seen:
             and not any(self._empty)
             and [*map(len, self._filled)] == self._sizes
             and are_identical(self._look_inside(), self._contents)
-            and _places(self._tensors) == self._laid_out
+            and places(self._tensors) == self._laid_out
             and are_identical([m.frozen_weight() for m in self._layers], self._frozen)
             and self.weights.code.is_same()
             and self.weights.configs.is_same()
@@ -187,14 +186,6 @@ class _Seen:
 
 
 _DICT = attrgetter("__dict__")
-
-
-def _places(tensors: Iterable[Tensor]) -> list[tuple[object, ...]]:
-    # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
-    with torch._C.DisableTorchFunctionSubclass():
-        return [
-            (t.data_ptr(), t.dtype, t.requires_grad, t.device, t.shape, t.stride()) for t in tensors
-        ]
 
 
 class BlockWeights:

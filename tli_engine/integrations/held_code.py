@@ -93,6 +93,13 @@ class Configs:
 
     def is_same(self) -> bool:
         """Whether they say what they said; what is settled at each call does not count."""
+        try:
+            # at once, as all is at nearly every call
+            if self._configs == self._copies:
+                return True
+        except (RuntimeError, ValueError):
+            # arrays would be compared number by number
+            pass
         return self.change() is None
 
     def frozen(self) -> Hashable:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from tli_engine.integrations.held_code import Code, Configs
-from tli_engine.integrations.same_objects import versions
+from tli_engine.integrations.same_objects import PLAIN, versions
 from tli_engine.integrations.weight_writes import watch
 
 # what every module has, and what is looked at elsewhere
@@ -36,7 +36,6 @@ _NOT_HERE = _ELSEWHERE | _NOTES | _STOOD_IN
 _SIZES = frozenset(("in_features", "out_features"))
 # what only holds others has no forward
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
-_PLAIN = frozenset((bool, int, float, str))
 
 
 class HeldState:
@@ -247,7 +246,7 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 
 def _is_as_it_was(was: object, now: object) -> bool:
-    return was is now or (type(was) is type(now) and type(was) in _PLAIN and was == now)
+    return was is now or (type(was) is type(now) and type(was) in PLAIN and was == now)
 
 
 def _is_tensor(value: object) -> bool:

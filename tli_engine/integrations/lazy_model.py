@@ -4,6 +4,7 @@ import inspect
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
 from functools import cache, wraps
 from importlib.util import find_spec
@@ -189,12 +190,18 @@ def _call(model: Any, theirs: Any, arguments: dict[str, Any]) -> Any:
         return None
     decoder = _decoder_in(model)
     # a causal LM's calls and those of its decoder run the same blocks
-    with (settings_of(decoder) or settings).lock:
-        return _call_alone(model, theirs, decoder, settings, arguments)
+    lock = (settings_of(decoder) or settings).lock
+    with lock:
+        return _call_alone(model, theirs, decoder, settings, lock, arguments)
 
 
 def _call_alone(
-    model: Any, theirs: Any, decoder: Any, settings: LazySettings, arguments: dict[str, Any]
+    model: Any,
+    theirs: Any,
+    decoder: Any,
+    settings: LazySettings,
+    lock: AbstractContextManager[Any],
+    arguments: dict[str, Any],
 ) -> Any:
     start = time.perf_counter_ns()
     counts = settings.counts
@@ -207,7 +214,6 @@ def _call_alone(
     _put_capturing_hooks()(decoder)
     tensors: Sequence[Tensor] = [v for v in arguments.values() if isinstance(v, Tensor)]
     state = CallState(parts, tensors, tensors[0].device)
-    lock = (settings_of(decoder) or settings).lock
     call = Call(theirs.forward, decoder, model, arguments, state, settings.stop_at, counts, lock)
     found = None if settings.memo is None else settings.memo.find(call)
     if found:

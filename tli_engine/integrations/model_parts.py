@@ -115,8 +115,8 @@ class ModelParts(Modules):
         self._state: HeldState | None = None
         self._is_scripted = len(modules) < len(found)
         self._holders = [d for d in self._dicts if d["_parameters"] or d["_buffers"]]
-        numbers = {id(module): i for i, module in enumerate(modules)}
-        starts = [numbers.get(id(block), 0) for block in decoder.layers]
+        numbers = {id(d): i for i, d in enumerate(self._dicts)}
+        starts = [numbers.get(id(block.__dict__), 0) for block in decoder.layers]
         # a block ends where the next begins; not where a block comes twice, or they stand in another order
         self._ends = starts[1:] if sorted(set(starts)) == starts else []
         self._below: dict[int, Modules] = {}
@@ -126,8 +126,7 @@ class ModelParts(Modules):
         later = [d for d in self._called if id(d) not in at_call]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
-        places = {id(m.__dict__): i for i, m in enumerate(modules)}
-        self._hooked = [places[id(d)] for d in later]
+        self._hooked = [numbers[id(d)] for d in later]
 
     @property
     def attention(self) -> str | None:

@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# values that are what they say
+PLAIN = frozenset((bool, int, float, str))
+
 
 def are_identical(some: Sequence[object], others: Sequence[object]) -> bool:
     """Whether both are the same objects in the same order."""
@@ -32,8 +35,16 @@ def _are_one_weight(one: Tensor | None, other: Tensor | None) -> bool:
     return _place(one) == _place(other)
 
 
+def places(tensors: Sequence[Tensor]) -> list[tuple[object, ...]]:
+    """Where each lies, how, and whether it has a gradient."""
+    # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
+    with torch._C.DisableTorchFunctionSubclass():
+        return [*map(_place, tensors)]
+
+
 def _place(tensor: Any) -> tuple[object, ...]:
-    return tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
+    layout = tensor.dtype, tensor.device, tensor.shape, tensor.stride()
+    return tensor.data_ptr(), *layout, tensor.requires_grad
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int]:

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from tli_engine.integrations.block_weights import BlockWeights, NotStaticError, Weights
 from tli_engine.integrations.lazy_run import Step
-
-_PLAIN = frozenset((bool, int, float, str))
+from tli_engine.integrations.same_objects import PLAIN
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ def _take_apart(value: Any, tensors: list[Tensor], numbers: dict[int, int]) -> A
         return dict, tuple((k, _take_apart(v, tensors, numbers)) for k, v in value.items())
     if type(value) in (tuple, list):
         return type(value), tuple(_take_apart(v, tensors, numbers) for v in value)
-    if value is None or type(value) in _PLAIN:
+    if value is None or type(value) in PLAIN:
         return type(value), value
     raise NotStaticError(f"a block is given a {type(value).__name__}")
 
