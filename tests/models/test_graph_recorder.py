@@ -189,7 +189,9 @@ def test_recordings_at_once_are_those_of_waiting_ones() -> None:
         # two tensors of 8 MiB
         assert 1 << 24 <= recorder.memory(pool) < 1 << 26
         if at_once:
-            assert torch.cuda.memory_reserved() == kept + recorder.memory(pool)
+            # and small tensors of the capture, in a segment of 2 MiB
+            more = torch.cuda.memory_reserved() - kept - recorder.memory(pool)
+            assert 0 <= more <= 1 << 21
         graph.replay()
         assert torch.equal(y, expected)
         del graph, y
