@@ -6,7 +6,7 @@ model's shape. NF4 weights are double quantised, the same bytes for everyone; th
 embeddings are bf16. Peers keep norms and adapters in bf16 without autocast, their fastest way, with
 gradient checkpointing or, ``:save``, without; the engine's ``tli-engine`` keeps of activations what
 fits, ``:12-gib`` what fits into so much, ``-in-4`` with a batch cut into four whose gradients are added
-up, ``:bf16`` has its weights in bf16; of smaller models ``:graphs`` replays a step's launches from CUDA
+up, ``:bf16`` has its weights in bf16, ``:fp32`` computes in fp32 with the same NF4 weights; of smaller models ``:graphs`` replays a step's launches from CUDA
 graphs, ``:launches`` makes them one by one, where ``tli-engine`` goes by its own rule. Full fine-tuning
 of the peers is in bf16 alone, which is what ``tli-engine:stochastic`` rounds at random; ``tli-engine``
 has fp32 master weights. torchtune has no row: ``bench/LOG.md`` says why. On the 8B shape optimizer
@@ -14,8 +14,9 @@ states are 8-bit.
 
 Each provider runs in a process of its own, one after the other. The first steps are dropped; a step's
 time is by a clock on the wall, beside it the time in which the GPU is busy. The share of the floor is
-that of a step without recomputation at the rate of an 8192^3 product. Losses of the first step must
-agree: one that does not is said to. The results are written after every provider.
+that of a step without recomputation at the rate of an 8192^3 product. Losses must agree, of the first
+step and of those after updates, with those of ``:fp32``, or of the first row where it did not run: one
+that does not is said to. The results are written after every provider.
 
 python -m bench train_step [--cases ...] [--models ...] [--providers ...] [--steps N] [--limit S]
     [--budget S] [--keep] [--fp32-absmax] [--rows N] [--length N]
@@ -54,6 +55,8 @@ USUAL = {
     "qwen2-72b": ("lora_early",),
     "tiny": ("lora_early", "lora_all", "full"),
 }
+# whose losses the others' are compared with
+TRUTH = "tli-engine:fp32"
 # rows of 2,048 tokens
 _ROWS = {"qwen2-72b": 2}
 # nats; the mean over thousands of tokens, of logits whose rounding errors have no sign
@@ -95,8 +98,10 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     """The rows with their ratios, each to the first of its group; losses that differ are noted."""
     result = []
     for row in rows:
-        first = next(r for r in rows if group_of(r) == group_of(row))
-        both = zip(row.notes["losses"], first.notes["losses"], strict=False)
+        of_group = [r for r in rows if group_of(r) == group_of(row)]
+        first = of_group[0]
+        truth = next((r for r in of_group if r.provider == TRUTH), first)
+        both = zip(row.notes["losses"], truth.notes["losses"], strict=False)
         off, *later = [abs(ours - theirs) for ours, theirs in both]
         notes = {k: v for k, v in row.notes.items() if k not in ("loss_off_by", "losses_apart")}
         # weights in bf16 are not those in NF4
@@ -134,7 +139,7 @@ def print_summary(rows: Sequence[Row]) -> None:
             r for r in of_group
             if not r.provider.startswith("tli-engine") and "loss_off_by" not in r.notes
         ]  # fmt: skip
-        ours = [r for r in of_group if r.provider.startswith("tli-engine")]
+        ours = [r for r in of_group if r.provider.startswith("tli-engine") and r.provider != TRUTH]
         if not peers or not ours:
             continue
         best = min(peers, key=lambda row: row.ms)

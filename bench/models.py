@@ -80,7 +80,7 @@ class RandomSource:
     """A :class:`~tli_engine.models.sources.TensorSource` of values drawn anew by name at each read.
 
     Weights are normal, norms one; the linear layers of blocks are stored in NF4 if ``nf4``, their
-    absmax in 8 bits if ``double_quant``.
+    absmax in 8 bits if ``double_quant``. They are of ``drawn_in``, or of ``dtype`` if that is None.
     """
 
     def __init__(
@@ -90,6 +90,7 @@ class RandomSource:
         device: torch.device,
         nf4: bool,
         double_quant: bool = False,
+        drawn_in: torch.dtype | None = None,
     ) -> None:
         from transformers import AutoModelForCausalLM
 
@@ -99,7 +100,7 @@ class RandomSource:
             name.removeprefix("model."): parameter.shape
             for name, parameter in model.named_parameters()
         }
-        self._dtype, self._device = dtype, device
+        self._dtype, self._drawn_in, self._device = dtype, drawn_in or dtype, device
         self._nf4, self._double_quant = nf4, double_quant
 
     def __contains__(self, name: str) -> bool:
@@ -110,8 +111,8 @@ class RandomSource:
         if name.endswith("norm.weight"):
             return torch.ones(self._shapes[name], dtype=self._dtype, device=self._device)
         generator = torch.Generator(self._device).manual_seed(zlib.crc32(name.encode()))
-        tensor = torch.empty(self._shapes[name], dtype=self._dtype, device=self._device)
-        return tensor.normal_(0, _STD, generator=generator)
+        tensor = torch.empty(self._shapes[name], dtype=self._drawn_in, device=self._device)
+        return tensor.normal_(0, _STD, generator=generator).to(self._dtype)
 
     def read_rows(self, name: str, rows: Sequence[int]) -> Tensor:
         """Some rows of a matrix, which is drawn in full."""
@@ -212,9 +213,10 @@ def random_subject(
     device: torch.device,
     nf4: bool = True,
     double_quant: bool = False,
+    drawn_in: torch.dtype | None = None,
 ) -> Subject:
     """A model of random weights and words of random tokens, both the same at every call."""
-    source = RandomSource(model_config, dtype, device, nf4, double_quant)
+    source = RandomSource(model_config, dtype, device, nf4, double_quant, drawn_in)
     files = ModelFiles(name, name, Path(), None, model_config, source)
     overrides = [f"model={name}", f"quantize={'nf4' if nf4 else 'none'}"]
     config = resolve_config(apply_overrides(read_recipe("paper"), overrides), "paper")

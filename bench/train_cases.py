@@ -73,6 +73,7 @@ class Provider:
         rounding: Of the engine's full fine-tuning.
         in_backward: Of the engine's full fine-tuning.
         accumulate: Parts into which a step's batch is cut; their gradients are added up.
+        fp32: Activations and sums are in fp32, of the others' weights: what losses are judged by.
         graphs: Whether the engine's packs are replayed from CUDA graphs; None: by its own rule.
     """
 
@@ -85,6 +86,7 @@ class Provider:
     rounding: Literal["master", "stochastic"] = "master"
     in_backward: bool = False
     accumulate: int = 1
+    fp32: bool = False
     graphs: bool | None = None
 
 
@@ -99,6 +101,7 @@ _LORA = (
     Provider("peft+bitsandbytes+liger:save", "transformers", "save", liger=True),
     Provider("tli-engine", "engine", "auto"),
     *_GRAPHS,
+    Provider("tli-engine:fp32", "engine", "auto", fp32=True),
     Provider("tli-engine:12-gib", "engine", "auto", memory_gib=12),
     Provider("tli-engine:12-gib-in-4", "engine", "auto", memory_gib=12, accumulate=4),
     # what Unsloth takes of the 8B shape with adapters on all blocks
@@ -142,7 +145,7 @@ def providers_of(case: Case, model: str) -> list[Provider]:
     found = list(_LORA if case.method == "lora" else _FULL)
     if model in _ALONE:
         found = [p for p in found if p not in _GRAPHS]
-        return [p for p in found if p.kind == "engine" and not p.dense and not p.memory_gib]
+        return [p for p in found if p.kind == "engine" and not (p.dense or p.fp32 or p.memory_gib)]
     if case.method == "full" and model in _LARGE:
         peers = ("transformers", "transformers+liger")
         return [p for p in found if p.name in peers or p.in_backward]
@@ -166,10 +169,13 @@ def train_config(name: str) -> Any:
     return config_of(name)
 
 
-def train_subject(name: str, device: torch.device, *, nf4: bool, double_quant: bool) -> Subject:
-    """A model to fine-tune, its weights random; in fp32 on a CPU."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    return random_subject(name, train_config(name), dtype, device, nf4, nf4 and double_quant)
+def train_subject(
+    name: str, device: torch.device, *, nf4: bool, double_quant: bool, fp32: bool = False
+) -> Subject:
+    """A model to fine-tune, its weights random; computed in fp32 on a CPU, or where it is asked for."""
+    usual = torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype, config = torch.float32 if fp32 else usual, train_config(name)
+    return random_subject(name, config, dtype, device, nf4, nf4 and double_quant, usual)
 
 
 def random_batches(config: Any, rows: int, length: int) -> list[Tensor]:

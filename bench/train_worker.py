@@ -176,7 +176,8 @@ def run_job(job: Job) -> Report:
     def build() -> Step:
         make = builder(provider)
         nf4 = case.method == "lora" and not provider.dense
-        subject = train_subject(job.model, device, nf4=nf4, double_quant=job.double_quant)
+        options = {"nf4": nf4, "double_quant": job.double_quant, "fp32": provider.fp32}
+        subject = train_subject(job.model, device, **options)
         batches = random_batches(subject.files.config, job.rows, job.length)
         return make(subject, case, provider, batches)
 

@@ -6,6 +6,7 @@ from torch import Tensor
 from tli_engine.kernels.counter_dropout import counter_dropout
 from tli_engine.kernels.lora_down import is_few, is_narrow, lora_down, lora_down_backward
 from tli_engine.kernels.lora_dx import lora_dx
+from tli_engine.kernels.lora_up import lora_up
 from tli_engine.kernels.lora_up_backward import is_short, lora_up_backward
 
 
@@ -56,18 +57,28 @@ def down_dx(
     return update if dx is None else dx.add_(update)
 
 
-def up(s: Tensor, lora_B: Tensor, bias: Tensor | None, sizes: list[int]) -> Tensor:
-    """Return ``s @ B.T + bias``, ``[M, N]``, ``B`` block-diagonal over the groups."""
-    rank = lora_B.shape[1]
-    y = torch.empty(s.shape[0], lora_B.shape[0], dtype=s.dtype, device=s.device)
+def up(s: Tensor, lora_B: Tensor, sizes: list[int]) -> Tensor:
+    """Return ``s @ B.T``, ``[M, N]``, in ``s``'s dtype, ``B`` block-diagonal over the groups."""
+    y, rank = s.new_empty(s.shape[0], lora_B.shape[0]), lora_B.shape[1]
     b = lora_B.to(s.dtype)
     for group, rows in enumerate(group_slices(sizes)):
-        part = s[:, group * rank : (group + 1) * rank]
-        if bias is None:
-            torch.mm(part, b[rows].T, out=y[:, rows])
-        else:
-            torch.addmm(bias[rows], part, b[rows].T, out=y[:, rows])
+        torch.mm(s[:, group * rank : (group + 1) * rank], b[rows].T, out=y[:, rows])
     return y
+
+
+def adapted(
+    x: Tensor, weight: Tensor, s: Tensor, lora_B: Tensor, bias: Tensor | None, sizes: list[int]
+) -> Tensor:
+    """Return ``x @ W.T + s @ B.T + bias``, ``[M, N]``, rounded once, ``B`` block-diagonal."""
+    sums, rank = _product(x, weight.T, torch.float32), lora_B.shape[1]
+    if is_narrow(x, len(sizes), rank):
+        return lora_up(sums, s, lora_B, bias, sizes)
+    for group, rows in enumerate(group_slices(sizes)):
+        part = s[:, group * rank : (group + 1) * rank]
+        sums[:, rows] += _product(part, lora_B[rows].to(s.dtype).T, torch.float32)
+    if bias is not None:
+        sums += bias
+    return sums.to(x.dtype)
 
 
 def up_backward(
@@ -87,7 +98,9 @@ def up_backward(
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """``a @ b`` in the adapter's dtype: an fp32 gradient is not rounded to 16 bits first."""
-    if dtype == torch.float32 and a.dtype != dtype and a.is_cuda:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    """``a @ b`` in another dtype: an fp32 gradient, or sum, is not rounded to 16 bits first."""
+    if dtype == a.dtype:
+        return a @ b
+    if dtype != torch.float32:
+        return (a @ b).to(dtype)
+    return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)

@@ -1,26 +1,22 @@
-"""``x @ W.T + s * (x @ A.T) @ B.T``: the update costs no pass over the output of its own.
+"""``x @ W.T + s * (x @ A.T) @ B.T``, rounded once: the update enters the product's fp32 sums.
 
 Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagonal.
 
 - Beside a fused product ``B`` is one more step of the tensor cores, in the same accumulators.
-- Beside cuBLAS, where the output is by far the larger side, ``x @ A.T`` is appended to a copy of
+- Beside cuBLAS, where the input is no larger than the output, ``x @ A.T`` is appended to a copy of
   ``x``, and ``B`` to the weight: the contraction is 64 longer.
-- Elsewhere the update is written first, and cuBLAS adds to it under its own arithmetic.
+- Elsewhere cuBLAS writes its sums in fp32, and a kernel adds the update to them.
 """
 
-import torch
 from torch import Tensor
 
 from tli_engine.kernels.keep_decoded import for_forward
 from tli_engine.kernels.lora_down import is_narrow
-from tli_engine.kernels.lora_products import down, group_slices, up
+from tli_engine.kernels.lora_products import adapted, down
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear import fused_forward
-from tli_engine.kernels.widen import PAD, widen
-
-# rows from which cuBLAS' time hides a copy of its input
-_APPEND_FROM = 2048
+from tli_engine.kernels.widen import appended, pays_to_append, weight_beside
 
 
 def nf4_lora_linear(
@@ -50,33 +46,12 @@ def nf4_lora_linear(
     if tile is not None:
         lora = (s, lora_B.contiguous(), sizes)
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
-    if narrow and tiled and pays_to_append(M, N, K):
-        return _append(x, s, packed, absmax, bias, lora_B, sizes), s
+    if narrow and tiled and pays_to_append(M, M * K, 2 * M * N):
+        wide = weight_beside(
+            lora_B, sizes, K, x.dtype, lambda w: dequantize_tiles_into(w, packed, absmax)
+        )
+        for_forward(packed, x.dtype, lambda: wide[:, :K])
+        return appended(x, s, wide, bias), s
     stored = (packed, absmax, N, K, x.dtype, block_size, tiled)
     weight = for_forward(packed, x.dtype, lambda: dequantize_tiles(*stored))
-    return up(s, lora_B, bias, sizes).addmm_(x, weight.T), s
-
-
-def pays_to_append(M: int, larger: int, smaller: int) -> bool:
-    """Whether copying the smaller side is cheaper than passing over the larger one once more."""
-    return M >= _APPEND_FROM and larger >= 2 * smaller
-
-
-def _append(
-    x: Tensor,
-    s: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    bias: Tensor | None,
-    lora_B: Tensor,
-    sizes: list[int],
-) -> Tensor:
-    """``[x | s | 0] @ [W | B | 0].T``, ``B`` block-diagonal."""
-    (N, rank), K = lora_B.shape, x.shape[1]
-    weight = torch.empty(N, K + PAD, dtype=x.dtype, device=x.device)
-    dequantize_tiles_into(weight[:, :K], packed, absmax)
-    weight[:, K:].zero_()
-    for group, rows in enumerate(group_slices(sizes)):
-        first = K + group * rank
-        weight[rows, first : first + rank].copy_(lora_B[rows])
-    return torch.nn.functional.linear(widen(x, s), weight, bias)
+    return adapted(x, weight, s, lora_B, bias, sizes), s

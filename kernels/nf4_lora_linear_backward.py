@@ -9,8 +9,7 @@ from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear_dx import fused_dx
-from tli_engine.kernels.nf4_lora_linear import pays_to_append
-from tli_engine.kernels.widen import PAD, widen
+from tli_engine.kernels.widen import PAD, pays_to_append, widen
 
 
 def nf4_lora_linear_backward(
@@ -71,7 +70,7 @@ def _dx(
         dx = fused_dx(dy, packed, absmax, K, tiled, fast, tile, lora)
         return dx if seed is None else down_dx(t, lora_A, seed, dropout, dx)
     # with dropout the update has a mask of its own and cannot share the product's contraction
-    if narrow and tiled and seed is None and pays_to_append(M, K, N):
+    if narrow and tiled and seed is None and pays_to_append(M, 2 * M * N, M * K):
         return _append(dy, t, packed, absmax, lora_A)
     stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
     weight = for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))

@@ -24,7 +24,7 @@ def _code(nibble, table_ptr, PORTABLE: tl.constexpr):
 
 @triton.jit
 def _dequantize_records_kernel(
-    record_ptr, table_ptr, weight_ptr, K, columns, PORTABLE: tl.constexpr
+    record_ptr, table_ptr, weight_ptr, stride_n, columns, PORTABLE: tl.constexpr
 ):
     dtype: tl.constexpr = weight_ptr.dtype.element_ty
     # a record a program; int64: a head passes 2**31 weights
@@ -44,7 +44,11 @@ def _dequantize_records_kernel(
     # [warp, row, thread, step, weight, half, part] to rows and columns of the block
     values = tl.reshape(tl.join(tl.join(a, b), tl.join(c, d)), (4, 8, 4, 4, 2, 2, 2))
     values = tl.reshape(tl.permute(values, (0, 5, 1, 3, 6, 2, 4)), (64, 64))
-    offs = (block * 64 + tl.arange(0, 64)[:, None]) * K + column * 64 + tl.arange(0, 64)[None, :]
+    offs = (
+        (block * 64 + tl.arange(0, 64)[:, None]) * stride_n
+        + column * 64
+        + tl.arange(0, 64)[None, :]
+    )
     tl.store(weight_ptr + offs, values)
 
 
@@ -64,14 +68,20 @@ def _table(device: torch.device) -> Tensor:
 def dequantize_records(records: Tensor, N: int, K: int, dtype: torch.dtype) -> Tensor:
     """Return the weight ``[N, K]`` of forward records in fp32, fp16 or bf16, one rounding each."""
     weight = torch.empty(N, K, dtype=dtype, device=records.device)
+    dequantize_records_into(weight, records)
+    return weight
+
+
+def dequantize_records_into(weight: Tensor, records: Tensor) -> None:
+    """Fill ``weight``, ``[N, K]``, its rows any distance apart, from forward records."""
+    N, K = weight.shape
     _dequantize_records_kernel[(N // 64, K // 64)](
         records.view(torch.int32),
         _table(records.device),
         weight,
-        K,
+        weight.stride(0),
         records.shape[1],
         PORTABLE=INTERPRET,
         num_warps=4,
         enable_fp_fusion=False,
     )
-    return weight

@@ -1,4 +1,6 @@
-"""``[x | narrow | 0]``: an input that takes a narrow product along through a matmul's contraction."""
+"""``[x | s | 0] @ [W | B | 0].T``: a narrow product that goes along through a matmul's contraction."""
+
+from collections.abc import Callable
 
 import torch
 import triton
@@ -7,6 +9,8 @@ from torch import Tensor
 
 # columns more: a stage of cuBLAS' contraction
 PAD = 64
+# rows from which cuBLAS' time hides a copy of its input
+_APPEND_FROM = 2048
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -51,3 +55,29 @@ def widen(x: Tensor, narrow: Tensor) -> Tensor:
         num_warps=4,
     )
     return wide
+
+
+def pays_to_append(M: int, copied: int, passed: int) -> bool:
+    """Whether copying so many numbers costs less than passing over so many once more."""
+    return M >= _APPEND_FROM and copied <= passed
+
+
+def weight_beside(
+    lora_B: Tensor, sizes: list[int], K: int, dtype: torch.dtype, fill: Callable[[Tensor], None]
+) -> Tensor:
+    """Return ``[W | B | 0]``, ``[N, K + PAD]``, ``B`` block-diagonal; ``fill`` writes ``W``."""
+    N, rank = lora_B.shape
+    wide = torch.empty(N, K + PAD, dtype=dtype, device=lora_B.device)
+    fill(wide[:, :K])
+    wide[:, K:].zero_()
+    start = 0
+    for group, size in enumerate(sizes):
+        first = K + group * rank
+        wide[start : start + size, first : first + rank].copy_(lora_B[start : start + size])
+        start += size
+    return wide
+
+
+def appended(x: Tensor, s: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
+    """Return ``x @ W.T + s @ B.T + bias`` of :func:`weight_beside`'s ``wide``, rounded once."""
+    return torch.nn.functional.linear(widen(x, s), wide, bias)

@@ -1,16 +1,16 @@
 """Modules over the ops: linear layers whose frozen weight is NF4."""
 
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from tli_engine.layouts import Adapter, PortableWeight, RecordedWeight, RowsOf, lay_out, lora_update
+from tli_engine.layouts import Adapter, PortableWeight, RecordedWeight, RowsOf, lay_out
 from tli_engine.layouts import run_again as run_again
 from tli_engine.nf4 import DTYPES, NF4Weight
 from tli_engine.ops.autocast import cast_input
-from tli_engine.ops.counter_dropout import counter_dropout
+from tli_engine.ops.dense_lora_linear import dense_lora_linear
 from tli_engine.ops.nf4_dequantize import check_stored
 from tli_engine.ops.nf4_linear import Numerics, check_input
 from tli_engine.ops.nf4_lora_linear import check_lora
@@ -143,9 +143,9 @@ class NF4Linear(nn.Module):
             adapter = Adapter(lora_A, lora_B, used, groups, scaling, dropout)
             y = self._stored.adapted(rows, bias, adapter, self.numerics == "fast")
         else:
-            y = dense_lora_linear(
-                rows, dense, bias, lora_A, lora_B, scaling, sizes=groups, dropout=dropout, seed=used
-            )
+            update = (lora_A, lora_B, scaling)
+            options: dict[str, Any] = {"sizes": groups, "dropout": dropout, "seed": used}
+            y = dense_lora_linear(rows, dense, *update, bias, **options)
         return y.view(*x.shape[:-1], self.out_features)
 
     def share_rows(self, joined: "NF4Linear", first: int) -> None:
@@ -200,36 +200,3 @@ class NF4Linear(nn.Module):
         unused = torch.cuda.memory_reserved(x.device) - torch.cuda.memory_allocated(x.device)
         needed = self.out_features * self.in_features * x.element_size()
         return free + unused - needed > total // 4
-
-
-def dense_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    scaling: float,
-    *,
-    sizes: Sequence[int],
-    dropout: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """Product with a dense weight and its low-rank update, groups and dropout as in the NF4 op.
-
-    Args:
-        x: ``[M, K]``.
-        weight: ``[N, K]`` in ``x``'s dtype.
-        bias: ``[N]`` in ``x``'s dtype, or None.
-        lora_A: ``[groups * r, K]``; rounded to ``x``'s dtype.
-        lora_B: ``[N, r]``; rounded to ``x``'s dtype.
-        scaling: ``alpha / r``.
-        sizes: Rows of each group.
-        dropout: Share of ``x`` set to zero on the update's way.
-        seed: Of the mask; None drops nothing.
-
-    Returns:
-        ``[M, N]`` in ``x``'s dtype.
-    """
-    dropped = x if seed is None else counter_dropout(x, seed, dropout)
-    update = lora_update(dropped, lora_A, lora_B, scaling, sizes)
-    return nn.functional.linear(x, weight, bias) + update

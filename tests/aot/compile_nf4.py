@@ -15,6 +15,7 @@ from tli_engine.kernels import (
     counter_dropout,
     lora_down,
     lora_dx,
+    lora_up,
     lora_up_backward,
     nf4_dequantize,
     nf4_linear,
@@ -33,6 +34,7 @@ POINTERS = {
     "nested_offset_ptr": "*fp32",
     "threshold_ptr": "*fp32",
     "part_ptr": "*fp32",
+    "sums_ptr": "*fp32",
     "packed_ptr": "*u8",
     "lora_a_ptr": "*fp32",
     "lora_b_ptr": "*fp32",
@@ -76,6 +78,7 @@ def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
     plain = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 32, "BLOCK_K": 256, "SPLIT": 64, "DROPOUT": False}
     three = {"R": 16, "RANKS": 48, "WIDTH": 64, "BLOCK_K": 64}
     parts = {"R": 16, "RANKS": 16, "WIDTH": 16, "BLOCK_N": 64, "SPLIT": 128, "NEEDS_DB": True}
+    up_tile = {"BLOCK_M": 32, "BLOCK_N": 128, "HAS_BIAS": True}
     down_da = {"RANKS": 16, "WIDTH": 16, "BLOCK_M": 64, "BLOCK_K": 64, "DROPOUT": True}
     found = {
         "lora-down": (down, plain),
@@ -83,6 +86,8 @@ def adapters() -> dict[str, tuple[Any, str, dict[str, Any], int]]:
         "lora-down-backward": (lora_down._lora_down_backward_kernel, down_da),
         **{f"lora-up-backward-{M}": (up, parts | {"BLOCK_M": M}) for M in (16, 64, 128, 256)},
         "lora-up-backward-three": (up, parts | three | {"BLOCK_M": 64}),
+        "lora-up": (lora_up._lora_up_kernel, three | up_tile),
+        "lora-up-no-bias": (lora_up._lora_up_kernel, three | up_tile | {"HAS_BIAS": False}),
         "lora-dx": (lora_dx._lora_dx_kernel, down_da | three | {"BLOCK_M": 32, "ADD": True}),
     }
     return {

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.models import Subject, config_of
+from bench.models import RandomSource, Subject, config_of
 from bench.train_cases import (
     ALPHA,
     CASES,
@@ -55,6 +55,25 @@ def test_floor_of_full_fine_tuning_has_the_weights_gradients() -> None:
     tokens, labels = 8192, 4 * 2047
     attention = 2 * tokens * 2048 * 4096 * 3 * 32
     assert floor_of("full") == 6 * tokens * 32 * BLOCK + 6 * labels * HEAD + attention
+
+
+def test_fp32_computes_with_the_bytes_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.train_cases.random_subject", lambda *args: args)
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    name, config, dtype, device, *options = train_subject(
+        "tiny", gpu, nf4=True, double_quant=True, fp32=True
+    )
+    assert (dtype, options) == (torch.float32, [True, True, torch.bfloat16])
+    half = RandomSource(config, torch.bfloat16, cpu, True, True)
+    full = RandomSource(config, dtype, cpu, *options)
+    weight = "layers.0.self_attn.q_proj.weight"
+    assert full.read(weight).dtype == torch.float32
+    assert torch.equal(full.read(weight), half.read(weight).float())
+    same, ours = half.read_nf4(weight), full.read_nf4(weight)
+    assert same is not None
+    assert ours is not None
+    assert torch.equal(ours.packed, same.packed)
+    assert torch.equal(ours.absmax, same.absmax)
 
 
 def test_every_case_starts_with_a_peer_but_for_the_largest_model() -> None:

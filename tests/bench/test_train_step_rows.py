@@ -78,6 +78,16 @@ def test_losses_that_part_after_updates_are_noted() -> None:
     assert found == [None, None, 0.1, None]
 
 
+def test_losses_are_judged_by_those_in_fp32() -> None:
+    rows = [row(n) for n in ("peft+bitsandbytes", "tli-engine", "tli-engine:fp32")]
+    for one, second in zip(rows, (4.9, 4.8, 4.81), strict=True):
+        one.notes["losses"] = [5.0, second]
+    found = compared(rows)
+    assert [r.notes.get("losses_apart") for r in found] == [0.09, None, None]
+    # what it takes is compared with the first all the same
+    assert [r.ratio_to_baseline for r in found] == [1.0, 1.0, 1.0]
+
+
 def test_jobs_are_those_asked_for() -> None:
     assert [(j.case, j.provider) for j in chosen(providers=["tli-engine", "transformers"])] == [
         ("lora_early", "tli-engine"),

@@ -200,7 +200,7 @@ def test_every_path_through_tiled_bytes(
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("tli_engine.kernels.nf4_lora_linear._APPEND_FROM", 140)
+    monkeypatch.setattr("tli_engine.kernels.widen._APPEND_FROM", 140)
     N, rank, dtype = sum(sizes), 16, torch.float16
     weight = quantize(torch.randn(N, width, device=device) * 0.05)
     x = torch.randn(M, width, device=device).to(dtype)

@@ -14,7 +14,7 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from tli_engine.integrations.model_parts import has_global_hooks
-from tli_engine.nn import dense_lora_linear
+from tli_engine.ops import dense_lora_linear
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # torch's own; None where another was put there before
@@ -42,10 +42,7 @@ class Linear(lora.Linear):  # type: ignore[misc]
         if not args and not kwargs and type(base) is nn.Linear and base.weight.dtype == x.dtype:
             update = plain_update(self)
             if update and not is_hooked(base) and not torch.is_autocast_enabled(x.device.type):
-                sizes = [base.out_features]
-                rows = x.reshape(-1, base.in_features)
-                y = dense_lora_linear(rows, base.weight, base.bias, *update, sizes=sizes)
-                return y.view(*x.shape[:-1], base.out_features)
+                return dense_lora_linear(x, base.weight, *update, base.bias)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from tli_engine import nf4
 from tli_engine.models.lora import LoRALinear
-from tli_engine.nn import NF4Linear, dense_lora_linear
+from tli_engine.nn import NF4Linear
+from tli_engine.ops import dense_lora_linear
 
 Linear = nn.Linear | NF4Linear
 
@@ -92,7 +93,7 @@ class Projection:
         adapter = (self.lora_A, self.lora_B, first.scaling)
         if isinstance(self.layer, NF4Linear):
             return self.layer.lora_forward(x, *adapter, **options)
-        return dense_lora_linear(x, self.layer.weight, self.layer.bias, *adapter, **options)
+        return dense_lora_linear(x, self.layer.weight, *adapter, self.layer.bias, **options)
 
     def joined(self) -> dict[str, nn.Parameter]:
         """The joined adapters by name; none without adapters."""

@@ -2,6 +2,7 @@
 
 from tli_engine.ops.add_rms_norm import add_rms_norm
 from tli_engine.ops.cosine_similarity import cosine_similarity
+from tli_engine.ops.dense_lora_linear import dense_lora_linear
 from tli_engine.ops.nf4_dequantize import nf4_dequantize
 from tli_engine.ops.nf4_linear import nf4_linear
 from tli_engine.ops.nf4_lora_linear import nf4_lora_linear
@@ -15,6 +16,7 @@ from tli_engine.ops.word_attention import joined_word_attention, word_attention,
 __all__ = [
     "add_rms_norm",
     "cosine_similarity",
+    "dense_lora_linear",
     "joined_word_attention",
     "nf4_dequantize",
     "nf4_linear",

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from tli_engine.reference.counter_dropout import counter_dropout
-from tli_engine.reference.nf4_linear import nf4_linear
+from tli_engine.reference.dense_lora_linear import dense_lora_linear
+from tli_engine.reference.nf4_linear import decoded
 
 
 def nf4_lora_linear(
@@ -25,12 +24,5 @@ def nf4_lora_linear(
     fast: bool,
 ) -> tuple[Tensor, Tensor]:
     """Return ``(y, s)``, ``s`` the scaled ``x @ A.T``; see :func:`tli_engine.ops.nf4_lora_linear`."""
-    y = nf4_linear(x, packed, absmax, bias, lora_B.shape[0], block_size, tiled, fast)
-    dropped = x if seed is None else counter_dropout(x, seed, dropout)
-    s = dropped @ (lora_A * scaling).to(x.dtype).T
-    groups = zip(
-        torch.split(s, lora_B.shape[1], 1),
-        torch.split(lora_B.to(x.dtype), list(sizes)),
-        strict=True,
-    )
-    return y + torch.cat([part @ b.T for part, b in groups], 1), s
+    weight = decoded(packed, absmax, lora_B.shape[0], x.shape[1], block_size, tiled, x.dtype)
+    return dense_lora_linear(x, weight, bias, lora_A, lora_B, seed, sizes, scaling, dropout)

@@ -2,11 +2,10 @@
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
-from tli_engine.reference.counter_dropout import counter_dropout
-from tli_engine.reference.nf4_linear_dx import nf4_linear_dx
+from tli_engine.reference.dense_lora_linear_backward import dense_lora_linear_backward
+from tli_engine.reference.nf4_linear import decoded
 
 
 def nf4_lora_linear_backward(
@@ -28,21 +27,9 @@ def nf4_lora_linear_backward(
     needs_lora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return ``(dx, dA, dB)``; those not needed are empty."""
-    rank = lora_B.shape[1]
-    dys, bs = (
-        torch.split(dy, list(sizes), 1),
-        torch.split((lora_B * scaling).to(dy.dtype), list(sizes)),
-    )
-    t = torch.cat([d @ b for d, b in zip(dys, bs, strict=True)], 1)
-    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    N, K = lora_B.shape[0], x.shape[1]
+    weight = dy.new_empty(0)
     if needs_dx:
-        update = t @ lora_A.to(dy.dtype)
-        if seed is not None:
-            update = counter_dropout(update, seed, dropout)
-        dx = nf4_linear_dx(dy, packed, absmax, x.shape[1], block_size, tiled, fast) + update
-    if needs_lora:
-        dropped = x if seed is None else counter_dropout(x, seed, dropout)
-        dA = (t.T @ dropped).to(lora_A.dtype)
-        parts = [d.T @ part for d, part in zip(dys, torch.split(s, rank, 1), strict=True)]
-        dB = torch.cat(parts).to(lora_B.dtype)
-    return dx, dA, dB
+        weight = decoded(packed, absmax, N, K, block_size, tiled, dy.dtype)
+    adapter = (lora_A, lora_B, seed, sizes, scaling, dropout)
+    return dense_lora_linear_backward(dy, x, s, weight, *adapter, needs_dx, needs_lora)
