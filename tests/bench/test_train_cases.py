@@ -60,7 +60,7 @@ def test_floor_of_full_fine_tuning_has_the_weights_gradients() -> None:
 def test_fp32_computes_with_the_bytes_of_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bench.train_cases.random_subject", lambda *args: args)
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    name, config, dtype, device, *options = train_subject(
+    _, config, dtype, _, *options = train_subject(
         "tiny", gpu, nf4=True, double_quant=True, fp32=True
     )
     assert (dtype, options) == (torch.float32, [True, True, torch.bfloat16])
