@@ -80,6 +80,8 @@ def row_of(job: Job, case: Case, report: Report, rate: float | None) -> Row:
         "reserved_mib": report.reserved_mib,
         "retries": report.retries,
         "kernels": report.kernels,
+        # rows of other runs may be kept beside
+        "flops_per_s": rate,
     }
     return Row(
         job.case, {"rows": job.rows, "length": job.length}, job.model, job.provider,

@@ -76,9 +76,11 @@ def planned_peaks(folder: Path) -> Iterator[tuple[Row, Plan]]:
     for row in rows_of(folder, "train_step"):
         case = CASES[row["case"]]
         of_case = {p.name: p for p in providers_of(case, row["model"]) if p.kind == "engine"}
-        if (provider := of_case.get(row["provider"])) is None:
+        provider = of_case.get(row["provider"])
+        # no run computes in fp32 with these weights
+        if provider is None or provider.fp32:
             continue
-        shape, parts = row["shape"], provider.accumulate
+        shape, parts, graphs = row["shape"], provider.accumulate, provider.graphs
         # the bench's weights are quantised with an absmax of 8 bits
         values: dict[str, Any] = {
             "objective": "sft",
@@ -86,7 +88,11 @@ def planned_peaks(folder: Path) -> Iterator[tuple[Row, Plan]]:
             "double_quant": True,
             "lora": {"layers": case.layers},
             "sft": {"context": shape["length"], "activations": provider.activations},
-            "train": {"batch_size": shape["rows"] // parts, "accumulate": parts},
+            "train": {
+                "batch_size": shape["rows"] // parts,
+                "accumulate": parts,
+                "cuda_graph": "auto" if graphs is None else graphs,
+            },
         }
         run = plan_config(PlanCase(row["case"], row["model"], values))
         model = Survey(row["model"], config_of(row["model"]), None)

@@ -1,4 +1,4 @@
-"""A dense product beside cuBLAS with its LoRA update, rounded once; see ``nf4_lora_linear``."""
+"""A dense product by cuBLAS, in fp32 sums, to which LoRA's update is added before they are rounded."""
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ def dense_lora_linear(
     scaling: float,
     dropout: float,
 ) -> tuple[Tensor, Tensor]:
-    """Launch what suits the shape; arguments are those of ``tli_engine::dense_lora_linear``."""
+    """Launch; arguments are those of ``tli_engine::dense_lora_linear``."""
     x = x.contiguous()
     if x.shape[0] == 0:
         return x.new_empty(0, weight.shape[0]), x.new_empty(0, lora_A.shape[0])

@@ -10,11 +10,12 @@ import triton.language as tl
 from torch import Tensor
 
 from tli_engine.kernels.lora_down import width
+from tli_engine.kernels.lora_up_backward import group_ends
 from tli_engine.kernels.nf4_tile import dot, round_to
 from tli_engine.kernels.overlap import INTERPRET
 
 
-@triton.jit(do_not_specialize=["M", "end_0", "end_1"])
+@triton.jit(do_not_specialize=["M"])
 def _lora_up_kernel(
     sums_ptr,
     s_ptr,
@@ -23,8 +24,8 @@ def _lora_up_kernel(
     y_ptr,
     M,
     N,
-    end_0,
-    end_1,
+    group_1,
+    group_2,
     R: tl.constexpr,
     RANKS: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -41,7 +42,7 @@ def _lora_up_kernel(
     dtype: tl.constexpr = s_ptr.dtype.element_ty
     s = tl.load(s_ptr + row * RANKS + rank[None, :], mask=keep_m & (rank < RANKS), other=0.0)
     # block-diagonal: a column of y takes the ranks of its own group
-    group = (offs_n >= end_0).to(tl.int32) + (offs_n >= end_1).to(tl.int32)
+    group = (offs_n >= group_1).to(tl.int32) + (offs_n >= group_2).to(tl.int32)
     keep_b = (rank[:, None] // R == group[None, :]) & keep_n
     b_ptrs = lora_b_ptr + offs_n[None, :] * R + (rank % R)[:, None]
     b = round_to(tl.load(b_ptrs, mask=keep_b, other=0.0).to(tl.float32), dtype, PORTABLE)
@@ -68,17 +69,16 @@ def lora_up(
     """
     (M, N), rank = sums.shape, lora_B.shape[1]
     y = torch.empty(M, N, dtype=s.dtype, device=s.device)
-    ends = [sum(sizes[: i + 1]) if i + 1 < len(sizes) else N for i in range(2)]
     block_m, block_n = 32, 128
     _lora_up_kernel[(triton.cdiv(M, block_m), triton.cdiv(N, block_n))](
         sums,
         s,
         lora_B.contiguous(),
-        s if bias is None else bias,
+        s if bias is None else bias.contiguous(),
         y,
         M,
         N,
-        *ends,
+        *group_ends(sizes),
         R=rank,
         RANKS=s.shape[1],
         WIDTH=width(s.shape[1]),

@@ -141,7 +141,7 @@ def sum_parts(parts: Tensor, bias: Tensor | None, y: Tensor) -> None:
     """Add the parts ``[SPLIT, M, N]`` in order, and the bias, into ``y``."""
     _sum_parts_kernel[(triton.cdiv(y.numel(), 1024),)](
         parts,
-        parts if bias is None else bias,
+        parts if bias is None else bias.contiguous(),
         y,
         y.numel(),
         y.shape[1],
@@ -177,7 +177,7 @@ def fused_forward(
         packed.view(-1).view(torch.int32),
         absmax,
         fast_table(x) if fast else x,
-        x if bias is None else bias,
+        x if bias is None else bias.contiguous(),
         lora_x,
         lora_b,
         out,

@@ -14,8 +14,8 @@ from tli_engine.kernels.nf4_records import dequantize_records, dequantize_record
 from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
 from tli_engine.kernels.widen import appended, pays_to_append, weight_beside
 
-# rows up to which the fused product is several times as fast as decoding and cuBLAS
-_FUSED_ROWS = 512
+# rows up to which decoding and cuBLAS takes twice as long as the fused product, or more: 8B shape, H200
+_FUSED_ROWS = 128
 
 
 def rides_along(ranks: int, sizes: list[int]) -> bool:
@@ -60,7 +60,7 @@ def product(
     """Return x W^T + bias, ``[M, N]``, and with ``lora`` s B^T too.
 
     Rounded once, but for few rows and an adapter that does not ride along, which is added to what is
-    rounded: decoding the weight for cuBLAS would take many times as long.
+    rounded: decoding the weight for cuBLAS would take two to four times as long.
 
     ``lora`` is s ``[M, groups r]`` as :func:`down` gives it, B ``[N, r]`` and the groups' sizes of N.
     """
@@ -77,10 +77,11 @@ def product(
         return launch(x, records, N, False, fast, tile, bias, (s, operand, sizes))
     if tile is not None and M <= _FUSED_ROWS:
         return launch(x, records, N, False, fast, tile, bias).add_(up(s, lora_B, sizes))
-    if is_narrow(x, len(sizes), lora_B.shape[1]) and pays_to_append(M, M * K, 2 * M * N):
+    if is_narrow(x, len(sizes), lora_B.shape[1]) and pays_to_append(M, K, 2 * N):
         wide = weight_beside(
             lora_B, sizes, K, x.dtype, lambda w: dequantize_records_into(w, records)
         )
+        # kept for the way back, if a block is run again
         for_forward(records, x.dtype, lambda: wide[:, :K])
         return appended(x, s, wide, bias)
     weight = for_forward(records, x.dtype, lambda: dequantize_records(records, N, K, x.dtype))

@@ -3,8 +3,8 @@
 Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagonal.
 
 - Beside a fused product ``B`` is one more step of the tensor cores, in the same accumulators.
-- Beside cuBLAS, where the input is no larger than the output, ``x @ A.T`` is appended to a copy of
-  ``x``, and ``B`` to the weight: the contraction is 64 longer.
+- Beside cuBLAS, where the input is not over twice as wide as the output, ``x @ A.T`` is appended to a
+  copy of ``x``, and ``B`` to the weight: the contraction is 64 longer.
 - Elsewhere cuBLAS writes its sums in fp32, and a kernel adds the update to them.
 """
 
@@ -46,10 +46,12 @@ def nf4_lora_linear(
     if tile is not None:
         lora = (s, lora_B.contiguous(), sizes)
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
-    if narrow and tiled and pays_to_append(M, M * K, 2 * M * N):
+    # sums in fp32 are written and read: twice the output's bytes
+    if narrow and tiled and pays_to_append(M, K, 2 * N):
         wide = weight_beside(
             lora_B, sizes, K, x.dtype, lambda w: dequantize_tiles_into(w, packed, absmax)
         )
+        # kept for the way back, if a block is run again
         for_forward(packed, x.dtype, lambda: wide[:, :K])
         return appended(x, s, wide, bias), s
     stored = (packed, absmax, N, K, x.dtype, block_size, tiled)

@@ -69,8 +69,9 @@ def _dx(
         lora = (t, lora_A.contiguous()) if seed is None else None
         dx = fused_dx(dy, packed, absmax, K, tiled, fast, tile, lora)
         return dx if seed is None else down_dx(t, lora_A, seed, dropout, dx)
-    # with dropout the update has a mask of its own and cannot share the product's contraction
-    if narrow and tiled and seed is None and pays_to_append(M, 2 * M * N, M * K):
+    # with dropout the update has a mask of its own and cannot share the product's contraction; the
+    # larger side is then the gradient's, whose weight nothing has kept
+    if narrow and tiled and seed is None and pays_to_append(M, 2 * N, K):
         return _append(dy, t, packed, absmax, lora_A)
     stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
     weight = for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))

@@ -7,6 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.lora_products import group_slices
+
 # columns more: a stage of cuBLAS' contraction
 PAD = 64
 # rows from which cuBLAS' time hides a copy of its input
@@ -58,8 +60,8 @@ def widen(x: Tensor, narrow: Tensor) -> Tensor:
 
 
 def pays_to_append(M: int, copied: int, passed: int) -> bool:
-    """Whether copying so many numbers costs less than passing over so many once more."""
-    return M >= _APPEND_FROM and copied <= passed
+    """Whether copying so many columns of ``M`` rows costs less than passing over so many once more."""
+    return M >= _APPEND_FROM and copied < passed
 
 
 def weight_beside(
@@ -70,11 +72,9 @@ def weight_beside(
     wide = torch.empty(N, K + PAD, dtype=dtype, device=lora_B.device)
     fill(wide[:, :K])
     wide[:, K:].zero_()
-    start = 0
-    for group, size in enumerate(sizes):
+    for group, rows in enumerate(group_slices(sizes)):
         first = K + group * rank
-        wide[start : start + size, first : first + rank].copy_(lora_B[start : start + size])
-        start += size
+        wide[rows, first : first + rank].copy_(lora_B[rows])
     return wide
 
 

@@ -86,6 +86,27 @@ def test_resident_weight_changes_neither_mask_nor_function(device: torch.device)
     torch.testing.assert_close(layer(x), NF4Linear(weight)(x))
 
 
+@pytest.mark.parametrize("room", [True, False])
+def test_auto_keeps_a_dense_weight_for_many_rows_where_there_is_room(
+    room: bool, monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
+    monkeypatch.setattr(NF4Linear, "_fits", lambda layer, x: room)
+    weight, plain = make_weight(device), make_weight(device).nbytes
+    layer = NF4Linear(weight, weight_residency="auto")
+    few, many = torch.randn(255, K, device=device), torch.randn(2, 128, K, device=device)
+    layer(few)
+    assert layer.nbytes == plain
+    torch.testing.assert_close(layer(many), NF4Linear(weight)(many))
+    held = N * K * 4 if room else 0
+    assert layer.nbytes == plain + held
+    # few rows go by NF4 still
+    monkeypatch.setattr(layer, "_dense", None)
+    layer(few)
+    assert layer.nbytes == plain
+    # decided once
+    assert layer.weight_residency == ("auto" if room else "nf4")
+
+
 def test_resident_weight_takes_fp64_on_a_cpu() -> None:
     weight = make_weight(torch.device("cpu"))
     x = torch.randn(3, K, dtype=torch.float64, requires_grad=True)

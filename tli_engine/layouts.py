@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.nf4 import NF4Weight
-from tli_engine.ops.counter_dropout import counter_dropout
 from tli_engine.ops.nf4_linear import tile, untile
 from tli_engine.ops.nf4_linear_records import from_records, to_records
 
@@ -225,9 +224,16 @@ class RowsOf:
 
     def adapted(self, x: Tensor, bias: Tensor | None, adapter: Adapter, fast: bool) -> Tensor:
         """Return the product and the adapter's update, ``[M, N]``."""
-        A, B, seed, sizes, scaling, dropout = adapter
-        dropped = x if seed is None else counter_dropout(x, seed, dropout)
-        return self.product(x, bias, fast) + lora_update(dropped, A, B, scaling, sizes)
+        before, after = self._rows.start, self._whole.N - self._rows.stop
+        padding = (0, 0, before, after)
+        # other rows' update is zero; they count to the first group and to the last
+        sizes = list(adapter.sizes)
+        sizes[0] += before
+        sizes[-1] += after
+        lora_B = torch.nn.functional.pad(adapter.lora_B, padding)
+        whole = adapter._replace(lora_B=lora_B, sizes=sizes)
+        bias = None if bias is None else torch.nn.functional.pad(bias, padding[2:])
+        return self._whole.adapted(x, bias, whole, fast)[:, self._rows].contiguous()
 
     def add_transposed_copy(self) -> None:
         """Do nothing: the joined weight has its own."""
@@ -259,14 +265,6 @@ def run_again(device: torch.device) -> Iterator[None]:
         yield
     finally:
         keep(keeping=False, forget=False)
-
-
-def lora_update(x: Tensor, A: Tensor, B: Tensor, scaling: float, sizes: Sequence[int]) -> Tensor:
-    """Return the groups' ``s (x A^T) B^T`` side by side, ``[M, N]``, in ``x``'s dtype."""
-    s = x @ (A * scaling).to(x.dtype).T
-    b_parts = torch.split(B.to(x.dtype), list(sizes))
-    parts = zip(torch.split(s, B.shape[1], 1), b_parts, strict=True)
-    return torch.cat([part @ b.T for part, b in parts], 1)
 
 
 def lay_out(weight: NF4Weight) -> PortableWeight | RecordedWeight:

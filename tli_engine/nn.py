@@ -16,6 +16,8 @@ from tli_engine.ops.nf4_linear import Numerics, check_input
 from tli_engine.ops.nf4_lora_linear import check_lora
 
 Residency = Literal["nf4", "bf16", "auto"]
+# a step of the 8B shape, H200: of 64 rows 0.66 ms in NF4 and 0.77 in bf16, of 256 1.56 and 1.06
+_RESIDENT_ROWS = 256
 
 
 class NF4Linear(nn.Module):
@@ -34,7 +36,8 @@ class NF4Linear(nn.Module):
         numerics: ``exact`` multiplies by bitsandbytes' values bit for bit; ``fast`` may round twice.
         weight_residency: ``nf4`` keeps no other copy. ``bf16`` keeps the weight in the input's
             dtype from the first call on: 2 bytes more a weight, and cuBLAS alone for any number of
-            rows. ``auto`` does so while a quarter of the GPU's memory stays free.
+            rows. ``auto`` does so for 256 rows or more, from the first call of so many on, while a
+            quarter of the GPU's memory stays free; for fewer the kernels on NF4 are faster.
 
     Raises:
         ValueError: An option is not as above, or the weight's parts, or its bias, do not fit.
@@ -130,7 +133,7 @@ class NF4Linear(nn.Module):
     ) -> Tensor:
         """Return the adapted projection; arguments as :func:`tli_engine.ops.nf4_lora_linear`.
 
-        Beside a resident weight, the update is added to cuBLAS' result, with the same dropout.
+        Beside a resident weight, the update is added to cuBLAS' sums, with the same dropout.
         """
         x = cast_input(x)
         self._check(x)
@@ -180,9 +183,12 @@ class NF4Linear(nn.Module):
         """The weight in ``x``'s dtype, if it is to be kept."""
         if self.weight_residency == "nf4":
             return None
+        is_auto = self.weight_residency == "auto"
+        if is_auto and x.numel() < _RESIDENT_ROWS * self.in_features:
+            return None
         if self._dense is not None and self._dense.dtype == x.dtype:
             return self._dense
-        if self.weight_residency == "auto" and not self._fits(x):
+        if is_auto and not self._fits(x):
             # decided once: a layer must not change its arithmetic half-way through a run
             self.weight_residency = "nf4"
             return None

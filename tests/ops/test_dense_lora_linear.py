@@ -59,14 +59,11 @@ def test_equals_the_definition(sizes: list[int], dropped: bool) -> None:
         pytest.param(5, [20], 128, id="few-rows"),
         pytest.param(300, [16, 4], 128, id="sums-in-fp32"),
         pytest.param(5, [5, 5, 5, 5], 128, id="more-groups-than-a-launch-takes"),
-        pytest.param(64, [96, 32, 64], 64, id="appended-to-x"),
     ],
 )
 def test_launched_forward_and_gradients(
-    M: int, sizes: list[int], K: int, dropped: bool, device: torch.device,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr("tli_engine.kernels.widen._APPEND_FROM", 64)
+    M: int, sizes: list[int], K: int, dropped: bool, device: torch.device
+) -> None:
     dtype = torch.float16
     inputs = make_inputs(M, sizes, K, dtype, device)
     x, W, A, B, bias = inputs
@@ -84,6 +81,16 @@ def test_launched_forward_and_gradients(
     for actual, truth, like in zip(got, wanted, (x, A, B), strict=True):
         assert actual.dtype == like.dtype
         assert (actual.double() - truth).norm() <= 4e-3 * truth.norm()
+
+
+@pytest.mark.parametrize("M", [5, 300])
+def test_inputs_of_any_strides(M: int, device: torch.device) -> None:
+    x, W, A, B, bias = make_inputs(M, [16, 4], 128, torch.float16, device)
+    options = (None, [16, 4], 2.0, 0.0)
+    expected, _ = launched(x, W, bias, A, B, *options)
+    strided = [t.repeat_interleave(2, -1)[..., ::2] for t in (x, W, bias, A, B)]
+    assert not any(t.is_contiguous() for t in strided)
+    assert torch.equal(launched(*strided, *options)[0], expected)
 
 
 def test_no_rows(device: torch.device) -> None:

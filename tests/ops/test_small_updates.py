@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.nf4 import quantize
+from tli_engine.nn import NF4Linear
 from tli_engine.ops import dense_lora_linear, nf4_lora_linear
 from tli_engine.ops.nf4_linear import tile
 from tli_engine.testing import assert_update_is_kept
@@ -26,16 +27,17 @@ def make_inputs(M: int, sizes: list[int], rank: int, device: torch.device) -> In
     return x, W, A, torch.randn(sum(sizes), rank, device=device)
 
 
-PATHS = [  # M, groups, rank
-    pytest.param(60, [128, 64, 64], 16, id="fused"),
-    pytest.param(160, [96, 64], 16, id="sums-in-fp32"),
-    pytest.param(160, [128], 96, id="more-ranks-than-a-launch-takes"),
-    pytest.param(200, [128, 64, 64], 16, id="appended-to-x"),
+PATHS = [  # kind, M, groups, rank
+    pytest.param("nf4", 60, [128, 64, 64], 16, id="nf4-fused"),
+    pytest.param("nf4", 160, [96, 64], 16, id="nf4-sums-in-fp32"),
+    pytest.param("nf4", 200, [128, 64, 64], 16, id="nf4-appended-to-x"),
+    pytest.param("nf4", 160, [128], 96, id="nf4-more-ranks-than-a-launch-takes"),
+    pytest.param("dense", 160, [96, 64], 16, id="dense"),
+    pytest.param("dense", 160, [128], 96, id="dense-more-ranks-than-a-launch-takes"),
 ]
 
 
-@pytest.mark.parametrize(("M", "sizes", "rank"), PATHS)
-@pytest.mark.parametrize("kind", ["nf4", "dense"])
+@pytest.mark.parametrize(("kind", "M", "sizes", "rank"), PATHS)
 def test_launched(
     kind: str, M: int, sizes: list[int], rank: int, device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
@@ -64,6 +66,18 @@ def test_reference(kind: str, dtype: torch.dtype) -> None:
         "nf4": lambda B: nf4_lora_linear(x, weight, A, B, 1.0, sizes=sizes),
     }[kind]
     assert_update_is_kept(run, x, A, B, sizes)
+
+
+def test_rows_of_a_joined_weight(device: torch.device) -> None:
+    x, W, A, B = make_inputs(100, [128, 64, 64], 16, device)
+    joined = NF4Linear(quantize(W))
+    part = NF4Linear(quantize(W[128:192]))
+    part.share_rows(joined, 128)
+
+    def run(B: Tensor) -> Tensor:
+        return part.lora_forward(x, A[:16], B, 1.0)
+
+    assert_update_is_kept(run, x, A[:16], B[:64], [64])
 
 
 def test_the_assertion_sees_what_is_lost() -> None:

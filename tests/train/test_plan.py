@@ -290,16 +290,18 @@ def test_measured_peaks() -> None:
     found = {}
     for row, plan in planned_peaks(RESULTS / "NVIDIA-H200"):
         graphs = any("replayed from CUDA graphs" in note for note in plan.notes)
-        # those hold some more
-        assert allocated_mib(plan) == pytest.approx(row["peak_mib"], rel=0.01 if graphs else 0.001)
+        # what those hold is known less well
+        assert allocated_mib(plan) == pytest.approx(row["peak_mib"], rel=0.03 if graphs else 0.001)
         assert any(note.startswith("fits: ") for note in plan.notes)
         found[row["case"], row["provider"].partition(":")[2]] = plan.recomputed, graphs
     assert found == {
         ("lora_early", ""): (0, False),
-        ("lora_early", "12-gib"): (31, False),
+        ("lora_early", "graphs"): (0, True),
         ("lora_early", "12-gib-in-4"): (8, True),
         ("lora_all", ""): (0, False),
-        ("lora_all", "12-gib"): (31, False),
+        ("lora_all", "graphs"): (0, True),
+        ("lora_all", "12-gib-in-4"): (24, True),
+        ("lora_all", "9-gib-in-4"): (31, True),
     }
 
 
@@ -324,6 +326,15 @@ def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: i
     values |= full | {"train": values["train"] | train}
     notes = make_plan(resolve_config(values, recipe), model, find_target("h100", "auto")).notes
     assert any(note.startswith("fits: ") for note in notes) == (shape == "llama-3-8b")
+
+
+def test_dense_copies_of_auto_are_named() -> None:
+    values = read_recipe("xlsum-swahili") | {"weight_residency": "auto"}
+    run = resolve_config(values, "xlsum-swahili")
+    model = Survey(run.model, config_of("llama-3-8b"), None)
+    notes = make_plan(run, model, find_target("h100", "auto")).notes
+    # 6.98 thousand million weights of blocks, of 2 bytes
+    assert any("auto takes up to 13.0 GiB more" in note for note in notes)
 
 
 def test_what_does_not_fit_says_so_and_less_memory_means_more_is_run_again() -> None:

@@ -14,8 +14,10 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from tli_engine.integrations.model_parts import has_global_hooks
+from tli_engine.nf4 import DTYPES
 from tli_engine.ops import dense_lora_linear
 
+_PLAIN = (Tensor, nn.Parameter)
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # torch's own; None where another was put there before
 _LINEAR_FORWARD = (
@@ -39,12 +41,20 @@ class Linear(lora.Linear):  # type: ignore[misc]
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Return the adapted projection of ``x``, ``[…, K]`` to ``[…, N]``, in ``x``'s dtype."""
         base = self.base_layer
-        if not args and not kwargs and type(base) is nn.Linear and base.weight.dtype == x.dtype:
+        if not args and not kwargs and type(base) is nn.Linear and _takes(x, base.weight):
             update = plain_update(self)
             if update and not is_hooked(base) and not torch.is_autocast_enabled(x.device.type):
                 return dense_lora_linear(x, base.weight, *update, base.bias)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
+
+
+def _takes(x: Tensor, weight: Tensor) -> bool:
+    """Whether the op has kernels for such an input and weight: PEFT's own forward takes any."""
+    # a distributed tensor is of another class
+    plain = type(x) in _PLAIN and type(weight) in _PLAIN and x.dtype == weight.dtype
+    known = x.dtype in DTYPES or (x.dtype == torch.float64 and x.device.type == "cpu")
+    return plain and known and x.device == weight.device and x.device.type in ("cpu", "cuda")
 
 
 def is_hooked(base: nn.Module) -> bool:

@@ -19,8 +19,8 @@ class LoRALinear(nn.Module):
     PEFT. On an NF4 layer it rides along in one op, in ``x``'s dtype: A, B and what lies between are
     rounded to it, so that in 16 bits output and gradients are PEFT's but for these roundings: a
     relative error (of the norm) under the dtype's eps, 4e-3 in bf16 and 4e-4 in fp16 where it was
-    measured (CPU, K = 128). There the update is added before the output is rounded: a small one is
-    not lost, as it is beside a dense layer, and in PEFT. In fp32 they are PEFT's up to the order of
+    measured (CPU, K = 128). There the update is added before the output is rounded, so that a small
+    one counts; beside a dense layer, and in PEFT, it is rounded off. In fp32 they are PEFT's up to the order of
     sums, 1e-6. Dropout there is a mask of one seed a call, drawn from torch's generator of ``x``'s
     device.
     """

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.ops.autocast import cast_input, without_autocast
-from tli_engine.ops.nf4_linear import check_dtype, check_input
+from tli_engine.ops.nf4_linear import check_dtype, check_sides
 from tli_engine.ops.nf4_lora_linear import check_lora
 from tli_engine.reference.counter_dropout import counter_dropout
 from tli_engine.reference.dense_lora_linear import dense_lora_linear as _reference
@@ -118,11 +118,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         got = f"{weight.dtype} {list(weight.shape)}"
         raise ValueError(f"weight must be {x.dtype} [N, K], got {got}")
     N, K = weight.shape
-    check_input(x, N, K, weight.device)
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be {x.dtype} [{N}], got {bias.dtype} {list(bias.shape)}")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias must be on {x.device} as x, got {bias.device}")
+    check_sides(x, N, K, weight.device, bias)
 
 
 def dense_lora_linear(

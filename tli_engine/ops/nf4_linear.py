@@ -126,17 +126,22 @@ def check_input(x: Tensor, N: int, K: int, device: torch.device) -> None:
         raise ValueError(f"x must be on {device} as the weight, got {x.device}")
 
 
+def check_sides(x: Tensor, N: int, K: int, device: torch.device, bias: Tensor | None) -> None:
+    """Raise ``ValueError`` unless input and bias suit a weight ``[N, K]`` on ``device``."""
+    check_input(x, N, K, device)
+    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
+        raise ValueError(f"bias must be {x.dtype} [{N}], got {bias.dtype} {list(bias.shape)}")
+    if bias is not None and bias.device != x.device:
+        raise ValueError(f"bias must be on {x.device} as x, got {bias.device}")
+
+
 def check_linear(x: Tensor, weight: NF4Weight, bias: Tensor | None, numerics: str) -> None:
     """Raise ``ValueError`` unless the arguments fit together; see :func:`nf4_linear`."""
     if len(weight.shape) != 2:
         raise ValueError(f"weight must be [N, K], got {list(weight.shape)}")
     check_stored(weight)
     N, K = weight.shape
-    check_input(x, N, K, weight.device)
-    if bias is not None and (bias.shape != (N,) or bias.dtype != x.dtype):
-        raise ValueError(f"bias must be {x.dtype} [{N}], got {bias.dtype} {list(bias.shape)}")
-    if bias is not None and bias.device != x.device:
-        raise ValueError(f"bias must be on {x.device} as x, got {bias.device}")
+    check_sides(x, N, K, weight.device, bias)
     if numerics not in ("exact", "fast"):
         raise ValueError(f"numerics must be exact or fast, got {numerics!r}")
 

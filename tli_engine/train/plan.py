@@ -224,6 +224,12 @@ def _add_notes(
                 f"does not fit: {room}, of which a twentieth is left free; lower train.batch_size or "
                 f"sft.context, or choose sft.activations: recompute, quantize: nf4 or method: lora"
             )
+        if made.nf4 and run.weight_residency == "auto":
+            copies = made.element * sum(n * k for n, k in made.linear.values()) / GIB
+            notes.append(
+                f"weight_residency: auto takes up to {copies:.1f} GiB more for dense weights, while a "
+                f"quarter of the memory stays free: not counted"
+            )
         if target.hopper and made.nf4:
             notes.append("the CUDA extension is taken to be there (make cuda)")
         notes.append(
