@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import nn
 
 from bench import bench_sft_losses
 from bench.bench_sft_losses import (
+    PROVIDERS,
     MasterAdamW,
     Task,
     curves,
@@ -80,17 +82,35 @@ def test_norms_do_not_decay() -> None:
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_engine_has_the_losses_of_transformers(tiny_subject: Make, task: Task, method: str) -> None:
     found = curves(tiny_subject(), task, method, steps=8)
-    assert list(found) == ["transformers", "transformers:eager", "tli-engine"]
+    assert list(found) == list(PROVIDERS)
     apart = distances(found)
+    # in fp32 on a CPU
+    assert apart["transformers"]["most"] == 0
     assert apart["transformers:eager"]["most"] < 1e-4
     assert apart["tli-engine"]["most"] < 1e-4
     # a curve that stands still would prove nothing of the updates
     assert abs(found["tli-engine"][6] - found["tli-engine"][0]) > 1e-3
 
 
-def test_distances_are_to_transformers() -> None:
+def test_what_losses_are_judged_by_is_computed_in_fp32(
+    tiny_subject: Make, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {}
+
+    def losses(subject: Subject, *_: Any) -> list[float]:
+        found[name] = subject.dtype
+        return [1.0]
+
+    monkeypatch.setattr(bench_sft_losses, "peer_losses", losses)
+    subject = replace(tiny_subject(), dtype=torch.bfloat16)
+    for name in ("transformers:fp32", "transformers"):
+        bench_sft_losses.curve(subject, task, "lora", 1, name)
+    assert found == {"transformers:fp32": torch.float32, "transformers": torch.bfloat16}
+
+
+def test_distances_are_to_fp32() -> None:
     base = [4.0, 3.0, 2.0, 1.0]
-    apart = distances({"transformers": base, "x": [4.0, 3.5, 2.0, 0.0]})
+    apart = distances({"x": [4.0, 3.5, 2.0, 0.0], "transformers:fp32": base})
     assert apart == {
         "x": {"first": 0.0, "mean": 0.375, "most": 1.0, "mean_of_second_half": 0.5},
     }
@@ -143,6 +163,6 @@ def test_training_a_peer_leaves_the_files_tensors_alone(tmp_path: Path, task: Ta
 
 
 def test_picture_takes_equal_curves(tmp_path: Path) -> None:
-    same = {name: [2.0, 1.0] for name in ("transformers", "transformers:eager", "tli-engine")}
+    same = {name: [2.0, 1.0] for name in PROVIDERS}
     plot({"lora": same}, tmp_path / "x.png")
     assert (tmp_path / "x.png").stat().st_size > 0
