@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.block_gradients import Trained, assert_gradients_err_no_more
 from tli_engine import backends
 from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
@@ -166,6 +167,20 @@ def test_hidden_states_err_no_more_than_the_modules(
             hidden[name] = model(words, 3)
     exact = hidden["exact"].double()
     assert_within_error_budget(hidden["fused"], hidden["modules"], exact, factor=3)
+
+
+@pytest.mark.parametrize(
+    ("trained", "quantize"), [("adapters", "none"), ("adapters", "nf4"), ("weights", "none")]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gradients_err_no_more_than_the_modules(
+    family: str, trained: Trained, quantize: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    # weights that do not blow up what is rounded on the way
+    files = open_model(str(save_tiny_model(tmp_path, family, **sizes, initializer_range=0.07)))
+    cuda = torch.device("cuda")
+    assert_gradients_err_no_more(files, trained, quantize, device=cuda, factor=2)
 
 
 def test_steps_are_those_of_the_modules_in_fp32(start: Start) -> None:
