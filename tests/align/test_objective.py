@@ -133,7 +133,7 @@ def test_vectors_stand_for_their_words(space: Space) -> None:
     torch.testing.assert_close(with_gradient(from_vectors, hidden), expected)
 
 
-class Launches(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """What is computed, the insides of the loss included, and how many numbers it makes at once."""
 
     def __init__(self, inside: bool) -> None:
@@ -168,10 +168,10 @@ def test_no_matrix_of_all_pairs_is_made(space: Space, loss: Loss) -> None:
     inputs, maps = make_inputs(N, torch.float32), make_space(space, torch.float32)
     config = AlignConfig(space=space, loss=loss)
     expected = with_gradient(with_matrix, *inputs, maps, config)
-    with Launches(inside=True) as matrix:
+    with Operations(inside=True) as matrix:
         with_gradient(with_matrix, *inputs, maps, config)
     assert matrix.largest >= N * N
-    with tiles_of(32 * N), Launches(inside=True) as tiles:
+    with tiles_of(32 * N), Operations(inside=True) as tiles:
         actual = with_gradient(pack_loss, *inputs, maps, config)
     # rows of all words, or a tile with the masks of both languages
     assert max(len(inputs[0]) * D, 32 * N) <= tiles.largest <= 2 * 32 * N < N * N
@@ -179,10 +179,10 @@ def test_no_matrix_of_all_pairs_is_made(space: Space, loss: Loss) -> None:
 
 
 @pytest.mark.parametrize(("space", "most"), [("raw", 2), ("centred", 12), ("whitened", 34)])
-def test_a_small_batch_takes_few_launches(space: Space, most: int) -> None:
+def test_a_small_batch_takes_few_operations(space: Space, most: int) -> None:
     inputs, maps = make_inputs(8, torch.float32), make_space(space, torch.float32)
     hidden, one = inputs[0].requires_grad_(), torch.ones(())
-    with Launches(inside=False) as launched:
+    with Operations(inside=False) as launched:
         found = pack_loss(hidden, *inputs[1:], maps, AlignConfig(space=space))
         torch.autograd.grad(found.loss, hidden, one)
     assert len(launched.names) <= most, launched.names

@@ -101,7 +101,7 @@ def pack_loss(
     space: PairSpace,
     config: AlignConfig,
 ) -> BatchLoss:
-    """:func:`batch_loss` from a pack's hidden states, by few launches, and in tiles where N is large.
+    """:func:`batch_loss` from a pack's hidden states, by few operations, and in tiles where N is large.
 
     Args:
         hidden: Of the rows of a pack of N sources and N targets, ``[T, D]``.
