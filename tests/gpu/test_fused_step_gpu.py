@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.block_gradients import Trained, assert_gradients_err_no_more
 from tli_engine import backends
-from tli_engine.align.space import fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.pairs import PairList
 from tli_engine.data.splits import Split
@@ -22,6 +22,7 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.testing import assert_within_error_budget, random_words, save_tiny_model
 from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.loop import StepMetrics, Trainer
+from tli_engine.train.prepare import fit_loss_space
 
 pytestmark = [
     pytest.mark.gpu,
@@ -83,13 +84,14 @@ def start(folders: Callable[[str], Path]) -> Start:
             values[name] = values[name] | section if isinstance(section, dict) else section
         config = RunConfig.model_validate(values)
         model = load(open_model(config.model), config)
-        space = fit_space("raw", torch.empty(0), torch.empty(0))
+        pairs = words_as_pairs()
+        space = fit_loss_space(model, pairs, config)
         add_lora(model, config.lora, config.align.layer, seed=0)
         if config.train.engine != "modules":
             assert model.fuse_on_gpu() is None
         add_transposed_copies(model)
         steps: list[StepMetrics] = []
-        return Trainer(model, config, words_as_pairs(), space, steps.append), steps
+        return Trainer(model, config, pairs, space, steps.append), steps
 
     return begin
 
@@ -111,8 +113,24 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("sections", CASES)
+# of one family each: they differ from the others in what the graph holds of the loss, or of the blocks
+ONCE = [
+    pytest.param({}, "mistral", id="triplet-mistral"),
+    pytest.param({"align": {"space": "centred"}}, "llama", id="centred-llama"),
+    pytest.param({"align": {"pooling": "weighted"}}, "llama", id="weighted-llama"),
+    pytest.param(
+        {"align": {"space": "centred", "pooling": "last", "loss": "infonce"}}, "mistral",
+        id="centred-last-mistral",
+    ),
+]  # fmt: skip
+GRAPHED = [
+    pytest.param(*case.values, family, id=f"{case.id}-{family}")
+    for case in CASES
+    for family in FAMILIES
+] + ONCE
+
+
+@pytest.mark.parametrize(("sections", "family"), GRAPHED)
 def test_graphs_give_the_bits_of_single_launches(
     sections: dict[str, Any], family: str, start: Start
 ) -> None:
@@ -149,6 +167,20 @@ def test_hidden_states_err_no_more_than_the_modules(
             hidden[name] = model(words, 3)
     exact = hidden["exact"].double()
     assert_within_error_budget(hidden["fused"], hidden["modules"], exact, factor=3)
+
+
+@pytest.mark.parametrize(
+    ("trained", "quantize"), [("adapters", "none"), ("adapters", "nf4"), ("weights", "none")]
+)
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_gradients_err_no_more_than_the_modules(
+    family: str, trained: Trained, quantize: str, tmp_path: Path
+) -> None:
+    sizes = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
+    # weights that do not blow up what is rounded on the way
+    files = open_model(str(save_tiny_model(tmp_path, family, **sizes, initializer_range=0.07)))
+    cuda = torch.device("cuda")
+    assert_gradients_err_no_more(files, trained, quantize, device=cuda, factor=2)
 
 
 def test_steps_are_those_of_the_modules_in_fp32(start: Start) -> None:

@@ -11,7 +11,9 @@ from torch.autograd import DeviceType
 
 from tli_engine import backends
 from tli_engine.align.losses import alignment_loss
-from tli_engine.config import AlignConfig
+from tli_engine.align.objective import BatchLoss, negatives, pack_loss
+from tli_engine.align.space import PairSpace, fit_space
+from tli_engine.config import AlignConfig, Space
 from tli_engine.ops import (
     cosine_similarity,
     pooled_alignment_loss,
@@ -246,6 +248,82 @@ def test_a_large_batch_never_holds_its_cosines() -> None:
     assert torch.cuda.max_memory_allocated() - before < 4 * N * N
     exact = with_gradient(chain, hidden.float(), weight, words, make_groups(N), loss="infonce")
     torch.testing.assert_close(loss.detach(), exact[0], rtol=1e-5, atol=0)
+
+
+SPACES: list[Space] = ["centred", "whitened"]
+
+
+def make_space(space: Space, H: int) -> PairSpace:
+    return fit_space(space, *(torch.randn(2, 90, H, device="cuda") + 0.5)).to(torch.float32)
+
+
+def in_space(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, groups: Tensor, space: PairSpace,
+    config: AlignConfig,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Plain PyTorch, with matrices of cosines and a mask of negatives."""
+    source, target = plain_mean(hidden, weight, offsets).chunk(2)
+    cos = plain_cosine(space.source(source), space.target(target))[0]
+    negative = negatives(groups, config.mask_duplicates)
+    raw = plain_cosine(source.detach(), target.detach())[0]
+    loss = alignment_loss(cos, negative, config)
+    return loss, raw.diagonal().mean(), raw[negative].mean()
+
+
+def by_the_op(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    found: BatchLoss = pack_loss(*args)
+    return found.loss, found.cosine_true, found.cosine_random
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("N", [8, 64, 150])
+@pytest.mark.parametrize("loss", ["infonce", *TRIPLETS])
+@pytest.mark.parametrize("space", SPACES)
+def test_loss_in_a_space_and_its_gradient(
+    space: Space, loss: Any, N: int, dtype: torch.dtype
+) -> None:
+    H = 1024
+    inputs, maps = (*make_inputs(N, H, dtype), make_groups(N)), make_space(space, H)
+    config = AlignConfig(space=space, loss=loss)
+    actual = with_gradient(by_the_op, *inputs, maps, config)
+    plain = with_gradient(in_space, *inputs, maps, config)
+    exact = with_gradient(in_space, inputs[0].double(), *inputs[1:], maps, config)
+    floors = (4e-6, 1e-6, 1e-6, 4e-6 * exact[3].abs().max().item())
+    for got, same, truth, floor in zip(actual, plain, exact, floors, strict=True):
+        assert_within_error_budget(got, same, truth, floor=floor)
+
+
+@pytest.mark.parametrize("N", [64, 150])
+@pytest.mark.parametrize("space", SPACES)
+def test_loss_in_a_space_replays_from_a_graph(space: Space, N: int) -> None:
+    hidden, *words = make_inputs(N, 1024, torch.bfloat16)
+    args = (*words, make_groups(N), make_space(space, 1024), AlignConfig(space=space))
+    leaf = hidden.requires_grad_()
+
+    def step() -> tuple[Tensor, ...]:
+        results = by_the_op(leaf, *args)
+        return *results, torch.autograd.grad(results[0], leaf)[0]
+
+    assert_graph_gives_the_bits(step)
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_a_large_batch_in_a_space_never_holds_its_cosines(space: Space) -> None:
+    N, H = 8192, 128
+    words = torch.arange(2 * N + 1, device="cuda")
+    hidden = torch.randn(2 * N, H, device="cuda", dtype=torch.bfloat16).requires_grad_()
+    weight, groups = torch.ones(2 * N, device="cuda"), make_groups(N)
+    maps, config = make_space(space, H), AlignConfig(space=space)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    loss, *cosines = by_the_op(hidden, weight, words, groups, maps, config)
+    loss.backward()
+    # a tile of 64 MiB, and some copies of the vectors, 8 MiB each in fp32
+    assert torch.cuda.max_memory_allocated() - before < 4 * N * N
+    exact = in_space(hidden.detach().float(), weight, words, groups, maps, config)
+    torch.testing.assert_close(loss.detach(), exact[0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(cosines, list(exact[1:]), rtol=1e-4, atol=1e-6)
 
 
 def test_fp64_is_refused() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tli_engine.align import objective
 from tli_engine.align.encode import encode
 from tli_engine.align.pooling import pooling_weight
 from tli_engine.align.space import fit_space
@@ -23,6 +24,7 @@ from tli_engine.models.adapters import adapter_tensors, add_lora
 from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
 from tli_engine.models.projection import NotFusedError
+from tli_engine.ops import pooled_alignment_loss
 from tli_engine.testing import random_words, save_tiny_model
 from tli_engine.train.checkpoint import load_checkpoint, save_checkpoint
 from tli_engine.train.fused_step import FusedStep
@@ -115,6 +117,25 @@ def test_steps_are_those_of_the_modules(sections: dict[str, Any], start: Start) 
     assert ours.keys() == theirs.keys()
     for name, tensor in ours.items():
         assert (tensor - theirs[name]).norm() <= 5e-3 * theirs[name].norm() + 1e-6, name
+
+
+@pytest.mark.parametrize("train", [{}, {"chunk_tokens": 9}], ids=["whole", "parts"])
+@pytest.mark.parametrize("space", ["raw", "centred", "whitened"])
+def test_all_pairs_are_compared_by_the_op_that_holds_no_matrix(
+    space: str, train: dict[str, Any], start: Start, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[bool] = []
+
+    def count(hidden: Tensor, *args: Any, **choice: Any) -> Any:
+        compared.append(hidden.requires_grad)
+        return pooled_alignment_loss(hidden, *args, **choice)
+
+    trainer, _ = start("fused", align={"space": space}, train=train)
+    monkeypatch.setattr(objective, "pooled_alignment_loss", count)
+    monkeypatch.delattr(objective, "cosine_similarity")
+    trainer.engine.launch(0)
+    # once more for the raw cosines, without a gradient
+    assert compared == ([True] if space == "raw" else [True, False])
 
 
 def test_what_is_trained_is_what_is_saved(start: Start) -> None:

@@ -12,7 +12,7 @@ from tli_engine.align.space import PairSpace
 from tli_engine.config import AlignConfig
 from tli_engine.data.words import Pack, Word, pack
 from tli_engine.models.early import EarlyModel
-from tli_engine.ops import cosine_similarity
+from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
 
 
 @dataclass(frozen=True)
@@ -91,3 +91,66 @@ def batch_loss(
         raw = cosine if config.space == "raw" else cosine_similarity(source, target)
         mismatched = raw[batch.is_negative]
     return BatchLoss(loss, raw.detach().diagonal().mean(), mismatched.detach().mean())
+
+
+def pack_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    offsets: Tensor,
+    groups: Tensor,
+    space: PairSpace,
+    config: AlignConfig,
+) -> BatchLoss:
+    """:func:`batch_loss` from a pack's hidden states, by few operations, and in tiles where N is large.
+
+    Args:
+        hidden: Of the rows of a pack of N sources and N targets, ``[T, D]``.
+        weight: Weight of each row in its word's mean, ``[T]``, floating point.
+        offsets: First row of each source, of each target, then the end; ``[2 N + 1]``, int64.
+        groups: Numbers of the pairs' sources and targets, ``[2, N]``, int64.
+        space: Where vectors are compared; not used if the configuration's is ``raw``.
+        config: Space, loss, and whether pairs that share a word are left out.
+
+    Raises:
+        ValueError: A shape or dtype is not as above.
+    """
+    if config.space == "raw":
+        return BatchLoss(*_pooled_loss(hidden, weight, offsets, groups, config))
+    return vectors_loss(segment_mean(hidden, weight, offsets), groups, space, config)
+
+
+def vectors_loss(
+    vectors: Tensor, groups: Tensor, space: PairSpace, config: AlignConfig
+) -> BatchLoss:
+    """:func:`pack_loss` from the vectors of N sources and N targets, ``[2 N, D]``, fp32 or fp64."""
+    # a vector is a word of one row
+    weight = torch.ones_like(vectors[:, 0])
+    offsets = torch.arange(len(vectors) + 1, device=vectors.device)
+    if config.space == "raw":
+        return BatchLoss(*_pooled_loss(vectors, weight, offsets, groups, config))
+    loss, *_ = _pooled_loss(space(vectors), weight, offsets, groups, config)
+    # for the raw cosines alone: of the losses this is the least work
+    _, *cosines = pooled_alignment_loss(
+        vectors.detach(),
+        weight,
+        offsets,
+        groups if config.mask_duplicates else None,
+        loss="triplet-hardest",
+        two_way=False,
+    )
+    return BatchLoss(loss, *cosines)
+
+
+def _pooled_loss(
+    hidden: Tensor, weight: Tensor, offsets: Tensor, groups: Tensor, config: AlignConfig
+) -> tuple[Tensor, Tensor, Tensor]:
+    return pooled_alignment_loss(
+        hidden,
+        weight,
+        offsets,
+        groups if config.mask_duplicates else None,
+        loss=config.loss,
+        margin=config.margin,
+        temperature=config.temperature,
+        two_way=config.two_way,
+    )

@@ -69,6 +69,11 @@ class PairSpace:
         """The same maps in another dtype, for many uses."""
         return PairSpace(self.source.to(dtype), self.target.to(dtype))
 
+    def __call__(self, vectors: Tensor) -> Tensor:
+        """Map N sources, then N targets, ``[2 N, D]``."""
+        source, target = vectors.chunk(2)
+        return torch.cat([self.source(source), self.target(target)])
+
 
 def fit_space(space: Space, source: Tensor, target: Tensor) -> PairSpace:
     """Fit the maps on the base model's vectors of the training words, once.

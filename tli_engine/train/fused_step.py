@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch import distributed as dist
 
 from tli_engine.align.encode import stage
-from tli_engine.align.losses import alignment_loss
-from tli_engine.align.objective import negatives
+from tli_engine.align.objective import BatchLoss, pack_loss, vectors_loss
 from tli_engine.align.space import PairSpace
 from tli_engine.config import RunConfig
 from tli_engine.data.splits import Split
@@ -28,7 +27,7 @@ from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.fused import Rows
 from tli_engine.models.graph_recorder import GraphRecorder
-from tli_engine.ops import cosine_similarity, pooled_alignment_loss, segment_mean
+from tli_engine.ops import segment_mean
 from tli_engine.train.engine import Observed
 from tli_engine.train.flat_adamw import FlatAdamW
 from tli_engine.train.module_step import check_finite
@@ -206,13 +205,13 @@ class FusedStep:
     def _compute(self, batch: Batch) -> Tensor:
         """A step: loss, mean cosines, gradient norm, learning rate, whether skipped; ``[6]``."""
         hidden = self._hidden(batch, slice(0, len(batch.rows)), batch.seeds)
+        words, align = (batch.weight, batch.offsets), self._config.align
         if self._world.size == 1:
-            loss, *cosines = self._loss(hidden, batch.weight, batch.offsets, batch)
+            found = pack_loss(hidden, *words, batch.groups, self._space, align)
         else:
-            vectors = segment_mean(hidden, batch.weight, batch.offsets)
-            loss, *cosines = self._loss_of_vectors(vectors, batch)
-        self._optimizer.write_gradients(torch.autograd.grad(loss, self._leaves))
-        return self._update(loss, cosines)
+            found = self._loss_of_vectors(segment_mean(hidden, *words), batch)
+        self._optimizer.write_gradients(torch.autograd.grad(found.loss, self._leaves))
+        return self._update(found)
 
     def _compute_in_parts(self, batch: Batch, parts: list[_Part]) -> Tensor:
         """The same step with one part's activations at a time, each encoded twice.
@@ -222,29 +221,29 @@ class FusedStep:
         with torch.no_grad():
             encoded = [self._vectors(batch, part, i) for i, part in enumerate(parts)]
         vectors = torch.cat(encoded).requires_grad_()
-        loss, *cosines = self._loss_of_vectors(vectors, batch)
-        (gradient,) = torch.autograd.grad(loss, vectors)
+        found = self._loss_of_vectors(vectors, batch)
+        (gradient,) = torch.autograd.grad(found.loss, vectors)
         sums = list(self._optimizer.gradients.values())
         self._optimizer.zero_grad()
         for i, part in enumerate(parts):
             of_part = self._vectors(batch, part, i)
             gradients = torch.autograd.grad(of_part, self._leaves, gradient[part.words])
             torch._foreach_add_(sums, gradients)
-        return self._update(loss, cosines)
+        return self._update(found)
 
-    def _loss_of_vectors(self, vectors: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss_of_vectors(self, vectors: Tensor, batch: Batch) -> BatchLoss:
         """The loss of pooled words, ``[2 R, D]``, among those of the other ranks."""
         if self._world.size > 1:
             count = batch.groups.shape[1]
             sides = (gather_rows(side, count, self._world) for side in vectors.chunk(2))
             vectors = torch.cat(list(sides))
-        alone = torch.arange(len(vectors) + 1, device=vectors.device)
-        return self._loss(vectors, torch.ones_like(vectors[:, 0]), alone, batch)
+        return vectors_loss(vectors, batch.groups, self._space, self._config.align)
 
-    def _update(self, loss: Tensor, cosines: list[Tensor]) -> Tensor:
+    def _update(self, found: BatchLoss) -> Tensor:
         if self._world.size > 1:
             dist.all_reduce(self._optimizer.grad)
-        return torch.stack([loss.detach(), *cosines, *self._optimizer.step().unbind()])
+        observed = (found.loss.detach(), found.cosine_true, found.cosine_random)
+        return torch.stack([*observed, *self._optimizer.step().unbind()])
 
     def _hidden(self, batch: Batch, tokens: slice, seeds: Tensor) -> Tensor:
         """Hidden states of some rows, whole words, at the loss's layer."""
@@ -263,29 +262,6 @@ class FusedStep:
         hidden = self._hidden(batch, part.tokens, batch.seeds + number)
         offsets = batch.offsets[part.words.start : part.words.stop + 1] - part.tokens.start
         return segment_mean(hidden, batch.weight[part.tokens], offsets)
-
-    def _loss(
-        self, hidden: Tensor, weight: Tensor, offsets: Tensor, batch: Batch
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss, and the mean raw cosine of true and of mismatched pairs."""
-        align = self._config.align
-        if align.space == "raw":
-            return pooled_alignment_loss(
-                hidden,
-                weight,
-                offsets,
-                batch.groups if align.mask_duplicates else None,
-                loss=align.loss,
-                margin=align.margin,
-                temperature=align.temperature,
-                two_way=align.two_way,
-            )
-        source, target = segment_mean(hidden, weight, offsets).chunk(2)
-        negative = negatives(batch.groups, align.mask_duplicates)
-        cosine = cosine_similarity(self._space.source(source), self._space.target(target))
-        loss = alignment_loss(cosine, negative, align)
-        raw = cosine_similarity(source.detach(), target.detach())
-        return loss, raw.diagonal().mean(), (raw * negative).sum() / negative.sum()
 
     def _shape(self, tokens: int, pairs: int, everyone: int) -> _Captured:
         key = (tokens, pairs, everyone)
