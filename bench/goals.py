@@ -65,12 +65,23 @@ def _over_cublas(
 
 
 def judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
-    """A range, in bold where all of it is as good as the goal."""
-    found = [round(value, 2) for value in values]
+    """A range, in bold where all of it is as good as the goal, before rounding.
+
+    Two digits, and more where a miss would look like the goal.
+    """
+    found = list(values)
     low, high = min(found), max(found)
-    met = low >= goal if at_least else high <= goal
-    shown = f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
-    return f"**{shown}**" if met else shown
+
+    def met(worst: float) -> bool:
+        return worst >= goal if at_least else worst <= goal
+
+    worst = low if at_least else high
+    digits = 2
+    while met(round(worst, digits)) and not met(worst):
+        digits += 1
+    first, last = (f"{v:.{digits if v == worst else 2}f}" for v in (low, high))
+    shown = first if first == last else f"{first}-{last}"
+    return f"**{shown}**" if met(worst) else shown
 
 
 def product_table(folder: Path) -> str:
