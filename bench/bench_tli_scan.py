@@ -5,29 +5,104 @@ evaluation runs both words of a pair through the base model and through the adap
 the same work for each pair: a few are timed, whole, and scaled to all. The engine's figures are of
 the whole scan, random pairs, retrieval and the proposal of a layer included, and of the whole
 evaluation of both splits, retrieval included; ``tli-engine:forward`` is the scan's words through all
-blocks and no more. ``--many`` scans so many pairs once.
+blocks and no more. On a GPU each is traced too, and its memory is that of its models and of a call.
 
-python -m bench tli_scan [--model NAME] [--sample N] [--rounds N]
+``--many`` scans so many pairs once, instead, and writes a file of its own, ``tli_scan_many.json``.
+
+python -m bench tli_scan [--model NAME] [--sample N] [--rounds N] [--many N]
 """
 
 import argparse
+import gc
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 
-from bench.engine import engine_evaluation, engine_forward, engine_scan, scan_model
-from bench.harness import Row, interleave, print_rows, quantiles_ms, write_results
+from bench.engine import (
+    Floor,
+    engine_evaluation,
+    engine_forward,
+    engine_scan,
+    scan_floor,
+    scan_model,
+)
+from bench.harness import (
+    Row,
+    copy_bandwidth,
+    gpu_busy,
+    interleave,
+    matmul_rate,
+    print_rows,
+    quantiles_ms,
+    write_results,
+)
 from bench.models import NAMES, Subject, find, random_split
 from bench.published import Tokens, add_adapters, evaluate_pair, padded, scan_pair
-from tli_engine.models.device import choose_device
+from tli_engine.models.device import choose_device, peak_mib
 
 PEERS = ["transformers", "peft", "bitsandbytes"]
+# bytes and operations a second of a GPU
+Speed = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A call to time, and what it asks of a GPU; nothing without one.
+
+    Attributes:
+        call: The work, or a part of it.
+        gpu_ms: Time in which a kernel runs in a call.
+        kernels: Of a call.
+        peak_mib: GPU memory of its models and of a call, at most.
+    """
+
+    call: Callable[[], object]
+    gpu_ms: float | None = None
+    kernels: int = 0
+    peak_mib: float | None = None
+
+
+def allocated() -> int:
+    """Bytes of GPU memory in use."""
+    gc.collect()
+    return torch.cuda.memory_allocated() if torch.cuda.is_available() else 0
+
+
+def watched(
+    call: Callable[[], object],
+    before: int,
+    traced: bool,
+    part: tuple[Callable[[], object], int] | None = None,
+) -> Provider:
+    """A provider whose kernels are built, traced on a GPU.
+
+    Args:
+        call: The work.
+        before: Bytes that were allocated when its models were not there.
+        traced: Whether to trace it.
+        part: What to trace instead, and how many of it are a call: a trace has no room for too many
+            kernels. Such work has run before.
+    """
+    on_gpu = torch.cuda.is_available()
+    # what others have left is not in its peak
+    gc.collect()
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    if part is None:
+        call()
+    if not traced:
+        return Provider(call)
+    what, times = part or (call, 1)
+    gpu_ms, kernels = gpu_busy(what, calls=1)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
+    return Provider(call, gpu_ms * times, kernels * times, peak)
 
 
 def sampled(subject: Subject, pairs: int) -> list[tuple[Tokens, Tokens]]:
@@ -37,87 +112,131 @@ def sampled(subject: Subject, pairs: int) -> list[tuple[Tokens, Tokens]]:
     return [(padded([s]), padded([t])) for s, t in islice(words, pairs)]
 
 
-def published_scan(subject: Subject, base: Any, sample: int) -> Callable[[], object]:
-    """The scan of a few pairs at every layer."""
+def published_scan(subject: Subject, base: Any, sample: int) -> Callable[[int], object]:
+    """The scan of a few pairs at every layer, ``sample`` at most."""
     pairs, layers = sampled(subject, sample), range(base.config.num_hidden_layers)
-    return lambda: [scan_pair(base, *pair, layers) for pair in pairs]
+    return lambda count: [scan_pair(base, *pair, layers) for pair in pairs[:count]]
 
 
-def published_evaluation(subject: Subject, base: Any, sample: int) -> Callable[[], object]:
-    """The evaluation of a few pairs."""
+def published_evaluation(subject: Subject, base: Any, sample: int) -> Callable[[int], object]:
+    """The evaluation of a few pairs, ``sample`` at most."""
     pairs, layer = sampled(subject, sample), subject.config.align.layer
     adapted = add_adapters(subject.causal_lm()).eval()
-    return lambda: [evaluate_pair(base, adapted, *p, layer, subject.special) for p in pairs]
+    special = subject.special
+    return lambda count: [evaluate_pair(base, adapted, *p, layer, special) for p in pairs[:count]]
+
+
+def watched_pairs(
+    call: Callable[[int], object], before: int, traced: bool, sample: int
+) -> Provider:
+    """A published procedure on so many pairs, of which one is traced."""
+    return watched(partial(call, sample), before, traced, (partial(call, 1), sample))
 
 
 def bench_case(
     case: str,
     subject: Subject,
     shape: dict[str, int],
-    providers: dict[str, Callable[[], object]],
+    providers: Mapping[str, Provider],
     sample: int,
     rounds: int,
 ) -> list[Row]:
     """Time the published procedure on ``sample`` pairs, scaled up, and the engine on all."""
-    # a first call may build kernels; of the published procedure one forward has run
-    for name in providers.keys() - {"published"}:
-        providers[name]()
-    times = interleave(providers, dict.fromkeys(providers, rounds), warm_up=0)
+    calls = {name: provider.call for name, provider in providers.items()}
+    times = interleave(calls, dict.fromkeys(calls, rounds), warm_up=0)
     scale = dict.fromkeys(providers, 1.0) | {"published": shape["pairs"] / sample}
     scaled = {name: [t * scale[name] for t in seconds] for name, seconds in times.items()}
     base = statistics.median(scaled["published"])
-    rows = [
-        Row(
+    rows = []
+    for name, seconds in scaled.items():
+        row = Row(
             case, shape, subject.label, name, *quantiles_ms(seconds),
-            base / statistics.median(seconds),
+            base / statistics.median(seconds), peak_mib=providers[name].peak_mib,
             notes={"calls": len(seconds), "scaled_by": scale[name]},
-        )
-        for name, seconds in scaled.items()
-    ]  # fmt: skip
+        )  # fmt: skip
+        if (busy_ms := providers[name].gpu_ms) is not None:
+            row.notes["kernels"] = round(providers[name].kernels * scale[name])
+            row = replace(row, gpu_ms=busy_ms * scale[name])
+        rows.append(row)
+    return rows
+
+
+def with_floor(row: Row, floor: Floor, speed: Speed) -> Row:
+    """The row, its floor beside it."""
+    share = floor.seconds(*speed) / (row.ms / 1e3)
+    return replace(row, roofline=share, bytes=floor.bytes, flops=floor.flops)
+
+
+def bench_scan(
+    subject: Subject, base: Any, before: int, sample: int, rounds: int, speed: Speed | None
+) -> list[Row]:
+    """The scan; ``before`` are the bytes allocated when ``base`` was not there."""
+    traced = speed is not None
+    call = published_scan(subject, base, sample)
+    published = watched_pairs(call, before, traced, sample)
+    before = allocated()
+    model = scan_model(subject)
+    providers = {
+        "published": published,
+        "tli-engine": watched(engine_scan(model, subject), before, traced),
+        "tli-engine:forward": watched(engine_forward(model, subject), before, traced),
+    }
+    shape = {"pairs": len(subject.splits[0].pairs), "layers": base.config.num_hidden_layers}
+    rows = bench_case("scan", subject, shape, providers, sample, rounds)
+    if speed is not None:
+        floor = scan_floor(subject)
+        rows = [with_floor(row, floor, speed) for row in rows]
     print_rows(rows)
     return rows
 
 
-def bench_subject(subject: Subject, sample: int, rounds: int) -> list[Row]:
-    """Scan, and evaluation."""
+def bench_evaluation(
+    subject: Subject, base: Any, before: int, sample: int, rounds: int, traced: bool
+) -> list[Row]:
+    """The evaluation; ``before`` are the bytes allocated when ``base`` was not there."""
+    call = published_evaluation(subject, base, sample)
+    providers = {"published": watched_pairs(call, before, traced, sample)}
+    before = allocated()
+    providers["tli-engine"] = watched(engine_evaluation(subject), before, traced)
+    pairs = sum(len(s.pairs) for s in subject.splits)
+    shape = {"pairs": pairs, "layer": subject.config.align.layer}
+    rows = bench_case("evaluate", subject, shape, providers, sample, rounds)
+    print_rows(rows)
+    return rows
+
+
+def bench_subject(subject: Subject, sample: int, rounds: int, speed: Speed | None) -> list[Row]:
+    """Scan, and evaluation; ``speed`` is bandwidth and matmul rate of a GPU."""
+    before = allocated()
     base = subject.causal_lm()
     scan_pair(base, *sampled(subject, 1)[0], layers=[0])
-    layer = subject.config.align.layer
-    train, both = len(subject.splits[0].pairs), sum(len(s.pairs) for s in subject.splits)
-    model = scan_model(subject)
-    scans = {
-        "published": published_scan(subject, base, sample),
-        "tli-engine": engine_scan(model, subject),
-        "tli-engine:forward": engine_forward(model, subject),
-    }
-    shape = {"pairs": train, "layers": base.config.num_hidden_layers}
-    rows = bench_case("scan", subject, shape, scans, sample, rounds)
+    rows = bench_scan(subject, base, before, sample, rounds, speed)
     # a pair is evaluated at one layer: more of them take no longer
-    more = 6 * sample
-    evaluations = {
-        "published": published_evaluation(subject, base, more),
-        "tli-engine": engine_evaluation(subject),
-    }
-    shape = {"pairs": both, "layer": layer}
-    return rows + bench_case("evaluate", subject, shape, evaluations, more, rounds)
+    traced = speed is not None
+    return rows + bench_evaluation(subject, base, before, 6 * sample, rounds, traced)
 
 
-def scan_many(subject: Subject, pairs: int) -> None:
-    """Scan random words of the model's vocabulary, and print time and memory."""
+def scan_many(subject: Subject, pairs: int) -> Row:
+    """Scan random words of the model's vocabulary once; kernels are built in it."""
     split = random_split("many", pairs, subject.files.config, random.Random(0))
     subject = replace(subject, splits=[split])
+    before = allocated()
     model = scan_model(subject)
-    on_gpu = subject.device.type == "cuda"
-    held = torch.cuda.memory_allocated() / 2**30 if on_gpu else 0.0
-    if on_gpu:
+    weights = allocated() - before
+    if subject.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     start = time.perf_counter()
     engine_scan(model, subject)()
     seconds = time.perf_counter() - start
-    print(f"{pairs} pairs x {model.depth} layers: {seconds:.1f} s")
-    if on_gpu:
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        print(f"GPU memory: {held:.1f} GiB of weights, {peak:.1f} GiB at the peak")
+    shape = {"pairs": pairs, "words": 2 * pairs, "layers": model.depth}
+    host = peak_mib(torch.device("cpu"))
+    row = Row(
+        "many", shape, subject.label, "tli-engine", *quantiles_ms([seconds]), 1.0,
+        peak_mib=peak_mib(subject.device), notes={"weights_mib": weights / 2**20, "host_mib": host},
+    )  # fmt: skip
+    print_rows([row])
+    print(f"peak {row.peak_mib:,.0f} MiB, the process on the host {host:,.0f} MiB")
+    return row
 
 
 def main() -> None:
@@ -127,13 +246,16 @@ def main() -> None:
     parser.add_argument("--model", choices=NAMES, default=usual)
     parser.add_argument("--sample", type=int, default=2, help="pairs of the published scan")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--many", type=int, help="scan so many pairs once, and print what it took")
+    parser.add_argument("--many", type=int, help="scan so many pairs once, and nothing else")
     args = parser.parse_args()
+    subject = find(args.model, device)
     if args.many:
-        scan_many(find(args.model, device), args.many)
+        print(f"written: {write_results('tli_scan_many', [scan_many(subject, args.many)], [])}")
         return
-    rows = bench_subject(find(args.model, device), args.sample, args.rounds)
-    print(f"written: {write_results('tli_scan', rows, PEERS)}")
+    speed = (copy_bandwidth(), matmul_rate()) if device.type == "cuda" else None
+    facts = {} if speed is None else dict(zip(("bandwidth", "flops_per_s"), speed, strict=True))
+    rows = bench_subject(subject, args.sample, args.rounds, speed)
+    print(f"written: {write_results('tli_scan', rows, PEERS, **facts)}")
 
 
 if __name__ == "__main__":

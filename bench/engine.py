@@ -51,14 +51,36 @@ def step_floor(config: Any, tokens: int, layer: int, first_adapted: int = 0) -> 
     through which a gradient has to pass: from the first adapted block on, less that block's q, k
     and v, whose input needs none. Adapters, activations and embeddings are left out.
     """
-    hidden, ffn = config.hidden_size, config.intermediate_size
-    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
-    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
-    qkv = [hidden * q, hidden * kv, hidden * kv]
-    others = [q * hidden, hidden * ffn, hidden * ffn, ffn * hidden]
+    qkv, others = _weights_of_block(config)
     weights = (qkv + others) * layer
     weights += others + (qkv + others) * (layer - 1 - first_adapted)
     return Floor(tuple((round(n * NF4_BYTES), 2 * n * tokens) for n in weights))
+
+
+def scan_floor(subject: Subject) -> Floor:
+    """Floor of the scan: the training pairs' words, each once, through all blocks.
+
+    The blocks' weights are read once. Activations, norms, attention and retrieval are left out.
+    """
+    config = subject.files.config
+    qkv, others = _weights_of_block(config)
+    weights = (qkv + others) * config.num_hidden_layers
+    tokens = sum(len(word) for word in dict.fromkeys(subject.splits[0].words))
+    each = NF4_BYTES if subject.nf4 else subject.dtype.itemsize
+    return Floor(tuple((round(n * each), 2 * n * tokens) for n in weights))
+
+
+def _weights_of_block(config: Any) -> tuple[list[int], list[int]]:
+    """How many weights a block's matrices have: q, k, v, and the others."""
+    hidden, ffn = config.hidden_size, config.intermediate_size
+    head = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    q, kv = config.num_attention_heads * head, config.num_key_value_heads * head
+    return [hidden * q, hidden * kv, hidden * kv], [
+        q * hidden,
+        hidden * ffn,
+        hidden * ffn,
+        ffn * hidden,
+    ]
 
 
 def engine_trainer(subject: Subject, config: RunConfig) -> Trainer:

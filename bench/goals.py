@@ -37,6 +37,8 @@ _CONVERSIONS = {
 _EXACT = {"fwd": (0.15, 0.08), "dx": (0.25, 0.12)}
 # times of a step over the time that its weights' bytes and its operations take
 _STEP_FLOORS = {64: 2.5, 256: 2.5, 4125: 1.5}
+# x the published scan and evaluation; times of a scan over its forward pass, or that pass' floor
+_SCAN, _EVALUATION, _OVER_FORWARD = 5000.0, 300.0, 1.3
 
 
 def rows_of(folder: Path, op: str) -> list[dict[str, Any]]:
@@ -65,12 +67,23 @@ def _over_cublas(
 
 
 def judged(values: Iterable[float], goal: float, at_least: bool = True) -> str:
-    """A range, in bold where all of it is as good as the goal."""
-    found = [round(value, 2) for value in values]
+    """A range, in bold where all of it is as good as the goal, before rounding.
+
+    Two digits, none of large goals, and more where a miss would look like the goal.
+    """
+    found = list(values)
     low, high = min(found), max(found)
-    met = low >= goal if at_least else high <= goal
-    shown = f"{low:.2f}" if low == high else f"{low:.2f}-{high:.2f}"
-    return f"**{shown}**" if met else shown
+
+    def met(worst: float) -> bool:
+        return worst >= goal if at_least else worst <= goal
+
+    worst = low if at_least else high
+    digits = usual = 2 if goal < 100 else 0
+    while met(round(worst, digits)) and not met(worst):
+        digits += 1
+    first, last = (f"{v:,.{digits if v == worst else usual}f}" for v in (low, high))
+    shown = first if first == last else f"{first}-{last}"
+    return f"**{shown}**" if met(worst) else shown
 
 
 def product_table(folder: Path) -> str:
@@ -180,18 +193,103 @@ def lora_table(folder: Path) -> str:
     return "\n".join(lines)
 
 
-def step_table(folder: Path) -> str:
-    """The align step's time over its floor."""
-    rows = [r for r in rows_of(folder, "tli_step") if r["case"] == "step"]
+def step_table(*folders: Path) -> str:
+    """The align step's time over its floor; a column a GPU, rows are the first one's."""
     ours = {"tli-engine": "exact", "tli-engine:fast": "fast", "tli-engine:bf16": "resident in bf16"}
-    lines = ["| shape | tokens | numerics | goal | reached |", "|---|---:|---|---:|---:|"]
-    for row in rows:
-        floor = row.get("roofline")
-        if row["provider"] in ours and floor:
-            tokens = row["shape"]["tokens"]
-            goal = _STEP_FLOORS[tokens]
-            lines.append(
-                f"| {row['model'].split()[0]} | {tokens:,} | {ours[row['provider']]} | {goal:g} | "
-                f"{judged([1 / floor], goal, at_least=False)} |"
-            )
+    measured = [
+        {
+            (r["model"].split()[0], r["shape"]["tokens"], r["provider"]): r["roofline"]
+            for r in rows_of(folder, "tli_step")
+            if r["case"] == "step" and r["provider"] in ours and r.get("roofline")
+        }
+        for folder in folders
+    ]
+    names = " | ".join(_gpu_of(folder) for folder in folders)
+    lines = [
+        f"| shape | tokens | numerics | goal | {names} |",
+        f"|---|---:|---|---:|{'---:|' * len(folders)}",
+    ]
+    for key in measured[0]:
+        model, tokens, provider = key
+        goal = _STEP_FLOORS[tokens]
+        shares = [of_gpu.get(key) for of_gpu in measured]
+        cells = (_over_floor(share, goal) for share in shares)
+        lines.append(
+            f"| {model} | {tokens:,} | {ours[provider]} | {goal:g} | {' | '.join(cells)} |"
+        )
     return "\n".join(lines)
+
+
+def _gpu_of(folder: Path) -> str:
+    return folder.name.split("-")[1]
+
+
+def _over_floor(share: float | None, goal: float) -> str:
+    """How many times the floor a time is that the floor is a ``share`` of."""
+    return "not measured" if not share else judged([1 / share], goal, at_least=False)
+
+
+def scan_table(*folders: Path) -> str:
+    """The scan and the evaluation against the published ones, and many words at once."""
+    lines = [
+        "| | GPU | goal | reached | time | GPU busy | peak of GPU memory |",
+        "|---|---|---:|---:|---:|---:|---:|",
+    ]
+    for folder in folders:
+        rows = {(r["case"], r["provider"]): r for r in rows_of(folder, "tli_scan")}
+        scan, forward = rows["scan", "tli-engine"], rows["scan", "tli-engine:forward"]
+        evaluation = rows["evaluate", "tli-engine"]
+        pairs, both = (row["shape"]["pairs"] for row in (scan, evaluation))
+        over_forward = judged([scan["ms"] / forward["ms"]], _OVER_FORWARD, at_least=False)
+        reached = (
+            (f"scan of {pairs} pairs, x published", _SCAN, _ratio(scan, _SCAN), scan),
+            ("the same, x its forward pass", _OVER_FORWARD, over_forward, forward),
+            (
+                "the same, x the floor of its products",
+                _OVER_FORWARD,
+                _over_floor(scan.get("roofline"), _OVER_FORWARD),
+                None,
+            ),
+            (
+                f"evaluation of {both} pairs, x published",
+                _EVALUATION,
+                _ratio(evaluation, _EVALUATION),
+                evaluation,
+            ),
+        )
+        for title, goal, value, row in reached:
+            cells = ["", "", ""] if row is None else _taken(row)
+            lines.append(
+                f"| {title} | {_gpu_of(folder)} | {goal:,g} | {value} | {' | '.join(cells)} |"
+            )
+    return "\n".join([*lines, *_many_lines(folders)])
+
+
+def _ratio(row: dict[str, Any], goal: float) -> str:
+    return judged([row["ratio_to_baseline"]], goal)
+
+
+def _taken(row: dict[str, Any]) -> list[str]:
+    """Time, that of it in which the GPU is busy, and memory; earlier rows have only the first."""
+    busy, peak = row.get("gpu_ms"), row.get("peak_mib")
+    return [
+        f"{row['ms'] / 1e3:.2f} s",
+        "not measured" if busy is None else f"{busy / 1e3:.2f} s",
+        "not measured" if peak is None else f"{peak / 1024:.1f} GiB",
+    ]
+
+
+def _many_lines(folders: Iterable[Path]) -> list[str]:
+    """Scans of many words, which have no ratio."""
+    found = [
+        (folder, row)
+        for folder in folders
+        if (folder / "tli_scan_many.json").is_file()
+        for row in rows_of(folder, "tli_scan_many")
+    ]
+    if not found:
+        return ["| scan of 100,000 words, once | | | not measured | | | |"]
+    return [
+        f"| scan of {row['shape']['words']:,} words, once | {_gpu_of(folder)} | | | {' | '.join(_taken(row))} |"
+        for folder, row in found
+    ]

@@ -1,12 +1,15 @@
 """The benches of the step and of the scan, from providers to rows, on a tiny model."""
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bench import bench_tli_scan, bench_tli_step
+from bench.engine import NF4_BYTES, scan_floor
 from bench.harness import Row
 from bench.models import Subject
 
@@ -27,6 +30,20 @@ def traced(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return 2.0, 7
 
     monkeypatch.setattr(bench_tli_step, "gpu_busy", trace)
+    return found
+
+
+@pytest.fixture
+def traced_scan(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What the scan's bench traced, each as 3 ms in 5 kernels."""
+    found: list[Any] = []
+
+    def trace(call: Callable[[], object], calls: int) -> tuple[float, int]:
+        assert calls == 1
+        found.append(call())
+        return 3.0, 5
+
+    monkeypatch.setattr(bench_tli_scan, "gpu_busy", trace)
     return found
 
 
@@ -87,8 +104,8 @@ def test_whole_training(tiny_subject: Make) -> None:
     assert row.notes["first_run_s"] > 0
 
 
-def test_scan_and_evaluation(tiny_subject: Make) -> None:
-    rows = bench_tli_scan.bench_subject(tiny_subject(), sample=1, rounds=1)
+def test_scan_and_evaluation(tiny_subject: Make, traced_scan: list[Any]) -> None:
+    rows = bench_tli_scan.bench_subject(tiny_subject(), sample=1, rounds=1, speed=None)
     assert [(row.case, row.provider) for row in rows] == [
         (case, provider)
         for case, providers in (
@@ -102,3 +119,58 @@ def test_scan_and_evaluation(tiny_subject: Make) -> None:
     assert rows[0].notes == {"calls": 1, "scaled_by": 623}
     assert rows[3].notes == {"calls": 1, "scaled_by": 686 / 6}
     assert rows[1].ratio_to_baseline == pytest.approx(rows[0].ms / rows[1].ms)
+    # without a GPU nothing is traced
+    assert traced_scan == []
+    assert {(row.gpu_ms, row.peak_mib, row.roofline) for row in rows} == {(None, None, None)}
+
+
+def test_scan_and_evaluation_are_traced_beside_a_floor(
+    tiny_subject: Make, traced_scan: list[Any]
+) -> None:
+    # a floor of operations alone: one a second
+    rows = bench_tli_scan.bench_subject(tiny_subject(), sample=2, rounds=1, speed=(1e30, 1.0))
+    scan, evaluation = rows[:3], rows[3:]
+    # of the published procedures one pair is traced, scaled as its time is
+    assert [len(part) for part in (traced_scan[0], traced_scan[3])] == [1, 1]
+    ours = [3.0, 3.0]
+    assert [row.gpu_ms for row in scan] == pytest.approx([3.0 * 623, *ours])
+    assert [row.gpu_ms for row in evaluation] == pytest.approx([3.0 * 686, *ours[:1]])
+    assert [row.notes["kernels"] for row in rows] == [5 * 623, 5, 5, 5 * 686, 5]
+    for row in scan:
+        assert row.flops is not None
+        assert row.roofline == pytest.approx(row.flops / (row.ms / 1e3))
+    assert [row.roofline for row in evaluation] == [None, None]
+
+
+@pytest.mark.parametrize("nf4", [False, True])
+def test_floor_of_the_scan(tiny_subject: Make, nf4: bool) -> None:
+    subject = tiny_subject(nf4=nf4)
+    words = set(subject.splits[0].words)
+    floor = scan_floor(subject)
+    # of the same shape; in NF4 they are no parameters
+    blocks = tiny_subject().early(4).blocks
+    weights = sum(p.numel() for p in blocks.parameters() if p.ndim > 1)
+    assert floor.bytes == pytest.approx(weights * (NF4_BYTES if nf4 else 4))
+    assert floor.flops == 2 * weights * sum(len(word) for word in words)
+
+
+def test_many_words_are_a_row(tiny_subject: Make) -> None:
+    row = bench_tli_scan.scan_many(tiny_subject(), 40)
+    assert (row.case, row.provider) == ("many", "tli-engine")
+    assert row.shape == {"pairs": 40, "words": 80, "layers": 4}
+    assert row.ms > 0
+    # of the process, where there is no GPU
+    assert row.peak_mib == pytest.approx(row.notes["host_mib"], rel=0.01)
+
+
+def test_many_words_have_a_file_of_their_own(
+    tiny_subject: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("OUT", str(tmp_path))
+    monkeypatch.setattr(bench_tli_scan, "find", lambda name, device: tiny_subject())
+    monkeypatch.setattr("sys.argv", ["tli_scan", "--many", "40"])
+    bench_tli_scan.main()
+    (path,) = tmp_path.rglob("*.json")
+    assert path.name == "tli_scan_many.json"
+    (row,) = json.loads(path.read_text())["rows"]
+    assert row["shape"]["words"] == 80
