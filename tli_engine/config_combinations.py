@@ -5,6 +5,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tli_engine.config import RunConfig
 
+# keys of ``train`` that the align objective has no use for
+OF_TEXTS = ("accumulate", "optimizer", "lora_plus", "rounding", "in_backward")
+
 
 def check_combination(run: "RunConfig") -> None:
     """Refuse values that are allowed each on its own, and not together.
@@ -25,7 +28,25 @@ def check_combination(run: "RunConfig") -> None:
         (run.objective == "joint" and train.in_backward,
             "train.in_backward updates weights in the backward pass, and a step of objective joint has "
             "two: set train.in_backward: false, or objective: sft"),
+        (train.chunk_tokens is not None and not aligns,
+            "train.chunk_tokens cuts batches of word pairs and goes with objective align; for articles "
+            "there are train.batch_size and train.accumulate"),
+        (train.chunk_tokens is not None and train.engine == "modules",
+            "train.chunk_tokens is of the engine's ops: transformers' modules encode a batch whole; "
+            "lower train.batch_size, or set train.engine: fused"),
     ]  # fmt: skip
     for holds, reason in wrong:
         if holds:
             raise ValueError(reason)
+    if aligns:
+        _check_align(run)
+
+
+def _check_align(run: "RunConfig") -> None:
+    usual = type(run.train)()
+    for key in OF_TEXTS:
+        if getattr(run.train, key) != getattr(usual, key):
+            raise ValueError(
+                f"train.{key} goes with objective sft or joint: the align objective updates adapters by "
+                f"AdamW in fp32, a batch a step"
+            )

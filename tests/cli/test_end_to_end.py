@@ -204,6 +204,20 @@ def test_before_training_is_what_a_scan_measures(
     assert before["cosine_true"] == pytest.approx(layer["cosine_true"], abs=1e-6)
 
 
+def test_parts_of_a_batch_have_no_part_in_modules_and_a_line_says_so(
+    cli: Cli, config_file: Path
+) -> None:
+    options = ("--set", "train.steps=1", "--set", "train.epochs=null", "--set")
+    options = (*options, "train.chunk_tokens=9", "--run")
+    line = "train.chunk_tokens has no part in this: transformers' modules encode each batch whole"
+    on_modules = cli("train", config_file, *options, "modules")
+    assert on_modules.status == 0, on_modules.err
+    assert line in on_modules.out + on_modules.err
+    on_ops = cli("train", config_file, *options, "ops", "--set", "train.engine=fused")
+    assert on_ops.status == 0, on_ops.err
+    assert line not in on_ops.out + on_ops.err
+
+
 def test_the_engines_ops_train_a_run_like_the_modules(
     trained: Path, config_file: Path, cli: Cli
 ) -> None:

@@ -105,6 +105,8 @@ def _adapt(
             model.fuse()
         except NotFusedError as reason:
             say(not_fused(config, reason))
+    if config.train.chunk_tokens is not None and model.fused is None:
+        say("train.chunk_tokens has no part in this: transformers' modules encode each batch whole")
     nbytes, copies = add_transposed_copies(model)
     if copies:
         say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")

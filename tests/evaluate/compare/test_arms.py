@@ -43,6 +43,16 @@ def test_arms_differ_in_what_they_are_called_after() -> None:
     assert split(compare={"arms": ["joint", "lora-all"]})[1].reference == "joint"
 
 
+def test_the_align_run_has_no_part_in_what_is_said_of_texts() -> None:
+    texts = {"accumulate": 2, "optimizer": "adamw-8bit", "lora_plus": 4.0}
+    settings_of_full = {"train": {"rounding": "stochastic", "in_backward": True, "accumulate": 1}}
+    full = settings_of_full | {"train": settings_of_full["train"] | {"optimizer": "adamw"}}
+    shared, settings = split(compare={"set": {"full": full}}, train=texts)
+    assert arm_config(shared, settings, "lora-early", 0, Path()).train.lora_plus == 4.0
+    train = arm_config(shared, settings, "tli", 0, Path()).train
+    assert (train.accumulate, train.optimizer, train.lora_plus) == (1, "adamw", 1.0)
+
+
 @pytest.mark.parametrize("length", [{"steps": 9}, {"epochs": 2}])
 def test_an_arm_may_have_a_length_of_its_own(length: dict[str, int]) -> None:
     shared, settings = split(compare={"set": {"tli": {"train": length}}}, train={"steps": 4})

@@ -5,7 +5,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tli_engine.config import PositiveInt, RunConfig, explain, resolve_config
+from tli_engine.config import PositiveInt, RunConfig, TrainConfig, explain, resolve_config
+from tli_engine.config_combinations import OF_TEXTS
 from tli_engine.errors import ConfigError
 
 Arm = Literal["full", "lora-all", "lora-early", "tli-then-lora-early", "joint"]
@@ -19,7 +20,12 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
     "lora-early": {"objective": "sft", "method": "lora"},
     "tli-then-lora-early": {"objective": "sft", "method": "lora"},
     "joint": {"objective": "joint", "method": "lora"},
-    ALIGN: {"objective": "align", "method": "lora"},
+    # what is said of the steps of texts is not of this one's
+    ALIGN: {
+        "objective": "align",
+        "method": "lora",
+        "train": TrainConfig().model_dump(mode="json", include=set(OF_TEXTS)),
+    },
 }
 
 
