@@ -5,8 +5,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from tli_engine.config import PositiveInt, RunConfig, TrainConfig, explain, resolve_config
-from tli_engine.config_combinations import OF_TEXTS
+from tli_engine.config import (
+    OF_TEXTS,
+    PositiveInt,
+    RunConfig,
+    TrainConfig,
+    explain,
+    resolve_config,
+)
 from tli_engine.errors import ConfigError
 
 Arm = Literal["full", "lora-all", "lora-early", "tli-then-lora-early", "joint"]
