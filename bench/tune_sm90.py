@@ -19,12 +19,12 @@ from bench.nf4_shapes import SHAPES, copies, random_nf4
 from tli_engine import extension
 from tli_engine.kernels import nf4_sm90_dispatch
 from tli_engine.kernels.nf4_records import dequantize_records
-from tli_engine.kernels.nf4_sm90_dispatch import GEMV_M, Gemv, Tile, gemv_cuts, launch
+from tli_engine.kernels.nf4_sm90_dispatch import GEMV_M, Gemv, Tile, bucket, gemv_cuts, launch
 from tli_engine.kernels.nf4_sm90_tuned import TUNED
 from tli_engine.reference.nf4_records import to_records
 
 TARGET = Path(nf4_sm90_dispatch.__file__).resolve().parent / "nf4_sm90_tuned.py"
-BUCKETS = (8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+BUCKETS = (8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024, 4096)
 # block_m, blocks a warpgroup, warpgroups, CTAs a multiprocessor: those that csrc/ compiles
 KERNELS = (
     *((16, 1, 4, 1), (16, 1, 2, 1), (16, 1, 2, 2), (32, 1, 4, 1), (64, 1, 2, 1), (64, 1, 4, 1)),
@@ -44,7 +44,7 @@ def candidates(rows: int, contraction: int, M: int) -> list[Tile | Gemv]:
         found += [cut for cut in cuts if cut.split * cut.groups >= busy * 2 // 3]
     for kernel in KERNELS:
         block_m, blocks, warpgroups, ctas = kernel
-        if block_m > max(16, M) or 4 * block_m < min(M, 1024):
+        if block_m > max(16, bucket(M)) or 4 * block_m < min(M, 1024):
             continue
         most = sms * ctas
         for cluster in (1, 2) if kernel in CLUSTERED else (1,):

@@ -44,6 +44,19 @@ def bucket(M: int) -> int:
     return max(8, 1 << (M - 1).bit_length())
 
 
+def measured_rows(M: int) -> tuple[int, ...]:
+    """Numbers of rows whose measured tile suits ``M``, the nearest first.
+
+    From 65 on there may be one for three quarters of a power of two: 257 rows would take two tiles
+    of 256, or three of 128.
+    """
+    if M > 1024:
+        # 2048 is not measured: its neighbours differ most by what cuBLAS does on the way back
+        return (1024,) if M <= 2048 else (4096,)
+    whole = bucket(M)
+    return (whole * 3 // 4, whole) if 64 < M <= whole * 3 // 4 else (whole,)
+
+
 def choose_tile(
     direction: str, M: int, rows: int, contraction: int, fast: bool, device: torch.device
 ) -> Tile | Gemv | None:
@@ -57,10 +70,9 @@ def _choose(
 ) -> Tile | Gemv | None:
     if M > _DECODE_ROWS and (direction == "dx" or not fast):
         return None
-    # 2048 is not measured: its neighbours differ most by what cuBLAS does on the way back
-    measured = bucket(M) if M <= 1024 else 1024 if M <= 2048 else 4096
-    key = (direction, rows, contraction, measured, fast)
-    if key not in TUNED:
+    keys = [(direction, rows, contraction, measured, fast) for measured in measured_rows(M)]
+    key = next((key for key in keys if key in TUNED), None)
+    if key is None:
         # records of over 4 GB are past the kernels' offsets
         fits = rows * contraction * 9 // 16 < 2**32
         # on the way back cuBLAS was faster for all shapes measured

@@ -123,7 +123,22 @@ def test_rows_between_the_measured_buckets(tuned: dict) -> None:
     assert dispatch._choose("fwd", 4096, 5120, 5120, False, 132) is not None
 
 
-@pytest.mark.parametrize("M", [16, 64, 128, 256, 1024, 4096])
+def test_three_quarters_of_a_power_of_two_may_have_tiles_of_their_own(tuned: dict) -> None:
+    two, three = Tile(256, 1, 2, 1, 0, 1, 0), Tile(128, 1, 2, 1, 0, 1, 0)
+    tuned["fwd", 4096, 4096, 512, False] = tuple(two)
+    rows = (257, 384, 385, 512)
+    assert {dispatch._choose("fwd", m, 4096, 4096, False, 132) for m in rows} == {two}
+    tuned["fwd", 4096, 4096, 384, False] = tuple(three)
+    dispatch._choose.cache_clear()
+    chosen = [dispatch._choose("fwd", m, 4096, 4096, False, 132) for m in rows]
+    assert chosen == [three, three, two, two]
+    # few rows are cut finely enough
+    assert dispatch.measured_rows(48) == (64,)
+    assert dispatch.measured_rows(65) == (96, 128)
+    assert dispatch.measured_rows(97) == (128,)
+
+
+@pytest.mark.parametrize("M", [16, 64, 96, 128, 256, 384, 1024, 4096])
 @pytest.mark.parametrize(("rows", "contraction"), SHAPES[1:], ids=str)
 def test_tuning_tries_what_fits_and_clusters_of_tall_tiles(
     rows: int, contraction: int, M: int, monkeypatch: pytest.MonkeyPatch
@@ -138,4 +153,4 @@ def test_tuning_tries_what_fits_and_clusters_of_tall_tiles(
         assert tile.grid % tile.cluster == 0, tile
     assert len(set(tiles)) == len(tiles)
     assert {tile.block_m for tile in tiles if tile.cluster == 2} <= {128, 256}
-    assert any(tile.cluster == 2 for tile in tiles) == (M >= 128)
+    assert any(tile.cluster == 2 for tile in tiles) == (M > 64)
