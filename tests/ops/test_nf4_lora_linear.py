@@ -129,6 +129,13 @@ def test_module_gives_the_ops_result(device: torch.device) -> None:
     torch.testing.assert_close(y.view(4, 20), nf4_lora_linear(x, weight, A, B, 0.7, bias))
 
 
+def test_a_second_derivative_is_refused(device: torch.device) -> None:
+    x, weight, A, B, _ = make_inputs(3, [20], torch.float32, device)
+    y = nf4_lora_linear(x.requires_grad_(), weight, A.requires_grad_(), B, 0.5)
+    with pytest.raises(NotImplementedError, match="no second derivative; leave create_graph out"):
+        torch.autograd.grad(y.square().sum(), A, create_graph=True)
+
+
 @pytest.mark.parametrize("M", [0, 3])
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_operator_contract(M: int, dropout: float, device: torch.device) -> None:

@@ -86,7 +86,16 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, .
     )
 
 
+def _no_second_derivative(*args: Any, **options: Any) -> None:
+    raise NotImplementedError(
+        "nf4_lora_linear: an adapter has no second derivative; leave create_graph out"
+    )
+
+
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
+torch.library.register_autograd(
+    _BACKWARD, _no_second_derivative, setup_context=_no_second_derivative
+)
 
 
 def check_lora(
