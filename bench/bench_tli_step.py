@@ -3,7 +3,8 @@
 ``published`` is the published procedure: both languages of a batch, padded, through every block and
 the LM head. ``peft+bitsandbytes`` (without NF4, ``peft``) is the same cut down to the blocks that
 the loss needs, which takes a few lines. ``tli-engine:fast`` and ``:bf16`` are the engine with other
-numerics and with its weights resident in bf16. All hold the same weights, train on the same batches, and
+numerics and with its weights resident in bf16; on a CPU, where ``tli-engine`` runs transformers'
+modules on packed words, ``:fused`` runs the engine's own blocks. All hold the same weights, train on the same batches, and
 must give the same loss at the first step. Tokenising is in none. On a GPU the models are of random
 weights, in NF4, and Qwen2-72B's shape is for the engine alone; on a CPU it is SmolLM2.
 
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import count
+from typing import Any
 
 import torch
 
@@ -103,7 +105,7 @@ def make_providers(subject: Subject, config: RunConfig) -> tuple[dict[str, Provi
     """Every provider, warm, the baseline first; and the floor of a step."""
     floor: list[Floor] = []
 
-    def engine(**choice: str) -> tuple[Callable[[], float], int]:
+    def engine(**choice: Any) -> tuple[Callable[[], float], int]:
         step, steps, found = engine_step(subject, config.model_copy(update=choice))
         floor.append(found)
         return step, steps
@@ -117,6 +119,9 @@ def make_providers(subject: Subject, config: RunConfig) -> tuple[dict[str, Provi
     if subject.device.type == "cuda":
         builds["tli-engine:fast"] = lambda: engine(numerics="fast")
         builds["tli-engine:bf16"] = lambda: engine(weight_residency="bf16")
+    else:
+        fused = config.train.model_copy(update={"engine": "fused"})
+        builds["tli-engine:fused"] = lambda: engine(train=fused)
     providers = {name: warm(build) for name, build in builds.items()}
     losses = {name: provider.loss for name, provider in providers.items()}
     print(f"{subject.label}: loss of the first step: {losses}")
