@@ -9,8 +9,17 @@ from torch import Tensor
 
 from tli_engine import nf4
 from tli_engine.kernels import keep_decoded as module
-from tli_engine.kernels import nf4_linear, nf4_linear_dx
+from tli_engine.kernels import (
+    nf4_linear,
+    nf4_linear_dx,
+    nf4_linear_records_sm90,
+    nf4_lora_linear,
+    nf4_lora_linear_backward,
+)
 from tli_engine.kernels.keep_decoded import keep_decoded
+from tli_engine.kernels.nf4_linear_records_backward_sm90 import nf4_linear_records_backward
+from tli_engine.ops.nf4_linear import tile
+from tli_engine.reference.nf4_records import to_records
 
 M, N, K = 200, 64, 128
 
@@ -94,3 +103,83 @@ def test_another_weight_or_dtype_is_decoded_anew(case: Any, decodings: list[str]
     run(other, x, dy, "b")
     run(weight, x.bfloat16(), dy.bfloat16(), "b")
     assert decodings == ["forward", "backward", "backward"]
+
+
+SIZES, RANK = [96, 32], 8
+DECODERS = [
+    (nf4_lora_linear, "dequantize_tiles"),
+    (nf4_lora_linear, "dequantize_tiles_into"),
+    (nf4_lora_linear_backward, "dequantize_tiles"),
+    (nf4_lora_linear_backward, "dequantize_tiles_into"),
+    (nf4_linear_records_sm90, "dequantize_records"),
+    (nf4_linear_records_sm90, "dequantize_records_into"),
+]
+# forward of an input, and the gradients of what it gave
+Adapted = tuple[Any, Any]
+
+
+def adapted_tiles(weight: nf4.NF4Weight, A: Tensor, B: Tensor, seed: Tensor | None) -> Adapted:
+    """Forward and backward of a layer in the Triton layout."""
+    stored, options = tile(weight.packed, weight.absmax_fp32(), sum(SIZES), K), (64, True, False)
+    adapter = (A, B, seed, SIZES, 2.0, 0.25)
+    return (
+        lambda x: nf4_lora_linear.nf4_lora_linear(x, *stored, None, *adapter, *options),
+        lambda dy, x, s: nf4_lora_linear_backward.nf4_lora_linear_backward(
+            dy, x, s, *stored, *adapter, *options, True, True
+        ),
+    )
+
+
+def adapted_records(weight: nf4.NF4Weight, A: Tensor, B: Tensor, seed: Tensor | None) -> Adapted:
+    """The same of one in records, without a transposed copy."""
+    records = to_records(weight.packed, weight.absmax_fp32(), sum(SIZES), K, False)
+    adapter = (A, B, seed, SIZES, 2.0, 0.25)
+    return (
+        lambda x: nf4_linear_records_sm90.nf4_linear_records(
+            x, records, None, None, *adapter, sum(SIZES), False
+        ),
+        lambda dy, x, s: nf4_linear_records_backward(
+            dy, x, s, records, None, *adapter, K, False, True, True
+        ),
+    )
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("appends", [False, True], ids=["sums-in-fp32", "appended"])
+@pytest.mark.parametrize("make", [adapted_tiles, adapted_records])
+def test_an_adapted_layer_decodes_once_for_both(
+    make: Any, appends: bool, dropped: bool, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the adapter is appended, what is kept is a view of the wide weight's rows."""
+    monkeypatch.setattr("tli_engine.kernels.widen._APPEND_FROM", M if appends else M + 1)
+    seen: list[str] = []
+    for kernel, name in DECODERS:
+        plain = getattr(kernel, name)
+
+        def counted(*args: Any, name: str = name, plain: Any = plain) -> Any:
+            seen.append(name)
+            return plain(*args)
+
+        monkeypatch.setattr(kernel, name, counted)
+    # cuBLAS' rows
+    for kernel in (nf4_lora_linear, nf4_lora_linear_backward, nf4_linear_records_sm90):
+        monkeypatch.setattr(kernel, "choose_tile", lambda *args: None)
+    weight = nf4.quantize(torch.randn(sum(SIZES), K, device=device))
+    A = torch.randn(len(SIZES) * RANK, K, device=device)
+    B = torch.randn(sum(SIZES), RANK, device=device)
+    x, dy = (torch.randn(M, n, device=device).half() for n in (K, sum(SIZES)))
+    forward, backward = make(weight, A, B, torch.tensor(5, device=device) if dropped else None)
+    apart = [*(there := forward(x)), *backward(dy, x, there[1])]
+    assert len(seen) == 2
+    seen.clear()
+    keep_decoded(keeping=True, forget=True)
+    y, s = forward(x)
+    keep_decoded(keeping=False, forget=False)
+    (kept,) = module._kept.values()
+    assert kept.stride(0) == K + 64 * appends
+    assert torch.equal(kept, weight.dequantize(torch.float16))
+    again = [y, s, *backward(dy, x, s)]
+    assert len(seen) == 1
+    assert not module._kept
+    for ours, expected in zip(again, apart, strict=True):
+        assert torch.equal(ours, expected)
