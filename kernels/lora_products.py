@@ -75,7 +75,7 @@ def adapted(
         return lora_up(sums, s, lora_B, bias, sizes)
     for group, rows in enumerate(group_slices(sizes)):
         part = s[:, group * rank : (group + 1) * rank]
-        sums[:, rows] += _product(part, lora_B[rows].to(s.dtype).T, torch.float32)
+        _add_product(sums[:, rows], part, lora_B[rows].to(s.dtype).T)
     if bias is not None:
         sums += bias
     return sums.to(x.dtype)
@@ -104,3 +104,13 @@ def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     if dtype != torch.float32:
         return (a @ b).to(dtype)
     return torch.mm(a, b, out_dtype=dtype) if a.is_cuda else a.to(dtype) @ b.to(dtype)
+
+
+def _add_product(sums: Tensor, a: Tensor, b: Tensor) -> None:
+    """``sums += a @ b``, which is itself never in memory; ``sums`` in their own dtype or in fp32."""
+    if sums.dtype == a.dtype:
+        sums.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(sums, a, b, out_dtype=sums.dtype, out=sums)
+    else:
+        sums.addmm_(a.to(sums.dtype), b.to(sums.dtype))

@@ -96,3 +96,21 @@ def test_dense_product_in_a_graph(M: int) -> None:
         return y, *torch.autograd.grad(y, wanted, dy)
 
     assert_graph_gives_the_bits(step, repeats=1)
+
+
+@pytest.mark.parametrize("sizes", [[2048, 1024, 1024], [4096]], ids=str)
+def test_what_sums_take(sizes: list[int]) -> None:
+    """One sum in fp32 of each output, whatever the rank, and no part of it beside."""
+    M = 4096
+    peaks = []
+    for rank in (16, 96):
+        x, W, A, B = make_inputs(M, sizes, 1024, rank, torch.bfloat16)
+        # cuBLAS takes a workspace once
+        dense_lora_linear(x, W, A, B, 1.0, sizes=sizes)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = dense_lora_linear(x, W, A, B, 1.0, sizes=sizes)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del y
+    assert peaks == pytest.approx([6 * M * sum(sizes)] * 2, rel=0.1)

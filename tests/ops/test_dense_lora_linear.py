@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tli_engine.ops import dense_lora_linear
 from tli_engine.reference.counter_dropout import counter_dropout
@@ -85,6 +86,32 @@ def test_launched_forward_and_gradients(
         assert actual.dtype == like.dtype
         # what lies between is rounded to the dtype
         assert (actual.double() - truth).norm() <= 4 * eps * truth.norm()
+
+
+class Outputs(TorchDispatchMode):
+    """Storages of fp32 rows that operators put out, by address."""
+
+    def __init__(self, rows: int, least: int) -> None:
+        super().__init__()
+        self.rows, self.least = rows, least
+        self.seen: dict[int, Tensor] = {}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        out = func(*args, **(kwargs or {}))
+        found = isinstance(out, Tensor) and out.dtype == torch.float32 and len(out) == self.rows
+        if found and out.shape[1] >= self.least:
+            self.seen[out.untyped_storage().data_ptr()] = out
+        return out
+
+
+def test_sums_of_many_ranks_are_held_once(device: torch.device) -> None:
+    """The update's groups are added in place: no part of ``[M, N]`` beside the sums."""
+    x, W, A, B, bias = make_inputs(300, [40, 40, 40, 40], 8, torch.float16, device)
+    with Outputs(300, least=40) as outputs:
+        launched(x, W, bias, A, B, None, [40, 40, 40, 40], 2.0, 0.0)
+    assert len(outputs.seen) == 1
 
 
 @pytest.mark.parametrize("M", [5, 300])
