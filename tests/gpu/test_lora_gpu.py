@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.bench_dense_lora_linear import bench_shape
 from tli_engine import backends, extension
 from tli_engine.nn import NF4Linear
 from tli_engine.ops import dense_lora_linear, nf4_quantize
@@ -114,3 +115,11 @@ def test_what_sums_take(sizes: list[int]) -> None:
         peaks.append(torch.cuda.max_memory_allocated() - before)
         del y
     assert peaks == pytest.approx([6 * M * sum(sizes)] * 2, rel=0.1)
+
+
+def test_every_provider_of_the_bench() -> None:
+    pytest.importorskip("peft")
+    # stops by itself where outputs or gradients differ
+    rows = bench_shape("small", 512, 256, [64, 512], rounds=2)
+    assert len(rows) == 2 * 2 * 4
+    assert all(row.ms > 0 for row in rows)
