@@ -31,11 +31,9 @@ RANK, SCALING = 16, 2.0
 Layer = tuple[Callable[[Tensor], Tensor], list[Tensor]]
 
 
-def peft_layer(packed: Tensor, state: object, dtype: torch.dtype) -> nn.Module:
-    """PEFT's adapter around bitsandbytes' layer."""
+def peft_layer(linear: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """PEFT's adapter, of ``dtype``, around a layer: bitsandbytes', or a dense one."""
     from peft import LoraConfig, get_peft_model
-
-    linear = bnb_linear(packed, state)
 
     class Model(nn.Module):
         def __init__(self) -> None:
@@ -48,14 +46,14 @@ def peft_layer(packed: Tensor, state: object, dtype: torch.dtype) -> nn.Module:
             return y
 
     model = Model()
-    model.is_loaded_in_4bit = True  # type: ignore[assignment]
+    model.is_loaded_in_4bit = type(linear) is not nn.Linear  # type: ignore[assignment]
     config = LoraConfig(
         r=RANK, lora_alpha=SCALING * RANK, target_modules=["up_proj"], init_lora_weights=False
     )
     adapted: nn.Module = get_peft_model(model, config, autocast_adapter_dtype=False)  # type: ignore[arg-type]
     for name, parameter in adapted.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.to("cuda", dtype)
+            parameter.data = parameter.data.to(linear.weight.device, dtype)  # type: ignore[arg-type]
     return adapted
 
 
@@ -101,7 +99,8 @@ def providers(weights: Weights, M: int, N: int, K: int) -> dict[str, list[Layer]
     lora_B = (torch.randn(N, RANK, device="cuda") * 0.02).requires_grad_()
 
     def peft(dtype: torch.dtype) -> list[Layer]:
-        layers = [peft_layer(*w, dtype) for w in weights.bnb[: max(2, len(weights.dense))]]
+        held = weights.bnb[: max(2, len(weights.dense))]
+        layers = [peft_layer(bnb_linear(*w), dtype) for w in held]
         return [(m, [x, *(p for p in m.parameters() if p.requires_grad)]) for m in layers]
 
     def adapted(layer: NF4Linear) -> Callable[[Tensor], Tensor]:

@@ -8,6 +8,8 @@ Projections that share an input run as one: one ``x @ A.T``, ``B`` block-diagona
 - Elsewhere cuBLAS writes its sums in fp32, and a kernel adds the update to them.
 """
 
+from functools import partial
+
 from torch import Tensor
 
 from tli_engine.kernels.keep_decoded import for_forward
@@ -16,7 +18,7 @@ from tli_engine.kernels.lora_products import adapted, down
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear import fused_forward
-from tli_engine.kernels.widen import appended, pays_to_append, weight_beside
+from tli_engine.kernels.widen import appended, appends_gradient, pays_to_append, weight_beside
 
 
 def nf4_lora_linear(
@@ -54,6 +56,8 @@ def nf4_lora_linear(
         # kept for the way back, if a block is run again
         for_forward(packed, x.dtype, lambda: wide[:, :K])
         return appended(x, s, wide, bias), s
-    stored = (packed, absmax, N, K, x.dtype, block_size, tiled)
-    weight = for_forward(packed, x.dtype, lambda: dequantize_tiles(*stored))
+    decode = partial(dequantize_tiles, packed, absmax, N, K, x.dtype, block_size, tiled)
+    # of no use on a way back that decodes into a larger weight
+    useless = narrow and tiled and appends_gradient(M, N, K, seed)
+    weight = decode() if useless else for_forward(packed, x.dtype, decode)
     return adapted(x, weight, s, lora_B, bias, sizes), s

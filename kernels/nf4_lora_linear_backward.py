@@ -9,7 +9,7 @@ from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear_dx import fused_dx
-from tli_engine.kernels.widen import PAD, pays_to_append, widen
+from tli_engine.kernels.widen import PAD, appends_gradient, widen
 
 
 def nf4_lora_linear_backward(
@@ -69,9 +69,7 @@ def _dx(
         lora = (t, lora_A.contiguous()) if seed is None else None
         dx = fused_dx(dy, packed, absmax, K, tiled, fast, tile, lora)
         return dx if seed is None else down_dx(t, lora_A, seed, dropout, dx)
-    # with dropout the update has a mask of its own and cannot share the product's contraction; the
-    # larger side is then the gradient's, whose weight nothing has kept
-    if narrow and tiled and seed is None and pays_to_append(M, 2 * N, K):
+    if narrow and tiled and appends_gradient(M, N, K, seed):
         return _append(dy, t, packed, absmax, lora_A)
     stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
     weight = for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))

@@ -64,6 +64,14 @@ def pays_to_append(M: int, copied: int, passed: int) -> bool:
     return M >= _APPEND_FROM and copied < passed
 
 
+def appends_gradient(M: int, N: int, K: int, seed: Tensor | None) -> bool:
+    """Whether ``t @ A`` is appended to ``dy @ W``, ``[M, K]``, whose weight is then no forward's.
+
+    Not with dropout: the update has a mask of its own and cannot share the product's contraction.
+    """
+    return seed is None and pays_to_append(M, 2 * N, K)
+
+
 def weight_beside(
     lora_B: Tensor, sizes: list[int], K: int, dtype: torch.dtype, fill: Callable[[Tensor], None]
 ) -> Tensor:

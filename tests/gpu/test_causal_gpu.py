@@ -17,6 +17,8 @@ from tli_engine.kernels import (
     nf4_linear,
     nf4_linear_dx,
     nf4_linear_records_sm90,
+    nf4_lora_linear,
+    nf4_lora_linear_backward,
 )
 from tli_engine.models.adapters import adapter_tensors, add_lora, add_transposed_copies
 from tli_engine.models.arrangement import EVERYTHING, NOTHING, Arrangement, Part, held
@@ -38,6 +40,17 @@ LORA = LoraConfig(layers="1-2", modules=ALL, r=8)
 SIZES = {"hidden_size": 256, "intermediate_size": 384, "head_dim": 64}
 WINDOWS: dict[str, dict[str, Any]] = {"mistral": {"sliding_window": 96}}
 WINDOWS["gemma3_text"] = WINDOWS["mistral"]
+# what decodes a weight whole, and which of its arguments is the weight as it is stored
+DECODERS = [
+    (nf4_linear, "dequantize_tiles", 0),
+    (nf4_linear_dx, "dequantize_tiles", 0),
+    (nf4_lora_linear, "dequantize_tiles", 0),
+    (nf4_lora_linear, "dequantize_tiles_into", 1),
+    (nf4_lora_linear_backward, "dequantize_tiles", 0),
+    (nf4_lora_linear_backward, "dequantize_tiles_into", 1),
+    (nf4_linear_records_sm90, "dequantize_records", 0),
+    (nf4_linear_records_sm90, "dequantize_records_into", 1),
+]
 # past the window, below it, at it, past a tile
 LENGTHS = (200, 40, 96, 2, 130)
 Load = Callable[..., CausalModel]
@@ -170,14 +183,25 @@ def test_nf4_weights_err_no_more(copies: bool, load: Load) -> None:
     assert_errs_no_more(*(step(m, packed) for m in (model, plain, exact)))
 
 
+@pytest.mark.parametrize(
+    "lengths",
+    [
+        pytest.param((60, 17, 64, 2), id="few-rows"),
+        # with dropout or without, all products decode their weight first, and keep it
+        pytest.param((60,) * 104, id="over-6144-rows"),
+    ],
+)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("quantize", ["none", "nf4"])
-def test_run_again_is_saved_bit_for_bit(family: str, quantize: str, load: Load) -> None:
-    model = load(family, quantize=quantize, lora=LORA.model_copy(update={"dropout": 0.1}))
+def test_run_again_is_saved_bit_for_bit(
+    family: str, quantize: str, dropout: float, lengths: tuple[int, ...], load: Load
+) -> None:
+    model = load(family, quantize=quantize, lora=LORA.model_copy(update={"dropout": dropout}))
     model.fuse()
     model.train()
     # within one tile of keys: the gradient of longer ones' queries is summed in any order
-    packed = texts(60, 17, 64, 2)
+    packed = texts(*lengths)
     found = []
     some = Arrangement(2, 2), Arrangement(3, 1, 0), Arrangement(3, 1, 1)
     for arrangement in (EVERYTHING, NOTHING, *some):
@@ -189,33 +213,35 @@ def test_run_again_is_saved_bit_for_bit(family: str, quantize: str, load: Load) 
         assert different == []
 
 
+@pytest.mark.parametrize("modules", [("q_proj",), ALL], ids=["q", "all"])
+@pytest.mark.parametrize("documents", [10, 13], ids=["5000-rows", "6500-rows"])
 @pytest.mark.parametrize("copies", [False, True], ids=["one-copy", "transposed-copies"])
 def test_a_weight_is_decoded_twice_at_most(
-    copies: bool, load: Load, monkeypatch: pytest.MonkeyPatch
+    copies: bool,
+    documents: int,
+    modules: tuple[str, ...],
+    load: Load,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """On the way there, and once for the second run and the way back together."""
-    model = load("llama", quantize="nf4", lora=LORA.model_copy(update={"modules": ("q_proj",)}))
+    model = load("llama", quantize="nf4", lora=LORA.model_copy(update={"modules": modules}))
     model.fuse()
     if copies:
         add_transposed_copies(model.early)
     model.activations = Activations("recompute")
     counts: Counter[int] = Counter()
-    for kernel, name in (
-        (nf4_linear, "dequantize_tiles"),
-        (nf4_linear_dx, "dequantize_tiles"),
-        (nf4_linear_records_sm90, "dequantize_records"),
-    ):
+    for kernel, name, stored in DECODERS:
         plain = getattr(kernel, name)
 
-        def counted(stored: Tensor, *args: Any, plain: Any = plain) -> Tensor:
-            counts[stored.data_ptr()] += 1
-            result: Tensor = plain(stored, *args)
-            return result
+        def counted(*args: Any, plain: Any = plain, stored: int = stored) -> Any:
+            counts[args[stored].data_ptr()] += 1
+            return plain(*args)
 
         monkeypatch.setattr(kernel, name, counted)
-    # so many rows that some products take cuBLAS
-    loss = model.loss(texts(*[500] * 10))
+    # so many rows that some products take cuBLAS, or all
+    loss = model.loss(texts(*[500] * documents))
     loss.backward()
+    assert counts
     assert all(count <= 2 for count in counts.values())
     assert not keep_decoded._kept
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.bench_dense_lora_linear import bench_shape
 from tli_engine import backends, extension
 from tli_engine.nn import NF4Linear
 from tli_engine.ops import dense_lora_linear, nf4_quantize
@@ -96,3 +97,31 @@ def test_dense_product_in_a_graph(M: int) -> None:
         return y, *torch.autograd.grad(y, wanted, dy)
 
     assert_graph_gives_the_bits(step, repeats=1)
+
+
+@pytest.mark.parametrize("sizes", [[2048, 1024, 1024], [4096]], ids=str)
+def test_what_sums_take(sizes: list[int]) -> None:
+    """A sum in fp32 of each output, and its rounding; of many ranks one layer's update in fp32 too."""
+    M = 4096
+    peaks = []
+    for rank in (16, 96):
+        x, W, A, B = make_inputs(M, sizes, 1024, rank, torch.bfloat16)
+        # cuBLAS takes a workspace once
+        dense_lora_linear(x, W, A, B, 1.0, sizes=sizes)
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        y = dense_lora_linear(x, W, A, B, 1.0, sizes=sizes)
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        del y
+    N = sum(sizes)
+    expected = [6 * M * N, M * (4 * N + max(2 * N, 4 * max(sizes)))]
+    assert peaks == pytest.approx(expected, rel=0.1)
+
+
+def test_every_provider_of_the_bench() -> None:
+    pytest.importorskip("peft")
+    # stops by itself where outputs or gradients differ
+    rows = bench_shape("small", 512, 256, [64, 512], rounds=2)
+    assert len(rows) == 2 * 2 * 4
+    assert all(row.ms > 0 for row in rows)

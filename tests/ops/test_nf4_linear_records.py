@@ -20,8 +20,8 @@ def make_layouts(**options: Any) -> tuple[PortableWeight, RecordedWeight]:
     return PortableWeight(weight), RecordedWeight(weight)
 
 
-def make_adapter(groups: list[int], dropout: float = 0.0) -> Adapter:
-    A, B = torch.randn(len(groups) * R, K) * 0.1, torch.randn(N, R) * 0.1
+def make_adapter(groups: list[int], dropout: float = 0.0, rank: int = R) -> Adapter:
+    A, B = torch.randn(len(groups) * rank, K) * 0.1, torch.randn(N, rank) * 0.1
     seed = torch.tensor(3) if dropout else None
     return Adapter(A.requires_grad_(), B.requires_grad_(), seed, groups, 2.0, dropout)
 
@@ -126,19 +126,24 @@ def test_second_derivative_through_an_adapter_is_refused() -> None:
         torch.autograd.grad(y, x, dy, create_graph=True)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.3])
-@pytest.mark.parametrize("groups", [[N], [64, 128]], ids=str)
-@pytest.mark.parametrize("fused", [True, False], ids=["fused", "decoded"])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter")
-def test_launcher_composes_the_definition(
-    fused: bool, groups: list[int], dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The product itself, which needs a Hopper GPU, is the reference's."""
-    from tli_engine.kernels import nf4_linear_records_sm90 as launcher
-    from tli_engine.kernels.nf4_linear_records_backward_sm90 import nf4_linear_records_backward
+# fused: the adapter rides along in the extension's product; beside: it does not; decoded: cuBLAS, whose
+# sums in fp32 it is added to; appended: cuBLAS, with the adapter in its contraction
+WAYS = [  # way, M, groups, rank
+    *(
+        pytest.param(way, 5, groups, R, id=f"{way}-{len(groups)}")
+        for way in ("fused", "decoded", "appended")
+        for groups in ([N], [64, 128])
+    ),
+    pytest.param("beside", 128, [100, 92], R, id="groups-that-end-in-a-block"),
+    pytest.param("beside", 5, [N], 12, id="ranks-no-multiple-of-8"),
+    pytest.param("beside", 5, [64, 64, 64], 24, id="more-ranks-than-a-launch-takes"),
+    pytest.param("decoded", 129, [100, 92], R, id="groups-that-end-in-a-block-of-many-rows"),
+    pytest.param("decoded", 129, [64, 64, 64], 24, id="more-ranks-of-many-rows"),
+]
 
-    _, recorded = make_layouts()
-    recorded.add_transposed_copy()
+
+def make_launch(recorded: RecordedWeight, seen: list[str]) -> Any:
+    """The product that needs a Hopper GPU, by its definition; ``seen``: what was launched."""
     dense = recorded.weight().dequantize(torch.float16)
 
     def launch(
@@ -147,27 +152,54 @@ def test_launcher_composes_the_definition(
     ) -> Tensor:  # fmt: skip
         assert tile == "tile"
         assert records is (recorded.transposed if transposed else recorded.records)
+        seen.append("fused" if lora is not None else "beside")
         y = torch.nn.functional.linear(x, dense.T if transposed else dense, bias)
         if lora is not None:
             s, b, sizes = lora
             b = b.to(x.dtype)
             parts = [b] if transposed else [p.T for p in b.split(sizes)]
-            y = y + torch.cat(
-                [
-                    t @ p
-                    for t, p in zip(s.split(R * len(groups) // len(parts), 1), parts, strict=True)
-                ],
-                1,
-            )
+            s = s.split(s.shape[1] // len(parts), 1)
+            y = y + torch.cat([t @ p for t, p in zip(s, parts, strict=True)], 1)
         return y
 
-    monkeypatch.setattr(launcher, "launch", launch)
-    monkeypatch.setattr(launcher, "choose_tile", lambda *args: "tile" if fused else None)
-    adapter, bias = make_adapter(groups, dropout), torch.randn(N).half()
-    x, dy = torch.randn(5, K).half(), torch.randn(5, N).half()
+    return launch
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize(("way", "M", "groups", "rank"), WAYS)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="its kernels run in the interpreter")
+def test_launcher_composes_the_definition(
+    way: str, M: int, groups: list[int], rank: int, dropout: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """The product itself, which needs a Hopper GPU, is the reference's."""
+    from tli_engine.kernels import nf4_linear_records_sm90 as launcher
+    from tli_engine.kernels.nf4_linear_records_backward_sm90 import nf4_linear_records_backward
+
+    _, recorded = make_layouts()
+    recorded.add_transposed_copy()
+    seen: list[str] = []
+    for name, by_cublas in (("adapted", "decoded"), ("appended", "appended")):
+        run = getattr(launcher, name)
+
+        def noted(*args: Any, way: str = by_cublas, run: Any = run) -> Tensor:
+            seen.append(way)
+            result: Tensor = run(*args)
+            return result
+
+        monkeypatch.setattr(launcher, name, noted)
+    monkeypatch.setattr(launcher, "launch", make_launch(recorded, seen))
+    # an adapter that does not ride along: the extension has a tile for its many rows too
+    has_tile = way in ("fused", "beside") or M > launcher._FUSED_ROWS
+    monkeypatch.setattr(launcher, "choose_tile", lambda *args: "tile" if has_tile else None)
+    if way == "appended":
+        monkeypatch.setattr("tli_engine.kernels.widen._APPEND_FROM", M)
+    adapter, bias = make_adapter(groups, dropout, rank), torch.randn(N).half()
+    x, dy = torch.randn(M, K).half(), torch.randn(M, N).half()
     A, B = adapter.lora_A.detach(), adapter.lora_B.detach()
     stored, plain = (recorded.records, recorded.transposed), (A, B, *adapter[2:])
     y, s = launcher.nf4_linear_records(x, *stored, bias, *plain, N, False)
+    assert seen == [way]
     grads = nf4_linear_records_backward(dy, x, s, *stored, *plain, K, False, True, True)
     ops = torch.ops.tli_engine
     expected, expected_s = ops.nf4_linear_records(x, *stored, bias, *plain, N, False)

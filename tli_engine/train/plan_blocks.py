@@ -8,9 +8,10 @@ from tli_engine.models.adapters import adapters
 from tli_engine.models.arrangement import Part, again, held
 from tli_engine.models.lora import LoRALinear
 from tli_engine.train.plan_outline import Outline
+from tli_engine.train.plan_products import Product
 
-# rows from which products with NF4 weights decode them in full first: on the way back and, exact, there
-_DECODED_BACK, _DECODED_THERE = 2048, 6144
+# rows from which products with NF4 weights decode them in full first on the way back
+_DECODED_BACK = 2048
 _QKV, _O = ("q_proj", "k_proj", "v_proj"), ("o_proj",)
 _GATE_UP, _DOWN = ("gate_proj", "up_proj"), ("down_proj",)
 
@@ -165,7 +166,8 @@ class BlockMemory:
     def working(self, number: int) -> int:
         """Bytes of gradients within a block at its fullest moment, and of a weight decoded for it."""
         b, e = self.block, self._outline.element
-        down, gate_up = (self._decoded(b.hidden * n * b.ffn, _DECODED_BACK) for n in (1, 2))
+        back = self.tokens > _DECODED_BACK or not self._outline.target.hopper
+        down, gate_up = (self._decoded(b.hidden * n * b.ffn, back) for n in (1, 2))
         # what down has read is free once its own gradients are there
         full = self._outline.run.method == "full"
         read = b.ffn if full or "down_proj" in self._adapted.get(number, {}) else 0
@@ -176,6 +178,35 @@ class BlockMemory:
             (2 * b.hidden + b.ffn) * e * self.tokens + down,
             2 * b.hidden * e * self.tokens + gate_up,
         )
+
+    def running(self, number: int, again: bool) -> int:
+        """Bytes that sums in fp32 take while a block runs, beside all that it keeps; 0 without such sums.
+
+        Those of gate and up, or of down: beside attention's, which are narrower, less is kept.
+
+        Args:
+            number: Of the block.
+            again: Whether it is run again, beside a gradient and weights that :meth:`run_again` counts.
+        """
+        b, e, most = self.block, self._outline.element, 0
+        adapted = self._adapted.get(number, {})
+        # the gradient of the residual
+        beside = b.hidden * e * again
+        # what down reads is not there yet when gate and up run
+        read = b.ffn * e * ("down_proj" in adapted)
+        for product in self._products(adapted, _GATE_UP):
+            if self._sums_in_fp32(product):
+                decoded = 0 if again else self._decoded_there(product)
+                # before the output is there, which is kept
+                part = max(0, 4 * product.part - e * product.rows)
+                taken = 4 * product.rows + part - read + beside
+                most = max(most, taken * self.tokens + decoded)
+        for product in self._products(adapted, _DOWN):
+            if self._sums_in_fp32(product):
+                # and rounded, which nothing keeps
+                taken = 4 * product.rows + max(e * product.rows, 4 * product.part) + beside
+                most = max(most, taken * self.tokens + self._decoded_there(product))
+        return most
 
     def reserved(self) -> int:
         """Bytes that a run leaves for a block's way back when it decides what blocks keep."""
@@ -189,21 +220,52 @@ class BlockMemory:
 
     def run_again(self, number: int, keeps: Sequence[bool]) -> int:
         """Bytes that second runs add at the most: what they keep, weights decoded once."""
-        b = self.block
+        adapted = self._adapted.get(number, {})
         # the last layer's is free again at the fullest moment
-        of_part = [b.hidden * (2 * b.q + 2 * b.kv), b.hidden * 2 * b.ffn]
+        of_part = [
+            sum(self._decoded_there(p) for group in groups for p in self._products(adapted, group))
+            for groups in ((_QKV, _O), (_GATE_UP,))
+        ]
         if not self._outline.fused:
             of_part = [sum(of_part)]
         weights = [n for n, keep in zip(of_part, keeps, strict=True) if not keep]
-        together = max(weights, default=0) if any(keeps) else sum(weights)
-        decoded = self._decoded(together, _DECODED_THERE)
+        decoded = max(weights, default=0) if any(keeps) else sum(weights)
         return again(self.parts(number), keeps, self.input) + decoded
 
-    def _decoded(self, elements: int, rows: int) -> int:
+    def _products(
+        self, adapted: dict[str, LoRALinear], group: tuple[str, ...]
+    ) -> Sequence[Product]:
+        """Those of layers that share an input: one, or one a layer by transformers' modules."""
+        b = self.block
+        rows = {"q_proj": b.q, "k_proj": b.kv, "v_proj": b.kv, "o_proj": b.hidden}
+        rows |= {"gate_proj": b.ffn, "up_proj": b.ffn, "down_proj": b.hidden}
+        columns = b.q if group == _O else b.ffn if group == _DOWN else b.hidden
+        if self._outline.fused:
+            # of layers without an adapter beside adapted ones it is zeros
+            rank = next((adapted[name].r for name in group if name in adapted), 0)
+            return [Product(columns, [rows[name] for name in group], rank)]
+        ranks = {name: adapted[name].r if name in adapted else 0 for name in group}
+        return [Product(columns, [rows[name]], ranks[name]) for name in group]
+
+    def _sums_in_fp32(self, product: Product) -> bool:
         outline = self._outline
-        if not outline.nf4 or not outline.on_gpu:
-            return 0
-        if outline.run.weight_residency == "bf16":
-            return 0
-        decodes = self.tokens > rows or not outline.target.hopper
-        return elements * outline.element if decodes else 0
+        # beside dense layers transformers' modules compute the update by itself
+        ours = outline.nf4 or outline.fused
+        if not ours or not outline.on_gpu or outline.element > 2:
+            return False
+        return product.sums_in_fp32(self.tokens, self._reads_nf4, outline.target.hopper)
+
+    @property
+    def _reads_nf4(self) -> bool:
+        """Whether products read weights in NF4, of which no dense copies are held."""
+        return self._outline.nf4 and self._outline.run.weight_residency != "bf16"
+
+    def _decoded_there(self, product: Product) -> int:
+        return self._decoded(
+            product.elements, product.decodes(self.tokens, self._outline.target.hopper)
+        )
+
+    def _decoded(self, elements: int, decodes: bool) -> int:
+        """Bytes of a weight decoded in full, if it is."""
+        outline = self._outline
+        return elements * outline.element * (decodes and outline.on_gpu and self._reads_nf4)

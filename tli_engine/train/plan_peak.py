@@ -157,7 +157,8 @@ class Step:
             if not all(self._keeps(i)):
                 activations += self._blocks.run_again(i, self._keeps(i))
             gradients = every if earlier else gradients + self._gradient(i)
-            working = self._blocks.working(i) + self._workspaces
+            running = self._blocks.running(i, again=not self._keeps(i)[-1])
+            working = max(self._blocks.working(i), running) + self._workspaces
             if outline.causal is None:
                 # fused: they are made, then written to the buffer of all
                 gradients = (2 if outline.fused else 1) * every
@@ -297,7 +298,8 @@ def moments_of_pairs(outline: Outline, tokens: int, pairs: int) -> Iterator[Mome
     yield Moment(every, sum(kept), compared)
     for i in reversed(numbers):
         own = sum(t.nbytes for n, t in outline.trained.items() if n.startswith(f"layers.{i}."))
-        yield Moment(every + own, sum(kept[: i + 1 - numbers[0]]), blocks.working(i))
+        working = max(blocks.working(i), blocks.running(i, again=False))
+        yield Moment(every + own, sum(kept[: i + 1 - numbers[0]]), working)
     if full:
         # of all rows, whichever words there are
         yield Moment(every + outline.trained[_EMBEDDINGS].nbytes, blocks.input, 0)
