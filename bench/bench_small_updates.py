@@ -105,7 +105,7 @@ def plot(found: Mapping[str, Sequence[float]], path: Path) -> None:
             [2.0**size for size in SIZES], shares, color=_COLOURS[name], ms=4, lw=1.4,
             label=name, **styles[name],
         )  # fmt: skip
-    # of 1 to 2 it is 1/256
+    # of an output from 1 to 2: from 1/256 of it to 1/512
     axes.axvspan(2.0**-9, 2.0**-8, color="#999999", alpha=0.2, lw=0)
     axes.text(2.0**-7.9, 0.02, "half a unit in an output's last place", color="#666666", fontsize=8)
     axes.set_xscale("log", base=2)

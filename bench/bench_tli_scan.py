@@ -88,7 +88,7 @@ def watched(
         before: Bytes that were allocated when its models were not there.
         traced: Whether to trace it.
         part: What to trace instead, and how many of it are a call: a trace has no room for too many
-            kernels. Such work has run before.
+            kernels.
     """
     on_gpu = torch.cuda.is_available()
     # what others have left is not in its peak
@@ -100,6 +100,9 @@ def watched(
     if not traced:
         return Provider(call)
     what, times = part or (call, 1)
+    if part is not None:
+        # what is launched once is not to be multiplied
+        what()
     gpu_ms, kernels = gpu_busy(what, calls=1)
     peak = (torch.cuda.max_memory_allocated() - before) / 2**20 if on_gpu else None
     return Provider(call, gpu_ms * times, kernels * times, peak)

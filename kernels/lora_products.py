@@ -75,7 +75,7 @@ def adapted(
         return lora_up(sums, s, lora_B, bias, sizes)
     for group, rows in enumerate(group_slices(sizes)):
         part = s[:, group * rank : (group + 1) * rank]
-        sums[:, rows] += _product(part, lora_B[rows].to(s.dtype).T, sums.dtype)
+        sums[:, rows] += _product(part, lora_B[rows].to(s.dtype).T, torch.float32)
     if bias is not None:
         sums += bias
     return sums.to(x.dtype)

@@ -328,6 +328,22 @@ def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: i
     assert any(note.startswith("fits: ") for note in notes) == (shape == "llama-3-8b")
 
 
+def test_modules_take_no_batch_in_parts() -> None:
+    model = Survey("llama-3-8b", config_of("llama-3-8b"), None)
+    values = {"model": "llama-3-8b", "lora": {"layers": "0-1"}, "quantize": "nf4"}
+    peaks = {}
+    for device in ("cpu", "h100"):
+        for most in (None, 64):
+            train = {"steps": 9, "batch_size": 400, "chunk_tokens": most}
+            run = resolve_config(values | {"train": train, "device": "cpu"}, "test")
+            plan = make_plan(run, model, find_target(device, "auto"))
+            peaks[device, most] = sum((plan.gpu_bytes or plan.host_bytes).values())
+            line = any("encode each batch whole" in note for note in plan.notes)
+            assert line == (device == "cpu" and most is not None)
+    assert peaks["cpu", 64] == peaks["cpu", None]
+    assert peaks["h100", 64] < peaks["h100", None]
+
+
 def test_dense_copies_of_auto_are_named() -> None:
     values = read_recipe("xlsum-swahili") | {"weight_residency": "auto"}
     run = resolve_config(values, "xlsum-swahili")

@@ -62,26 +62,30 @@ def adapter(product: Product) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("M", [64, 128, 129, 2047, 2048, 6144, 6145])
 @pytest.mark.parametrize("product", PRODUCTS)
-@pytest.mark.parametrize("hopper", [True, False], ids=["extension", "triton"])
+@pytest.mark.parametrize(
+    ("hopper", "fast"),
+    [(True, False), (True, True), (False, False)],
+    ids=["exact", "fast", "triton"],
+)
 def test_rules_are_the_launchers(
-    hopper: bool, product: Product, M: int, monkeypatch: pytest.MonkeyPatch
+    hopper: bool, fast: bool, product: Product, M: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kernel = nf4_linear_records_sm90 if hopper else nf4_lora_linear
     ways = watch(kernel, monkeypatch)
     # what the fused products take of shapes that no one has measured
-    tile = () if (6144 if hopper else 64) >= M else None
+    tile = () if fast or (6144 if hopper else 64) >= M else None
     monkeypatch.setattr(kernel, "choose_tile", lambda *args: tile)
     x = torch.empty(M, product.columns, dtype=torch.float16, device="meta")
     (A, B), stored = adapter(product), torch.empty(0, device="meta")
     options = (None, product.sizes, 1.0, 0.0)
     if hopper:
-        kernel.nf4_linear_records(x, stored, None, None, A, B, *options, product.rows, False)
+        kernel.nf4_linear_records(x, stored, None, None, A, B, *options, product.rows, fast)
     else:
         kernel.nf4_lora_linear(x, stored, stored, None, A, B, *options, 64, True, False)
     (way,) = ways
-    assert product.sums_in_fp32(M, nf4=True, hopper=hopper) == (way == "adapted")
+    assert product.sums_in_fp32(M, nf4=True, hopper=hopper, fast=fast) == (way == "adapted")
     if hopper:
-        assert product.decodes(M, hopper) == (way != "fused")
+        assert product.decodes(M, hopper, fast) == (way != "fused")
 
 
 def run_of(rank: int, tokens: int, **changes: Any) -> RunConfig:

@@ -75,6 +75,13 @@ def wants_fused(run: RunConfig, device: torch.device) -> bool:
     return False
 
 
+def uncut(run: RunConfig, fused: bool) -> list[str]:
+    """A line on parts of a batch that nothing makes."""
+    if run.train.chunk_tokens is None or fused:
+        return []
+    return ["train.chunk_tokens has no part in this: transformers' modules encode each batch whole"]
+
+
 def not_fused(run: RunConfig, reason: NotFusedError) -> str:
     """A line on blocks that transformers' modules run since the engine's ops do not.
 

@@ -10,6 +10,7 @@ from tli_engine.data.splits import read_run_pairs, tokenize_splits, tokens_of
 from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
+from tli_engine.train.checks import uncut
 from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline, outline
 from tli_engine.train.plan_peak import (
@@ -213,7 +214,7 @@ def _add_notes(
             f"{REPLAYED}, which keep the memory of a step's activations for themselves: what the "
             f"allocator holds is that much more than what is counted here"
         )
-    notes += recomputation(made, step)
+    notes += recomputation(made, step) + uncut(run, made.fused)
     if target.memory is not None:
         peak = total - CONTEXT + context_of(target)
         room = f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"

@@ -253,7 +253,9 @@ class BlockMemory:
         ours = outline.nf4 or outline.fused
         if not ours or not outline.on_gpu or outline.element > 2:
             return False
-        return product.sums_in_fp32(self.tokens, self._reads_nf4, outline.target.hopper)
+        return product.sums_in_fp32(
+            self.tokens, self._reads_nf4, outline.target.hopper, outline.run.numerics == "fast"
+        )
 
     @property
     def _reads_nf4(self) -> bool:
@@ -261,9 +263,8 @@ class BlockMemory:
         return self._outline.nf4 and self._outline.run.weight_residency != "bf16"
 
     def _decoded_there(self, product: Product) -> int:
-        return self._decoded(
-            product.elements, product.decodes(self.tokens, self._outline.target.hopper)
-        )
+        target, fast = self._outline.target, self._outline.run.numerics == "fast"
+        return self._decoded(product.elements, product.decodes(self.tokens, target.hopper, fast))
 
     def _decoded(self, elements: int, decodes: bool) -> int:
         """Bytes of a weight decoded in full, if it is."""

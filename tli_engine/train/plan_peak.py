@@ -275,7 +275,8 @@ class Step:
 def step_of_words(outline: Outline, tokens: int, persistent: int, optimizer: int) -> Step:
     """The moments of a step of the align objective on so many tokens."""
     rows = padded(tokens) if outline.fused else tokens
-    most = outline.run.train.chunk_tokens
+    # modules encode a batch whole
+    most = outline.run.train.chunk_tokens if outline.fused else None
     return Step(outline, rows if most is None else min(rows, most), persistent, optimizer)
 
 

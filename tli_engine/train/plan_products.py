@@ -30,35 +30,37 @@ class Product:
 
     @property
     def rows(self) -> int:
-        """Of all weights."""
+        """Rows of all weights together."""
         return sum(self.sizes)
 
     @property
     def elements(self) -> int:
-        """Of all weights."""
+        """Numbers of all weights together."""
         return self.rows * self.columns
 
-    def decodes(self, tokens: int, hopper: bool) -> bool:
-        """Whether an NF4 weight is decoded in full on the way there."""
+    def decodes(self, tokens: int, hopper: bool, fast: bool) -> bool:
+        """Whether an NF4 weight is decoded in full on the way there; ``fast`` as for the product."""
         if not hopper:
             return True
-        along = not self.rank or self._rides_along
-        return tokens > (_DECODED if along else _DECODED_BESIDE)
+        if self.rank and not self._rides_along:
+            return tokens > _DECODED_BESIDE
+        return tokens > _DECODED and not fast
 
-    def sums_in_fp32(self, tokens: int, nf4: bool, hopper: bool) -> bool:
+    def sums_in_fp32(self, tokens: int, nf4: bool, hopper: bool, fast: bool) -> bool:
         """Whether 16-bit inputs make cuBLAS write sums in fp32, for the update to be added to.
 
         Args:
             tokens: Rows of the input.
             nf4: Whether the weight is NF4.
             hopper: Whether the extension runs.
+            fast: Whether products round codes and scales apart.
         """
         if not self.rank:
             return False
         if not nf4:
             return True
         few = not hopper and self._is_narrow and tokens <= _FUSED_ELSEWHERE
-        if few or not self.decodes(tokens, hopper):
+        if few or not self.decodes(tokens, hopper, fast):
             return False
         whole = hopper or self.columns % _TILE == 0
         appended = tokens >= _APPENDED and self.columns < 2 * self.rows

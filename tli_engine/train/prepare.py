@@ -18,7 +18,7 @@ from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.peft_format import load_adapter
 from tli_engine.models.projection import NotFusedError
-from tli_engine.train.checks import check_model, check_run, not_fused, wants_fused
+from tli_engine.train.checks import check_model, check_run, not_fused, uncut, wants_fused
 from tli_engine.train.manifest import sha256
 from tli_engine.train.provenance import provenance
 
@@ -105,8 +105,8 @@ def _adapt(
             model.fuse()
         except NotFusedError as reason:
             say(not_fused(config, reason))
-    if config.train.chunk_tokens is not None and model.fused is None:
-        say("train.chunk_tokens has no part in this: transformers' modules encode each batch whole")
+    for line in uncut(config, model.fused is not None):
+        say(line)
     nbytes, copies = add_transposed_copies(model)
     if copies:
         say(f"NF4 weights take {nbytes / 1e6:.0f} MB, {copies / 1e6:.0f} MB of it for the way back")

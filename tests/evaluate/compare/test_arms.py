@@ -45,9 +45,7 @@ def test_arms_differ_in_what_they_are_called_after() -> None:
 
 def test_the_align_run_has_no_part_in_what_is_said_of_texts() -> None:
     texts = {"accumulate": 2, "optimizer": "adamw-8bit", "lora_plus": 4.0}
-    settings_of_full = {"train": {"rounding": "stochastic", "in_backward": True, "accumulate": 1}}
-    full = settings_of_full | {"train": settings_of_full["train"] | {"optimizer": "adamw"}}
-    shared, settings = split(compare={"set": {"full": full}}, train=texts)
+    shared, settings = split(train=texts)
     assert arm_config(shared, settings, "lora-early", 0, Path()).train.lora_plus == 4.0
     train = arm_config(shared, settings, "tli", 0, Path()).train
     assert (train.accumulate, train.optimizer, train.lora_plus) == (1, "adamw", 1.0)
