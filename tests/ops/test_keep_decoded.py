@@ -172,9 +172,15 @@ class Layer:
         )
 
 
-@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    ("make", "dropped"),
+    [
+        pytest.param(Layer.tiled, False, id="tiles"),
+        pytest.param(Layer.recorded, False, id="records"),
+        pytest.param(Layer.recorded, True, id="records-dropout"),
+    ],
+)
 @pytest.mark.parametrize("appends", [False, True], ids=["sums-in-fp32", "appended"])
-@pytest.mark.parametrize("make", [Layer.tiled, Layer.recorded], ids=["tiles", "records"])
 def test_an_adapted_layer_is_decoded_once_for_both(
     make: Any,
     appends: bool,

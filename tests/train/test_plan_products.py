@@ -96,14 +96,17 @@ def run_of(rank: int, tokens: int, **changes: Any) -> RunConfig:
         "objective": "sft",
         "quantize": "nf4",
         "data": {"texts": "none.jsonl"},
-        "lora": {"layers": "0-31", "modules": [f"{n}_proj" for n in names], "r": rank},
+        "lora": {"layers": "0-7", "modules": [f"{n}_proj" for n in names], "r": rank},
         "sft": {"context": tokens},
         "train": {"steps": 9, "batch_size": 1},
     }
     return resolve_config(values | changes, "test")
 
 
-MODEL = Survey("llama-3-8b", config_of("llama-3-8b"), None)
+SHAPE = config_of("llama-3-8b")
+# as many blocks as show it
+SHAPE.num_hidden_layers = 8
+MODEL = Survey("llama-3-8b", SHAPE, None)
 H100 = find_target("h100", "auto")
 
 
@@ -146,7 +149,7 @@ def test_sums_in_fp32_are_counted() -> None:
     assert many.running(5, again=True) == (8 - 2) * FFN * tokens + 2 * HIDDEN * tokens
     assert blocks_of(64, 128).running(5, again=False) == 0
     # of one layer the update is as long as the sums, before they are rounded
-    alone = run_of(96, tokens, lora={"layers": "0-31", "modules": ["down_proj"], "r": 96})
+    alone = run_of(96, tokens, lora={"layers": "0-7", "modules": ["down_proj"], "r": 96})
     wide = BlockMemory(outline(alone, MODEL, H100), tokens)
     assert wide.running(5, again=False) == 8 * HIDDEN * tokens + down
     # a dense weight has them at any rank
@@ -157,7 +160,7 @@ def test_sums_in_fp32_are_counted() -> None:
 
 def test_the_peak_has_the_sums_of_many_ranks() -> None:
     def changes(rank: int) -> dict[str, Any]:
-        lora = {"layers": "0-31", "modules": ["gate_proj", "up_proj"], "r": rank}
+        lora = {"layers": "0-7", "modules": ["gate_proj", "up_proj"], "r": rank}
         return {"lora": lora, "sft": {"context": 8192, "activations": "save"}}
 
     few, many = (
