@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
+from tli_engine.kernels.lora_products import down_dx, gradients
 
 
 def dense_lora_linear_backward(
@@ -20,18 +20,11 @@ def dense_lora_linear_backward(
     needs_lora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch; arguments are those of ``tli_engine::dense_lora_linear_backward``."""
-    dy, x = dy.contiguous(), x.contiguous()
-    if dy.shape[0] == 0:
-        return (
-            dy.new_empty((0, x.shape[1]) if needs_dx else (0,)),
-            lora_A.new_zeros(lora_A.shape if needs_lora else (0,)),
-            lora_B.new_zeros(lora_B.shape if needs_lora else (0,)),
-        )
-    t, dB = up_backward(dy, lora_B, s, sizes, scaling, needs_lora)
-    dx, dA = dy.new_empty(0), lora_A.new_empty(0)
-    if needs_dx:
+    dy = dy.contiguous()
+
+    def dx_of(t: Tensor) -> Tensor:
         # cuBLAS adds to the update under its own arithmetic
-        dx = down_dx(t, lora_A, seed, dropout).addmm_(dy, weight)
-    if needs_lora:
-        dA = down_backward(x, t, len(sizes), seed, dropout, lora_A.dtype)
-    return dx, dA, dB
+        return down_dx(t, lora_A, seed, dropout).addmm_(dy, weight)
+
+    adapter = (lora_A, lora_B, seed, sizes, scaling, dropout)
+    return gradients(dy, x, s, *adapter, dx_of if needs_dx else None, needs_lora)

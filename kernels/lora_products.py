@@ -1,5 +1,7 @@
 """LoRA's narrow products beside any frozen product: their own kernels for few rows, cuBLAS for many."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,38 @@ def up_backward(
         if needs_db:
             dB.append(_product(dy[:, rows].T, s[:, columns], lora_B.dtype))
     return t, torch.cat(dB) if needs_db else lora_B.new_empty(0)
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    sizes: list[int],
+    scaling: float,
+    dropout: float,
+    dx_of: Callable[[Tensor], Tensor] | None,
+    needs_lora: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return dx, dA and dB of an adapted product; those not needed are empty.
+
+    ``dy`` is contiguous; ``dx_of`` takes ``scaling * dy @ B`` and makes dx of it, if that is needed.
+    """
+    dx, dA, dB = dy.new_empty(0), lora_A.new_empty(0), lora_B.new_empty(0)
+    if dy.shape[0] == 0:
+        if dx_of is not None:
+            dx = dy.new_empty(0, lora_A.shape[1])
+        if needs_lora:
+            dA, dB = lora_A.new_zeros(lora_A.shape), lora_B.new_zeros(lora_B.shape)
+        return dx, dA, dB
+    t, dB = up_backward(dy, lora_B, s, sizes, scaling, needs_lora)
+    if dx_of is not None:
+        dx = dx_of(t)
+    if needs_lora:
+        dA = down_backward(x.contiguous(), t, len(sizes), seed, dropout, lora_A.dtype)
+    return dx, dA, dB
 
 
 def _product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -12,7 +12,7 @@ from tli_engine.kernels.lora_down import is_narrow
 from tli_engine.kernels.lora_products import adapted, down, down_dx, up
 from tli_engine.kernels.nf4_records import dequantize_records, dequantize_records_into
 from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
-from tli_engine.kernels.widen import appended, pays_to_append, weight_beside
+from tli_engine.kernels.widen import appended, pays_to_append
 
 # rows up to which decoding and cuBLAS takes twice as long as the fused product, or more: 8B shape, H200
 _FUSED_ROWS = 128
@@ -78,12 +78,8 @@ def product(
     if tile is not None and M <= _FUSED_ROWS:
         return launch(x, records, N, False, fast, tile, bias).add_(up(s, lora_B, sizes))
     if is_narrow(x, len(sizes), lora_B.shape[1]) and pays_to_append(M, K, 2 * N):
-        wide = weight_beside(
-            lora_B, sizes, K, x.dtype, lambda w: dequantize_records_into(w, records)
-        )
-        # kept for the way back, if a block is run again
-        for_forward(records, x.dtype, lambda: wide[:, :K])
-        return appended(x, s, wide, bias)
+        adapter = (s, lora_B, bias, sizes)
+        return appended(x, *adapter, records, lambda w: dequantize_records_into(w, records))
     weight = for_forward(records, x.dtype, lambda: dequantize_records(records, N, K, x.dtype))
     return adapted(x, weight, s, lora_B, bias, sizes)
 

@@ -18,7 +18,7 @@ from tli_engine.kernels.lora_products import adapted, down
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear import fused_forward
-from tli_engine.kernels.widen import appended, appends_gradient, pays_to_append, weight_beside
+from tli_engine.kernels.widen import appended, appends_gradient, pays_to_append
 
 
 def nf4_lora_linear(
@@ -50,12 +50,8 @@ def nf4_lora_linear(
         return fused_forward(x, packed, absmax, bias, N, tiled, fast, tile, lora), s
     # sums in fp32 are written and read: twice the output's bytes
     if narrow and tiled and pays_to_append(M, K, 2 * N):
-        wide = weight_beside(
-            lora_B, sizes, K, x.dtype, lambda w: dequantize_tiles_into(w, packed, absmax)
-        )
-        # kept for the way back, if a block is run again
-        for_forward(packed, x.dtype, lambda: wide[:, :K])
-        return appended(x, s, wide, bias), s
+        adapter = (s, lora_B, bias, sizes)
+        return appended(x, *adapter, packed, lambda w: dequantize_tiles_into(w, packed, absmax)), s
     decode = partial(dequantize_tiles, packed, absmax, N, K, x.dtype, block_size, tiled)
     # of no use on a way back that decodes into a larger weight
     useless = narrow and tiled and appends_gradient(M, N, K, seed)

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tli_engine.kernels.keep_decoded import for_backward
 from tli_engine.kernels.lora_down import is_narrow
-from tli_engine.kernels.lora_products import down_backward, down_dx, up_backward
+from tli_engine.kernels.lora_products import down_dx, gradients
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear_dx import fused_dx
@@ -31,21 +31,14 @@ def nf4_lora_linear_backward(
     needs_lora: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Launch what suits the shape; arguments are those of ``tli_engine::nf4_lora_linear_backward``."""
-    dy, x = dy.contiguous(), x.contiguous()
-    if dy.shape[0] == 0:
-        return (
-            dy.new_empty((0, x.shape[1]) if needs_dx else (0,)),
-            lora_A.new_zeros(lora_A.shape if needs_lora else (0,)),
-            lora_B.new_zeros(lora_B.shape if needs_lora else (0,)),
-        )
-    t, dB = up_backward(dy, lora_B, s, sizes, scaling, needs_lora)
-    dx, dA = dy.new_empty(0), lora_A.new_empty(0)
-    if needs_dx:
+    dy = dy.contiguous()
+
+    def dx_of(t: Tensor) -> Tensor:
         stored = (packed, absmax, block_size, tiled, fast)
-        dx = _dx(dy, t, lora_A, len(sizes), seed, dropout, *stored)
-    if needs_lora:
-        dA = down_backward(x, t, len(sizes), seed, dropout, lora_A.dtype)
-    return dx, dA, dB
+        return _dx(dy, t, lora_A, len(sizes), seed, dropout, *stored)
+
+    adapter = (lora_A, lora_B, seed, sizes, scaling, dropout)
+    return gradients(dy, x, s, *adapter, dx_of if needs_dx else None, needs_lora)
 
 
 def _dx(

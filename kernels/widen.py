@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tli_engine.kernels.keep_decoded import for_forward
 from tli_engine.kernels.lora_products import group_slices
 
 # columns more: a stage of cuBLAS' contraction
@@ -72,7 +73,26 @@ def appends_gradient(M: int, N: int, K: int, seed: Tensor | None) -> bool:
     return seed is None and pays_to_append(M, 2 * N, K)
 
 
-def weight_beside(
+def appended(
+    x: Tensor,
+    s: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    sizes: list[int],
+    stored: Tensor,
+    decode_into: Callable[[Tensor], None],
+) -> Tensor:
+    """Return ``x @ W.T + s @ B.T + bias``, rounded once: ``[x | s | 0] @ [W | B | 0].T``.
+
+    ``decode_into`` writes ``W`` from what is ``stored``; it is kept for the way back, if a block is
+    run again.
+    """
+    wide = _weight_beside(lora_B, sizes, x.shape[1], x.dtype, decode_into)
+    for_forward(stored, x.dtype, lambda: wide[:, : x.shape[1]])
+    return torch.nn.functional.linear(widen(x, s), wide, bias)
+
+
+def _weight_beside(
     lora_B: Tensor, sizes: list[int], K: int, dtype: torch.dtype, fill: Callable[[Tensor], None]
 ) -> Tensor:
     """Return ``[W | B | 0]``, ``[N, K + PAD]``, ``B`` block-diagonal; ``fill`` writes ``W``."""
@@ -84,8 +104,3 @@ def weight_beside(
         first = K + group * rank
         wide[rows, first : first + rank].copy_(lora_B[rows])
     return wide
-
-
-def appended(x: Tensor, s: Tensor, wide: Tensor, bias: Tensor | None) -> Tensor:
-    """Return ``x @ W.T + s @ B.T + bias`` of :func:`weight_beside`'s ``wide``, rounded once."""
-    return torch.nn.functional.linear(widen(x, s), wide, bias)

@@ -138,11 +138,11 @@ class NF4Linear(nn.Module):
         x = cast_input(x)
         self._check(x)
         groups = [self.out_features] if sizes is None else list(sizes)
-        check_lora(x, lora_A, lora_B, self.out_features, groups, dropout, seed)
         bias = None if self.bias is None else self.bias.to(x.dtype)
         used = seed if dropout > 0 else None
         rows, dense = x.reshape(-1, self.in_features), self._resident(x)
         if dense is None:
+            check_lora(x, lora_A, lora_B, self.out_features, groups, dropout, seed)
             adapter = Adapter(lora_A, lora_B, used, groups, scaling, dropout)
             y = self._stored.adapted(rows, bias, adapter, self.numerics == "fast")
         else:

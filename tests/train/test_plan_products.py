@@ -47,7 +47,7 @@ def watch(kernel: ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     for name in ("launch", "fused_forward"):
         note(name, "fused")
     empty = torch.empty(0, 0, device="meta")
-    for name in ("dequantize_records", "dequantize_tiles", "weight_beside"):
+    for name in ("dequantize_records", "dequantize_tiles"):
         monkeypatch.setattr(kernel, name, lambda *args: empty, raising=False)
     monkeypatch.setattr(kernel, "up", lambda *args: empty.view(0), raising=False)
     monkeypatch.setattr(kernel, "down", lambda x, A, *args: x.new_empty(len(x), len(A)))

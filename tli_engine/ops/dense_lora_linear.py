@@ -9,7 +9,7 @@ from torch import Tensor
 from tli_engine import backends
 from tli_engine.ops.autocast import cast_input, without_autocast
 from tli_engine.ops.nf4_linear import check_dtype, check_sides
-from tli_engine.ops.nf4_lora_linear import check_lora
+from tli_engine.ops.nf4_lora_linear import check_lora, fake_gradients
 from tli_engine.reference.counter_dropout import counter_dropout
 from tli_engine.reference.dense_lora_linear import dense_lora_linear as _reference
 from tli_engine.reference.dense_lora_linear_backward import (
@@ -42,10 +42,7 @@ def _fake(
 
 @torch.library.register_fake(_BACKWARD)
 def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_A, lora_B, needs_dx, needs_lora = args[2], args[3], args[-2], args[-1]
-    dx = dy.new_empty(x.shape if needs_dx else (0,))
-    dA = lora_A.new_empty(lora_A.shape if needs_lora else (0,))
-    return dx, dA, lora_B.new_empty(lora_B.shape if needs_lora else (0,))
+    return fake_gradients(dy, x, args[2], args[3], *args[-2:])
 
 
 torch.library.impl(_OP, "CPU")(without_autocast("cpu", _reference))

@@ -42,7 +42,13 @@ def _fake(x: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
 
 @torch.library.register_fake(_BACKWARD)
 def _fake_backward(dy: Tensor, x: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    lora_A, lora_B, needs_dx, needs_lora = args[3], args[4], args[-2], args[-1]
+    return fake_gradients(dy, x, args[3], args[4], *args[-2:])
+
+
+def fake_gradients(
+    dy: Tensor, x: Tensor, lora_A: Tensor, lora_B: Tensor, needs_dx: bool, needs_lora: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Shapes of dx, dA and dB of an adapted product; those not needed are empty."""
     dx = dy.new_empty(x.shape if needs_dx else (0,))
     dA = lora_A.new_empty(lora_A.shape if needs_lora else (0,))
     return dx, dA, lora_B.new_empty(lora_B.shape if needs_lora else (0,))
