@@ -254,6 +254,7 @@ def test_a_shape_too_many_is_launched_and_said_once(
     assert line.startswith("train.cuda_graph: packs come in more than 1 shapes")
 
 
+@pytest.mark.parametrize("graphs", [True, False], ids=["graphs", "launches"])
 @pytest.mark.parametrize(
     "config",
     [
@@ -263,12 +264,14 @@ def test_a_shape_too_many_is_launched_and_said_once(
     ],
     ids=["dropout", "stochastic", "joint"],
 )
-def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
+def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig, graphs: bool) -> None:
     """Gradients of a step that was begun and not made are forgotten."""
 
     def trainer() -> tuple[SftTrainer, list[float]]:
         model, step = step_of(files, config)
-        step.use_graphs(PackGraphs(model, 32, lambda line: None, record=False))
+        if graphs:
+            step.use_graphs(PackGraphs(model, 32, lambda line: None, record=False))
+        step.runs_ahead = True
         losses: list[float] = []
         order = step._order
         made = SftTrainer(config, model, step, order, None, lambda m: losses.append(m.loss))
@@ -279,7 +282,7 @@ def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
     half, some = trainer()
     half.run(until=lambda: half.step == 3)
     grads = [t.grad for t in half.engine.tensors.values()]
-    assert all(g is not None and not g.any() for g in grads)
+    assert all(not g.any() if graphs and g is not None else g is None for g in grads)
     resumed, rest = trainer()
     resumed.restore(half.step, *half.state(), half.notes())
     resumed.run()
@@ -288,6 +291,28 @@ def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
     for name, tensor in whole.engine.tensors.items():
         assert torch.equal(tensor, resumed.engine.tensors[name]), name
         assert torch.equal(tensor, half.engine.tensors[name]), name
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(lora={"dropout": 0.3}, train={"accumulate": 2, "max_grad_norm": 0.1}),
+        config_of("full"),
+        config_of(**JOINT),
+    ],
+    ids=["lora", "full", "joint"],
+)
+def test_steps_that_run_ahead_give_the_bits_of_those_that_do_not(
+    files: ModelFiles, config: RunConfig
+) -> None:
+    plain, ahead = step_of(files, config)[1], step_of(files, config)[1]
+    # on a CPU nothing is gained
+    assert not ahead.runs_ahead
+    ahead.runs_ahead = True
+    assert run(ahead) == run(plain)
+    for name, tensor in plain.tensors.items():
+        assert torch.equal(ahead.tensors[name], tensor), name
+        assert ahead.tensors[name].grad is None
 
 
 def test_the_next_steps_gradients_do_not_touch_the_weights(files: ModelFiles) -> None:

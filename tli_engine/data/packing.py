@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.data.examples import Example
-from tli_engine.data.words import Pack, Word, pack
+from tli_engine.data.words import Pack, Word, pack, sent
 from tli_engine.errors import UserError
 
 # examples laid into rows together: more fill rows hardly better, and take the order's chance away
@@ -89,11 +89,8 @@ class TextPack:
 
     def to(self, device: torch.device) -> "TextPack":
         """Copy to a device, without waiting for it."""
-        return TextPack(
-            self.words.to(device),
-            self.predicting.to(device, non_blocking=True),
-            self.targets.to(device, non_blocking=True),
-        )
+        narrow = (sent(tensor, device) for tensor in (self.predicting, self.targets))
+        return TextPack(self.words.to(device), *narrow)
 
 
 def without_labels(pack: TextPack) -> TextPack:

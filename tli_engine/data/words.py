@@ -137,8 +137,15 @@ class Pack:
 
     def to(self, device: torch.device) -> "Pack":
         """Copy to a device, without waiting for it."""
-        moved = (getattr(self, f.name).to(device, non_blocking=True) for f in fields(self))
-        return Pack(*moved)
+        return Pack(*(sent(getattr(self, f.name), device) for f in fields(self)))
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy from the host to a device: to a GPU by way of pinned memory, so that nothing waits for it."""
+    if device.type == "cuda" and not tensor.is_cuda:
+        # from other memory a copy of over 64 KiB waits for what was launched before
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def pack(words: Sequence[Word]) -> Pack:

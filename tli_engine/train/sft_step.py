@@ -80,7 +80,7 @@ class _Launched:
 
 
 class SftStep:
-    """Computes steps, each when it is asked for; with graphs, the gradients of the next one too.
+    """Computes steps, each when it is asked for; on a GPU the gradients of the next one are begun too.
 
     Args:
         model: Whole, on the engine's ops if it is to be.
@@ -96,6 +96,8 @@ class SftStep:
         tensors: As given.
         updates: The optimizer.
         graphs: Runs packs where launches would take longer than the work, or None.
+        runs_ahead: Whether the next step is launched before a step's figures are there, so that a GPU
+            has work while the host reads and reports them; not where a backward pass updates weights.
     """
 
     def __init__(
@@ -118,6 +120,7 @@ class SftStep:
         self._gradients = FlatGradients(tensors, world)
         self.updates = Updates(tensors, config.train)
         self.graphs: PackGraphs | None = None
+        self.runs_ahead = model.early.device.type == "cuda" and not config.train.in_backward
         if captures(config, model, say, world.size):
             self.use_graphs(PackGraphs(model, config.sft.context, say))
         self._ready: tuple[int, list[TextPack]] | None = None
@@ -125,7 +128,7 @@ class SftStep:
 
     def use_graphs(self, graphs: PackGraphs) -> None:
         """Run packs by ``graphs`` from here on; gradients then stay where they are."""
-        self.graphs, self.updates.keeps_gradients = graphs, True
+        self.graphs, self.updates.keeps_gradients, self.runs_ahead = graphs, True, True
 
     def run(self, step: int) -> SftObserved:
         """Run a step, counted from 0.
@@ -148,7 +151,7 @@ class SftStep:
         self._prepare(step + 1)
         is_last = step + 1 >= total
         # gradients alone: weights and statistics are those after this step
-        self._ahead = None if self.graphs is None or is_last else self._launch(step + 1)
+        self._ahead = self._launch(step + 1) if self.runs_ahead and not is_last else None
         share, grad_norm, *of_pairs = figures.wait()
         loss, stopped = self._world.sum([share, 0.0])
         if stopped:
