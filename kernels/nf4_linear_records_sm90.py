@@ -4,6 +4,8 @@ An adapter's update is one more step of the tensor cores in the same launch. Whe
 so, many rows go to cuBLAS, which reads the weight decoded into a buffer.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -12,7 +14,12 @@ from tli_engine.kernels.lora_down import is_narrow
 from tli_engine.kernels.lora_products import adapted, down, down_dx, up
 from tli_engine.kernels.nf4_records import dequantize_records, dequantize_records_into
 from tli_engine.kernels.nf4_sm90_dispatch import MAX_GROUPS, MAX_RANKS, choose_tile, launch
-from tli_engine.kernels.widen import appended, pays_to_append
+from tli_engine.kernels.widen import (
+    appended,
+    appended_gradient,
+    appends_gradient,
+    pays_to_append,
+)
 
 # rows up to which decoding and cuBLAS takes twice as long as the fused product, or more: 8B shape, H200
 _FUSED_ROWS = 128
@@ -46,7 +53,7 @@ def nf4_linear_records(
     if lora_A is None or lora_B is None:
         return product(x, records, N, fast, bias), x.new_empty(M, 0)
     s = down(x, lora_A, len(sizes), scaling, seed, dropout)
-    return product(x, records, N, fast, bias, (s, lora_B, sizes)), s
+    return product(x, records, N, fast, bias, (s, lora_B, sizes, seed)), s
 
 
 def product(
@@ -55,14 +62,15 @@ def product(
     N: int,
     fast: bool,
     bias: Tensor | None,
-    lora: tuple[Tensor, Tensor, list[int]] | None = None,
+    lora: tuple[Tensor, Tensor, list[int], Tensor | None] | None = None,
 ) -> Tensor:
     """Return x W^T + bias, ``[M, N]``, and with ``lora`` s B^T too.
 
     Rounded once, but for few rows and an adapter that does not ride along, which is added to what is
     rounded: decoding the weight for cuBLAS would take two to four times as long.
 
-    ``lora`` is s ``[M, groups r]`` as :func:`down` gives it, B ``[N, r]`` and the groups' sizes of N.
+    ``lora`` is s ``[M, groups r]`` as :func:`down` gives it, B ``[N, r]``, the groups' sizes of N, and
+    the dropout's seed.
     """
     (M, K), dense = x.shape, x.dtype == torch.float32
     tile = None if dense else choose_tile("fwd", M, N, K, fast, x.device)
@@ -71,7 +79,7 @@ def product(
     if lora is None:
         weight = for_forward(records, x.dtype, lambda: dequantize_records(records, N, K, x.dtype))
         return torch.nn.functional.linear(x, weight, bias)
-    s, lora_B, sizes = lora
+    s, lora_B, sizes, seed = lora
     if tile is not None and rides_along(s.shape[1], sizes):
         operand = adapter_operand(lora_B, x.dtype)
         return launch(x, records, N, False, fast, tile, bias, (s, operand, sizes))
@@ -80,7 +88,11 @@ def product(
     if is_narrow(x, len(sizes), lora_B.shape[1]) and pays_to_append(M, K, 2 * N):
         adapter = (s, lora_B, bias, sizes)
         return appended(x, *adapter, records, lambda w: dequantize_records_into(w, records))
-    weight = for_forward(records, x.dtype, lambda: dequantize_records(records, N, K, x.dtype))
+    decode = partial(dequantize_records, records, N, K, x.dtype)
+    narrow = is_narrow(x, len(sizes), lora_B.shape[1])
+    # of no use on a way back that decodes into a larger weight
+    useless = narrow and appends_gradient(M, N, K, seed)
+    weight = decode() if useless else for_forward(records, x.dtype, decode)
     return adapted(x, weight, s, lora_B, bias, sizes)
 
 
@@ -110,7 +122,10 @@ def product_dx(
             operand = adapter_operand(lora_A, dy.dtype)
             return launch(dy, transposed, K, True, fast, tile, lora=(t, operand, [K]))
         return down_dx(*lora, launch(dy, transposed, K, True, fast, tile))
-    weight = for_backward(records, dy.dtype, lambda: dequantize_records(records, N, K, dy.dtype))
+    decode = partial(dequantize_records, records, N, K, dy.dtype)
     if lora is None:
-        return dy @ weight
-    return down_dx(*lora).addmm_(dy, weight)
+        return dy @ for_backward(records, dy.dtype, decode)
+    t, lora_A, seed, _ = lora
+    if is_narrow(dy, 1, t.shape[1]) and appends_gradient(M, N, K, seed):
+        return appended_gradient(dy, t, lora_A, lambda w: dequantize_records_into(w, records))
+    return down_dx(*lora).addmm_(dy, for_backward(records, dy.dtype, decode))

@@ -1,6 +1,5 @@
 """Gradients of ``nf4_lora_linear``: of the input through the frozen weight, and of the adapter."""
 
-import torch
 from torch import Tensor
 
 from tli_engine.kernels.keep_decoded import for_backward
@@ -9,7 +8,7 @@ from tli_engine.kernels.lora_products import down_dx, gradients
 from tli_engine.kernels.nf4_dequantize import dequantize_tiles, dequantize_tiles_into
 from tli_engine.kernels.nf4_dispatch import choose_tile
 from tli_engine.kernels.nf4_linear_dx import fused_dx
-from tli_engine.kernels.widen import PAD, appends_gradient, widen
+from tli_engine.kernels.widen import appended_gradient, appends_gradient
 
 
 def nf4_lora_linear_backward(
@@ -63,18 +62,10 @@ def _dx(
         dx = fused_dx(dy, packed, absmax, K, tiled, fast, tile, lora)
         return dx if seed is None else down_dx(t, lora_A, seed, dropout, dx)
     if narrow and tiled and appends_gradient(M, N, K, seed):
-        return _append(dy, t, packed, absmax, lora_A)
+        return appended_gradient(
+            dy, t, lora_A, lambda weight: dequantize_tiles_into(weight, packed, absmax)
+        )
     stored = (packed, absmax, N, K, dy.dtype, block_size, tiled)
     weight = for_backward(packed, dy.dtype, lambda: dequantize_tiles(*stored))
     # cuBLAS adds to the update under its own arithmetic
     return down_dx(t, lora_A, seed, dropout).addmm_(dy, weight)
-
-
-def _append(dy: Tensor, t: Tensor, packed: Tensor, absmax: Tensor, lora_A: Tensor) -> Tensor:
-    """``[dy | t | 0] @ [W; A; 0]``."""
-    N, (ranks, K) = dy.shape[1], lora_A.shape
-    weight = torch.empty(N + PAD, K, dtype=dy.dtype, device=dy.device)
-    dequantize_tiles_into(weight[:N], packed, absmax)
-    weight[N : N + ranks].copy_(lora_A)
-    weight[N + ranks :].zero_()
-    return widen(dy, t) @ weight

@@ -73,6 +73,18 @@ def appends_gradient(M: int, N: int, K: int, seed: Tensor | None) -> bool:
     return seed is None and pays_to_append(M, 2 * N, K)
 
 
+def appended_gradient(
+    dy: Tensor, t: Tensor, lora_A: Tensor, decode_into: Callable[[Tensor], None]
+) -> Tensor:
+    """Return ``dy @ W + t @ A``, rounded once: ``[dy | t | 0] @ [W; A; 0]``; ``decode_into`` writes ``W``."""
+    N, (ranks, K) = dy.shape[1], lora_A.shape
+    weight = torch.empty(N + PAD, K, dtype=dy.dtype, device=dy.device)
+    decode_into(weight[:N])
+    weight[N : N + ranks].copy_(lora_A)
+    weight[N + ranks :].zero_()
+    return widen(dy, t) @ weight
+
+
 def appended(
     x: Tensor,
     s: Tensor,
