@@ -129,13 +129,6 @@ def published_evaluation(subject: Subject, base: Any, sample: int) -> Callable[[
     return lambda count: [evaluate_pair(base, adapted, *p, layer, special) for p in pairs[:count]]
 
 
-def watched_pairs(
-    call: Callable[[int], object], before: int, traced: bool, sample: int
-) -> Provider:
-    """A published procedure on so many pairs, of which one is traced."""
-    return watched(partial(call, sample), before, traced, (partial(call, 1), sample))
-
-
 def bench_case(
     case: str,
     subject: Subject,
@@ -175,8 +168,10 @@ def bench_scan(
 ) -> list[Row]:
     """The scan; ``before`` are the bytes allocated when ``base`` was not there."""
     traced = speed is not None
-    call = published_scan(subject, base, sample)
-    published = watched_pairs(call, before, traced, sample)
+    layers, call = base.config.num_hidden_layers, published_scan(subject, base, sample)
+    # a pair takes as many launches at one layer as at another: of all of them they are too many
+    part = partial(scan_pair, base, *sampled(subject, 1)[0], [0]), sample * layers
+    published = watched(partial(call, sample), before, traced, part)
     before = allocated()
     model = scan_model(subject)
     providers = {
@@ -184,7 +179,7 @@ def bench_scan(
         "tli-engine": watched(engine_scan(model, subject), before, traced),
         "tli-engine:forward": watched(engine_forward(model, subject), before, traced),
     }
-    shape = {"pairs": len(subject.splits[0].pairs), "layers": base.config.num_hidden_layers}
+    shape = {"pairs": len(subject.splits[0].pairs), "layers": layers}
     rows = bench_case("scan", subject, shape, providers, sample, rounds)
     if speed is not None:
         floor = scan_floor(subject)
@@ -198,7 +193,8 @@ def bench_evaluation(
 ) -> list[Row]:
     """The evaluation; ``before`` are the bytes allocated when ``base`` was not there."""
     call = published_evaluation(subject, base, sample)
-    providers = {"published": watched_pairs(call, before, traced, sample)}
+    part = partial(call, 1), sample
+    providers = {"published": watched(partial(call, sample), before, traced, part)}
     before = allocated()
     providers["tli-engine"] = watched(engine_evaluation(subject), before, traced)
     pairs = sum(len(s.pairs) for s in subject.splits)

@@ -1,4 +1,4 @@
-"""The step of supervised fine-tuning, from a batch on the host to updated weights.
+"""The step of supervised fine-tuning, from one batch on the host to the next.
 
 Adapters of rank 16 on all seven projections of blocks 0-2 (``lora_early``) or of every block
 (``lora_all``), or every weight (``full``); random tokens, all of them labels, random weights of a
@@ -13,7 +13,9 @@ has fp32 master weights. torchtune has no row: ``bench/LOG.md`` says why. On the
 states are 8-bit.
 
 Each provider runs in a process of its own, one after the other. The first steps are dropped; a step's
-time is by a clock on the wall, beside it the time in which the GPU is busy. The share of the floor is
+time is by a clock on the wall, from one step to the next, and a loss is read when the next step has
+been launched, so that nobody's GPU waits for the host to read it; beside it stands the time in which
+the GPU is busy. The share of the floor is
 that of a step without recomputation at the rate of an 8192^3 product. Losses must agree, of the first
 step and of those after updates, with those of ``:fp32``, or of the first row where it did not run: one
 that does not is said to. The results are written after every provider.

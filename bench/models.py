@@ -8,6 +8,7 @@ that the engine has.
 import copy
 import random
 import zlib
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -233,7 +234,8 @@ def random_split(name: str, pairs: int, config: Any, draw: random.Random) -> Spl
         i = draw.choice(room)
         lengths[i] += 1
         if lengths[i] == LONGEST:
-            room.remove(i)
+            # in order: it is found faster than by a look at each
+            del room[bisect_left(room, i)]
     words = [_random_word(length, config, draw) for length in lengths]
     texts = [f"{name} {i}" for i in range(len(words))]
     pair_list = PairList(("source", "target"), tuple(texts[:pairs]), tuple(texts[pairs:]))

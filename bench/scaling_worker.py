@@ -113,14 +113,14 @@ def measure(job: Job, world: World, device: torch.device) -> Report:
 
 
 def timed(run: Callable[[int], float], steps: int, world: World) -> tuple[list[float], list[float]]:
-    """Seconds and losses of steps; a step ends with that of the slowest rank."""
+    """Seconds from the figures of one step to those of the next, the slowest rank's, and losses."""
     seconds, losses = [], []
+    begun = time.perf_counter()
     for number in range(steps):
-        begun = time.perf_counter()
         losses.append(run(number))
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds += world.largest([time.perf_counter() - begun])
+        now = time.perf_counter()
+        seconds += world.largest([now - begun])
+        begun = now
     return seconds, losses
 
 

@@ -85,7 +85,7 @@ class Report:
     """What was measured; seconds are of each timed step, losses of the first steps.
 
     Attributes:
-        seconds: From a batch on the host to updated weights, by a clock on the wall.
+        seconds: From one step to the next, by a clock on the wall.
         losses: Of every step from the first.
         trained: Parameters that are trained.
         build_s: Seconds to make the model.
@@ -137,19 +137,9 @@ def measure(build: Callable[[], Step], steps: int, limit_s: float) -> Report:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         memory["held_mib"] = torch.cuda.memory_allocated() / 2**20
-    seconds: list[float] = []
-    losses: list[float] = []
-    for number in range(WARM_UP + steps):
-        late = time.perf_counter() - start > limit_s * 2 / 3
-        if late and number >= WARM_UP + _FEWEST:
-            break
-        begun = time.perf_counter()
-        loss = step.call()
-        if on_gpu:
-            torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - begun)
-        losses.append(float(loss))
+    seconds, losses = timed(step, steps, start + limit_s * 2 / 3)
     if on_gpu:
+        torch.cuda.synchronize()
         memory["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         memory["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20
         memory["retries"] = torch.cuda.memory_stats().get("num_alloc_retries", 0)
@@ -157,6 +147,28 @@ def measure(build: Callable[[], Step], steps: int, limit_s: float) -> Report:
     return Report(
         seconds[WARM_UP:], losses, step.trained, built - start, seconds[0], **memory
     )  # fmt: skip
+
+
+def timed(step: Step, steps: int, latest: float) -> tuple[list[float], list[float]]:
+    """Run steps one after another; seconds from one to the next, the first ones' too, and losses.
+
+    A loss is read when the next step is launched: no provider's GPU waits for the host to read it.
+    """
+    seconds: list[float] = []
+    losses: list[float] = []
+    before: float | Tensor | None = None
+    begun = time.perf_counter()
+    for number in range(WARM_UP + steps):
+        if begun > latest and number >= WARM_UP + _FEWEST:
+            break
+        loss = step.call()
+        if before is not None:
+            losses.append(float(before))
+        before, now = loss, time.perf_counter()
+        seconds.append(now - begun)
+        begun = now
+    assert before is not None
+    return seconds, [*losses, float(before)]
 
 
 def run_job(job: Job) -> Report:

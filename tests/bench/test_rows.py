@@ -132,12 +132,12 @@ def test_scan_and_evaluation_are_traced_beside_a_floor(
     # a floor of operations alone: one a second
     rows = bench_tli_scan.bench_subject(tiny_subject(), sample=2, rounds=1, speed=(1e30, 1.0))
     scan, evaluation = rows[:3], rows[3:]
-    # of the published procedures one pair is traced, scaled as its time is
+    # of the published scan a pair is traced at one of four layers, of the evaluation a pair
     assert [len(part) for part in (traced_scan[0], traced_scan[3])] == [1, 1]
     ours = [3.0, 3.0]
-    assert [row.gpu_ms for row in scan] == pytest.approx([3.0 * 623, *ours])
+    assert [row.gpu_ms for row in scan] == pytest.approx([3.0 * 623 * 4, *ours])
     assert [row.gpu_ms for row in evaluation] == pytest.approx([3.0 * 686, *ours[:1]])
-    assert [row.notes["kernels"] for row in rows] == [5 * 623, 5, 5, 5 * 686, 5]
+    assert [row.notes["kernels"] for row in rows] == [5 * 623 * 4, 5, 5, 5 * 686, 5]
     for row in scan:
         assert row.flops is not None
         assert row.roofline == pytest.approx(row.flops / (row.ms / 1e3))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import sys
 from dataclasses import asdict, replace
@@ -14,7 +15,7 @@ from bench import bench_train_step, train_worker
 from bench.bench_train_step import chosen_jobs, compared, kept_rows, row_of
 from bench.harness import Row
 from bench.train_cases import CASES, Absent, Step
-from bench.train_worker import WARM_UP, Job, Report, measure, run_apart, run_job
+from bench.train_worker import WARM_UP, Job, Report, measure, run_apart, run_job, timed
 
 JOB = Job("tiny", "lora_early", "peft+bitsandbytes", 2, 16, steps=3, limit_s=300)
 REPORT = Report([0.2, 0.1, 0.3], [5.0, 4.9, 4.8], trained=7, build_s=1.0, first_s=0.9)
@@ -123,6 +124,29 @@ def test_steps_are_dropped_timed_and_cut_by_the_limit() -> None:
     assert (found.trained, found.peak_mib) == (3, None)
     # late from the start: as few steps as a median takes
     assert len(measure(build, steps=50, limit_s=0).seconds) == 3
+
+
+def test_a_loss_is_read_when_the_next_step_is_launched() -> None:
+    said: list[str] = []
+
+    class Loss:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def __float__(self) -> float:
+            said.append(f"read {self.number}")
+            return float(self.number)
+
+    def call() -> Any:
+        number = sum("launch" in line for line in said)
+        said.append(f"launch {number}")
+        return Loss(number)
+
+    seconds, losses = timed(Step(call, trained=1), 1, math.inf)
+    assert said[:4] == ["launch 0", "launch 1", "read 0", "launch 2"]
+    assert said[-2:] == [f"read {WARM_UP - 1}", f"read {WARM_UP}"]
+    assert losses == list(range(WARM_UP + 1))
+    assert len(seconds) == WARM_UP + 1
 
 
 @pytest.mark.parametrize("provider", ["peft+bitsandbytes", "peft+bitsandbytes:save"])
