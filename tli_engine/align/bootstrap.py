@@ -32,7 +32,7 @@ class Resamples:
         self._rows = iter([min(block, draws - done) for done in range(0, draws, block)])
         self._generator = np.random.default_rng(seed)
         # numpy draws small integers several times as fast
-        self._dtype = np.int16 if size <= np.iinfo(np.int16).max else np.int64
+        self._dtype = np.int16 if size <= np.iinfo(np.int16).max else np.int32
         self._worker = ThreadPoolExecutor(max_workers=1)
         self._drawn: deque[Future[NDArray[Any]]] = deque()
         for _ in range(_AHEAD):
@@ -75,8 +75,7 @@ def bootstrap_means(
     means = []
     for drawn in resamples:
         # int32 takes half the way through memory that int64 takes
-        rows = torch.from_numpy(drawn).to(device)
-        rows = rows.int() if rows.dtype == torch.int16 else rows
+        rows = torch.from_numpy(drawn).to(device).int()
         picked = [c.index_select(0, rows.view(-1)).view(rows.shape).mean(1) for c in columns]
         means.append(torch.stack(picked, 1))
     whole: NDArray[np.float64] = torch.cat(means).cpu().numpy()
