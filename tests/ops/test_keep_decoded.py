@@ -136,7 +136,7 @@ def by_cublas(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 class Layer:
     """An adapted layer, ``[N, K]``, in tiles or in records without a transposed copy."""
 
-    def __init__(self, sizes: list[int], device: torch.device, dropped: bool) -> None:
+    def __init__(self, sizes: list[int], device: torch.device, dropped: bool, K: int = K) -> None:
         N = sum(sizes)
         self.weight = nf4.quantize(torch.randn(N, K, device=device))
         A = torch.randn(len(sizes) * RANK, K, device=device)
@@ -161,6 +161,7 @@ class Layer:
     def recorded(self) -> tuple[Any, Any]:
         """The same."""
         packed, absmax, N = self.weight.packed, self.weight.absmax_fp32(), len(self.dy[0])
+        K = self.x.shape[1]
         records = to_records(packed, absmax, N, K, False)
         stored, adapter = (records, None), self.adapter
         forward = nf4_linear_records_sm90.nf4_linear_records
@@ -210,16 +211,35 @@ def test_an_adapted_layer_is_decoded_once_for_both(
 
 
 @pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize(
+    ("make", "decoder"),
+    [
+        pytest.param(Layer.tiled, "dequantize_tiles", id="tiles"),
+        pytest.param(Layer.recorded, "dequantize_records", id="records"),
+    ],
+)
 def test_nothing_is_kept_for_a_gradient_that_is_appended(
-    dropped: bool, device: torch.device, by_cublas: list[str], monkeypatch: pytest.MonkeyPatch
+    make: Any,
+    decoder: str,
+    dropped: bool,
+    device: torch.device,
+    by_cublas: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its weight is decoded into a wider one; with dropout the update goes its own way."""
     monkeypatch.setattr("tli_engine.kernels.widen._APPEND_FROM", M)
     # the input is over twice as wide as the output
-    forward, backward = Layer([20, 12], device, dropped).tiled()
+    layer = Layer([40, 24], device, dropped, K=256)
+    forward, backward = make(layer)
     keep_decoded(keeping=True, forget=True)
     _, s = forward()
     assert len(module._kept) == int(dropped)
-    backward(s)
-    assert by_cublas == ["dequantize_tiles"] + ["dequantize_tiles_into"] * (not dropped)
+    dx = backward(s)[0]
+    assert by_cublas == [decoder] + [f"{decoder}_into"] * (not dropped)
     assert not module._kept
+    if not dropped:
+        A, B, _, sizes, scaling, _ = layer.adapter
+        parts = zip(B.double().split(sizes), A.double().split(RANK), strict=True)
+        update = scaling * torch.cat([b @ a for b, a in parts])
+        expected = layer.dy.double() @ (layer.weight.dequantize().double() + update)
+        assert (dx.double() - expected).norm() < 2e-3 * expected.norm()
