@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from weakref import ref
 
+import as_one
 import pytest
 import torch
 from subjects import (
@@ -226,6 +227,15 @@ def check_sft_of_every_weight_in_bf16(world: World, folder: Path) -> None:
     """The shares, which are the master copy, and what they are summed in, are fp32."""
     for engine in ("modules", "fused"):
         same_in_bf16(world, folder, engine)
+
+
+def check_sft_in_bf16_is_that_of_one(world: World, folder: Path) -> None:
+    """As on GPUs; a rank is without a row in one step."""
+    inputs = folder / "shards" / f"as-one-of-{world.size}"
+    world.together(lambda: as_one.write_inputs(inputs) if world.is_first else None)
+    for case in ("sharded-nf4", "full-offloaded", "full-fused"):
+        alone = as_one.train(case, inputs, "cpu")
+        as_one.compare(as_one.train(case, inputs, "cpu", world), alone)
 
 
 def same_in_bf16(world: World, folder: Path, engine: str) -> None:
