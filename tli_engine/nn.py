@@ -155,6 +155,8 @@ class NF4Linear(nn.Module):
         """Take the weight from the rows of ``joined`` from ``first`` on, which hold the same values."""
         if not isinstance(joined._stored, RowsOf):
             self._stored = RowsOf(joined._stored, first, self.weight)
+        # the joined layer has a resident copy of its own
+        self._dense = None
 
     def stored_tensors(self) -> list[Tensor]:
         """The weight as the kernels read it: contiguous, of any dtypes; none where it lies elsewhere."""

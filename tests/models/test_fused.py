@@ -1,6 +1,6 @@
 """The fused blocks give the hidden states and the gradients of transformers' modules."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -14,6 +14,7 @@ from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import FAMILIES
 from tli_engine.models.fused import FusedBlocks, check_fused
 from tli_engine.models.projection import NotFusedError
+from tli_engine.nn import NF4Linear
 from tli_engine.testing import assert_within_error_budget, random_words
 
 DEPTH = 3
@@ -62,6 +63,10 @@ def embed(model: EarlyModel, words: Any) -> Tensor:
     return next(model.hidden_states(words))[1].detach()
 
 
+def resident(layers: Iterable[Any]) -> list[Tensor]:
+    return [layer._dense for layer in layers if layer._dense is not None]
+
+
 def assert_alike(actual: Tensor, expected: Tensor) -> None:
     """Equal to fp32 rounding of the largest activation."""
     assert (actual - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -103,6 +108,23 @@ def test_hidden_states_and_gradients_are_the_modules_own(
     assert grads.keys() == exact.keys()
     for name, grad in grads.items():
         assert (grad - exact[name]).norm() < 1e-4 * exact[name].norm(), name
+
+
+def test_joined_layers_give_up_resident_copies_of_their_own(two: Callable[..., Pair]) -> None:
+    """Those of a pass before the blocks were joined, which fitted the loss space, say."""
+    _, model = two("llama", "nf4")
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    for layer in layers:
+        layer.weight_residency = "bf16"
+    embed(model, words := pack(random_words(12, 7)))
+    model(words, DEPTH)
+    stored = sum(layer.weight.dequantize().nbytes for layer in layers)
+    assert sum(t.nbytes for t in resident(layers)) == stored
+    blocks = FusedBlocks(model.decoder, model.config)
+    x = embed(model, words)
+    blocks.run(x, blocks.rows_of(words, x), 0, DEPTH)
+    joined = [p.layer for p in blocks.projections()]
+    assert sum(t.nbytes for t in resident({*layers, *joined})) == stored
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

@@ -178,6 +178,32 @@ def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
         assert torch.equal(tensor, resumed.state()[0][name]), name
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        config_of(lora={"dropout": 0.3}, train={"accumulate": 2, "max_grad_norm": 0.1}),
+        config_of("full"),
+    ],
+    ids=["lora", "full"],
+)
+def test_steps_launched_ahead_give_the_bits_of_those_launched_in_turn(
+    files: ModelFiles, config: RunConfig
+) -> None:
+    plain, expected = trainer_of(files, config, validate=True)
+    ahead, found = trainer_of(files, config, validate=True)
+    # on a CPU nothing is gained
+    assert not ahead.engine.runs_ahead
+    ahead.engine.runs_ahead = True
+    plain.run()
+    ahead.run()
+    assert [(s.loss, s.grad_norm, s.figures) for s in found] == [
+        (s.loss, s.grad_norm, s.figures) for s in expected
+    ]
+    for name, tensor in plain.engine.tensors.items():
+        assert torch.equal(ahead.engine.tensors[name], tensor), name
+        assert ahead.engine.tensors[name].grad is None
+
+
 def test_updates_in_the_backward_pass_are_one_a_step(files: ModelFiles) -> None:
     """Several rows are one pack, and that has one backward pass."""
     trainer, _ = trainer_of(files, config_of("full", train={"in_backward": True, "batch_size": 3}))

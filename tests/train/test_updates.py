@@ -1,5 +1,7 @@
 """Optimizers of fine-tuning against torch's own, and what is theirs alone."""
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -205,3 +207,14 @@ def test_bytes_are_counted() -> None:
     train(named, updates, last=1)
     # two means in fp32 and a master copy; steps are numbers of four bytes
     assert updates.nbytes() == (0, 12 * count + 4 * len(named))
+
+
+def test_updates_in_the_backward_pass_keep_nothing_alive() -> None:
+    """Several runs in one process, those of a comparison, give their memory back."""
+    named = tensors()
+    updates = Updates(named, TrainConfig(in_backward=True))
+    train(named, updates)
+    gone = weakref.ref(updates), weakref.ref(named["weight"])
+    del updates, named
+    gc.collect()
+    assert [each() for each in gone] == [None, None]

@@ -1,13 +1,13 @@
 """Gradients of small tensors in one buffer, summed over ranks while the backward pass goes on."""
 
 from collections.abc import Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
 
 from tli_engine.distributed.fully_sharded import is_sharded
+from tli_engine.distributed.gradient_hooks import on_gradient
 from tli_engine.distributed.world import World
 
 # bytes of gradients that are sent at once: adapters of a few blocks go as one
@@ -81,11 +81,10 @@ class FlatGradients:
         sizes = [sum(p.numel() for p in part) for part in parts]
         first = parameters[0]
         flat = torch.zeros(sum(sizes), dtype=first.dtype, device=first.device)
-        for piece, part in zip(torch.split(flat, sizes), parts, strict=True):
-            bucket = _Bucket(piece, part)
-            self._buckets.append(bucket)
+        for number, (piece, part) in enumerate(zip(torch.split(flat, sizes), parts, strict=True)):
+            self._buckets.append(_Bucket(piece, part))
             for parameter in part:
-                parameter.register_post_accumulate_grad_hook(partial(self._take, bucket))  # type: ignore[no-untyped-call]
+                on_gradient(parameter, self._take, number)
 
     @property
     def sums(self) -> bool:
@@ -107,10 +106,10 @@ class FlatGradients:
         for bucket in self._buckets:
             bucket.receive()
 
-    def _take(self, bucket: _Bucket, parameter: Tensor) -> None:
+    def _take(self, number: int, parameter: Tensor) -> None:
         if not self._overlaps:
             return
-        bucket.missing -= 1
+        self._buckets[number].missing -= 1
         # in the buckets' order, which is everyone's
         while self._waiting and self._waiting[0].missing == 0:
             self._waiting.pop(0).send()

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
 from tli_engine.distributed.fully_sharded import clip, own_part
+from tli_engine.distributed.gradient_hooks import on_gradient
 from tli_engine.errors import UserError
 from tli_engine.train.stochastic_adamw import StochasticAdamW
 
@@ -48,10 +49,8 @@ class Updates:
         self._optimizers = [(part, make(self._groups(part))) for part in parts]
         self._norms: list[Tensor] = []
         if train.in_backward:
-            for part, optimizer in self._optimizers:
-                tensor = tensors[part[0]]
-                hook = partial(self._at_once, part, optimizer)
-                tensor.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+            for number, (part, _) in enumerate(self._optimizers):
+                on_gradient(tensors[part[0]], self._at_once, number)
 
     def set_rate(self, rate: float) -> None:
         """Set the learning rate of the next step, before its backward pass."""
@@ -170,10 +169,10 @@ class Updates:
             for (factor, decay), group in by_kind.items()
         ]  # fmt: skip
 
-    def _at_once(self, part: list[str], optimizer: torch.optim.Optimizer, tensor: Tensor) -> None:
+    def _at_once(self, number: int, tensor: Tensor) -> None:
         assert tensor.grad is not None
         self._norms.append(tensor.grad.float().norm())
-        self._update(part, optimizer)
+        self._update(*self._optimizers[number])
 
     @torch.no_grad()
     def _update(self, part: list[str], optimizer: torch.optim.Optimizer) -> None:
