@@ -65,7 +65,10 @@ def run_case(case: PlanCase, steps: int) -> Row:
 def measure(
     case: PlanCase, config: RunConfig, device: torch.device, folder: Path, steps: int
 ) -> tuple[dict[str, float], list[float]]:
-    """MiB held before the first step, between steps and at the most; seconds of the steps."""
+    """MiB held before the first step, between steps and at the most; seconds of the steps.
+
+    What earlier cases left is no part of them.
+    """
     let_go()
     if device.type != "cuda":
         step = build(case, config, device, folder)
@@ -83,9 +86,9 @@ def measure(
     seconds = [_timed(step) for _ in range(steps)]
     found = {
         "left_mib": left,
-        "held_mib": held,
-        "between_steps_mib": torch.cuda.memory_allocated(),
-        "peak_mib": torch.cuda.max_memory_allocated(),
+        "held_mib": held - left,
+        "between_steps_mib": torch.cuda.memory_allocated() - left,
+        "peak_mib": torch.cuda.max_memory_allocated() - left,
         "reserved_mib": torch.cuda.max_memory_reserved(),
     }
     del step

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from bench import goals, training_goals
+from bench import goals, plan_goals, training_goals
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -245,29 +245,6 @@ def generation_table() -> str:
     return "\n".join(lines)
 
 
-def plan_table() -> str:
-    """The peaks that a plan foretells beside the measured ones."""
-    found = json.loads((_GPU / "plan.json").read_text())
-    lines = [
-        "| model | run | planned, MiB | measured | off by |",
-        "|---|---|---:|---:|---:|",
-    ]
-    for row in found["rows"]:
-        shape = row["shape"]
-        length = f" x {shape['length']:,}" if "length" in shape else " pairs"
-        planned = sum(row["notes"]["planned_mib"].values())
-        lines.append(
-            f"| {row['model']} | {row['case']}, {shape['rows']}{length} | {planned:,.0f} | "
-            f"{row['peak_mib']:,.0f} | {100 * row['notes']['error']:+.1f} % |"
-        )
-    median, worst = (100 * found[f"{kind}_error"] for kind in ("median", "worst"))
-    line = (
-        f"{found['configurations']} configurations, off by {median:.1f} % in the median and by "
-        f"{worst:.1f} % at worst ({found['worst']})."
-    )
-    return f"{line}\n\n" + "\n".join(lines)
-
-
 def scaling_table() -> str:
     """Fine-tuning on one GPU and on two."""
     lines = [
@@ -342,7 +319,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "steps": steps_table,
     "sft": sft_table,
     "generation": generation_table,
-    "plan": plan_table,
     "scaling": scaling_table,
     "comparison": comparison_table,
     "product_goals": partial(goals.product_table, _GPU),
@@ -354,8 +330,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "step_goals": partial(goals.step_table, _H200, _GPU),
     "scan_goals": partial(goals.scan_table, _H200, _GPU),
     "fine_tuning_goals": partial(training_goals.fine_tuning_table, _H200),
+    "full_tuning_goals": partial(training_goals.full_tuning_table, _H200),
     "generation_goals": partial(training_goals.generation_table, _GPU),
-    "planned_peaks": partial(training_goals.peaks_table, _H200),
+    "planned_errors": partial(plan_goals.errors_table, _H200),
+    "planned_cases": partial(plan_goals.cases_table, _H200),
+    "planned_peaks": partial(plan_goals.peaks_table, _H200),
 }
 
 

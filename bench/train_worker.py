@@ -39,7 +39,6 @@ WARM_UP = 3
 _FEWEST = 3
 _TRACED = 2
 _ENVIRONMENT = {
-    "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "UNSLOTH_DISABLE_STATISTICS": "1",

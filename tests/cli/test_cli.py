@@ -56,6 +56,35 @@ def test_torch_is_not_imported_to_help_or_to_refuse() -> None:
     assert result.stderr.endswith("\n[0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 2, 0]\n")
 
 
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        pytest.param({}, "expandable_segments:True", id="unasked"),
+        pytest.param(
+            {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, "max_split_size_mb:64", id="asked"
+        ),
+        pytest.param(
+            {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64"}, None, id="by-its-old-name"
+        ),
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere torch has no such segments")
+def test_memory_grows_unless_the_user_has_set_it_up(
+    given: dict[str, str], expected: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "PYTORCH_ALLOC_CONF"
+    for each in (name, "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(each, raising=False)
+    for each, value in given.items():
+        monkeypatch.setenv(each, value)
+    # a script's memory is its own affair
+    assert main(["run", "--help"]) == 0
+    assert os.environ.get(name) == given.get(name)
+    assert main(["plan", "--help"]) == 0
+    assert os.environ.get(name) == expected
+    monkeypatch.delenv(name, raising=False)
+
+
 def test_help_and_version(cli: Cli) -> None:
     status, out, err = cli("--help")
     assert (status, err) == (0, "")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bench.models import config_of
-from bench.training_goals import allocated_mib, planned_peaks
+from bench.plan_goals import allocated_mib, planned_peaks
 from tli_engine.config import RunConfig, read_recipe, resolve_config
 from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
@@ -293,15 +293,22 @@ def test_measured_peaks() -> None:
         # what those hold is known less well
         assert allocated_mib(plan) == pytest.approx(row["peak_mib"], rel=0.03 if graphs else 0.001)
         assert any(note.startswith("fits: ") for note in plan.notes)
-        found[row["case"], row["provider"].partition(":")[2]] = plan.recomputed, graphs
+        found[row["model"], row["case"], row["provider"].partition(":")[2]] = (
+            plan.recomputed,
+            graphs,
+        )
     assert found == {
-        ("lora_early", ""): (0, False),
-        ("lora_early", "graphs"): (0, True),
-        ("lora_early", "12-gib-in-4"): (8, True),
-        ("lora_all", ""): (0, False),
-        ("lora_all", "graphs"): (0, True),
-        ("lora_all", "12-gib-in-4"): (24, True),
-        ("lora_all", "9-gib-in-4"): (31, True),
+        ("llama-3-8b", "lora_early", ""): (0, False),
+        ("llama-3-8b", "lora_early", "12-gib-in-4"): (8, True),
+        ("llama-3-8b", "lora_early", "bf16"): (0, False),
+        ("llama-3-8b", "lora_all", ""): (0, False),
+        ("llama-3-8b", "lora_all", "12-gib-in-4"): (24, True),
+        ("llama-3-8b", "lora_all", "9-gib-in-4"): (31, True),
+        ("qwen2-1.5b", "lora_early", ""): (0, True),
+        ("qwen2-1.5b", "lora_early", "recompute"): (28, True),
+        ("qwen2-1.5b", "lora_early", "save"): (0, True),
+        ("qwen2-1.5b", "full", ""): (0, True),
+        ("qwen2-72b", "lora_early", ""): (0, False),
     }
 
 

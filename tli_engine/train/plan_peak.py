@@ -167,9 +167,10 @@ class Step:
 
     @property
     def _earlier(self) -> int:
-        """Bytes of gradients of earlier batches of a step."""
+        """Bytes of gradients that are there before a pass: of earlier batches, or such as stay for graphs."""
         outline = self._outline
-        if outline.run.train.accumulate == 1 or outline.causal is None:
+        adds_up = outline.run.train.accumulate > 1 or self.uses_graphs
+        if outline.causal is None or not adds_up:
             return 0
         return sum(t.nbytes for t in outline.trained.values())
 

@@ -11,6 +11,7 @@ from tli_engine.train.plan_outline import Outline
 _SHAPES = {
     "llama-3-8b": (4096, 14336, 32, 32, 8, 128256),
     "qwen2-72b": (8192, 29568, 80, 64, 8, 152064),
+    "qwen2-1.5b": (1536, 8960, 28, 12, 2, 151936),
 }
 # blocks with adapters, and what the bench calls that
 _BLOCKS = {"0-2": "lora_early", "all": "lora_all"}
@@ -26,7 +27,8 @@ class Measured:
         model: A shape.
         case: ``step`` of ``tli_step.json``: hidden_states[2], adapters of rank 16 on q and v of blocks
             0-1; ``lora_early`` and ``lora_all`` of ``train_step.json``: of rank 16 on all projections of
-            blocks 0-2, or of all, nothing run again. Weights in NF4.
+            blocks 0-2, or of all, weights in NF4; ``full``: every weight, in bf16, with fp32 master
+            weights. Nothing is run again.
         tokens: Of a batch.
         numerics: Of the products.
         ms: Of a step, the median.
@@ -54,18 +56,21 @@ MEASURED = [
     Measured(_H100, "qwen2-72b", "step", 256, "fast", 4.23),
     Measured(_H100, "llama-3-8b", "lora_early", 8192, "exact", 460.58),
     Measured(_H100, "llama-3-8b", "lora_all", 8192, "exact", 501.57),
-    Measured(_H200, "llama-3-8b", "step", 64, "exact", 0.66),
+    Measured(_H200, "llama-3-8b", "step", 64, "exact", 0.65),
     Measured(_H200, "llama-3-8b", "step", 64, "fast", 0.59),
-    Measured(_H200, "llama-3-8b", "step", 256, "exact", 1.56),
-    Measured(_H200, "llama-3-8b", "step", 256, "fast", 1.44),
-    Measured(_H200, "llama-3-8b", "step", 4125, "exact", 13.59),
-    Measured(_H200, "llama-3-8b", "step", 4125, "fast", 13.4),
+    Measured(_H200, "llama-3-8b", "step", 256, "exact", 1.28),
+    Measured(_H200, "llama-3-8b", "step", 256, "fast", 1.19),
+    Measured(_H200, "llama-3-8b", "step", 4125, "exact", 13.54),
+    Measured(_H200, "llama-3-8b", "step", 4125, "fast", 13.53),
     Measured(_H200, "qwen2-72b", "step", 64, "exact", 1.69),
     Measured(_H200, "qwen2-72b", "step", 64, "fast", 1.49),
     Measured(_H200, "qwen2-72b", "step", 256, "exact", 4.63),
     Measured(_H200, "qwen2-72b", "step", 256, "fast", 4.16),
-    Measured(_H200, "llama-3-8b", "lora_early", 8192, "exact", 454.92),
-    Measured(_H200, "llama-3-8b", "lora_all", 8192, "exact", 485.37),
+    Measured(_H200, "llama-3-8b", "lora_early", 8192, "exact", 449.53),
+    Measured(_H200, "llama-3-8b", "lora_all", 8192, "exact", 480.67),
+    Measured(_H200, "qwen2-1.5b", "lora_early", 8192, "exact", 107.61),
+    Measured(_H200, "qwen2-1.5b", "full", 8192, "exact", 185.57),
+    Measured(_H200, "qwen2-72b", "lora_early", 4096, "exact", 2023.24),
 ]
 # share by which a batch may differ from the one measured
 _NEAR = 0.05
@@ -92,12 +97,15 @@ def measured_seconds(outline: Outline, tokens: int, recomputed: int) -> float | 
 def _alike(outline: Outline) -> bool:
     """Whether all but shape, adapters' places and tokens is as it was measured."""
     run, lora, train = outline.run, outline.run.lora, outline.run.train
-    weights = outline.nf4 and outline.fused and outline.dtype == torch.bfloat16
+    full = run.method == "full"
+    weights = outline.nf4 != full and outline.fused and outline.dtype == torch.bfloat16
     # an adapter that is gone on from may be of another rank, on other layers
-    adapters = run.method == "lora" and (lora.r, lora.dropout, lora.init) == (16, 0, None)
+    trained = (
+        train.rounding == "master" if full else (lora.r, lora.dropout, lora.init) == (16, 0, None)
+    )
     at_once = (train.accumulate, train.in_backward, train.chunk_tokens) == (1, False, None)
     usual = (train.optimizer, train.cuda_graph, run.weight_residency) == ("adamw", "auto", "nf4")
-    return weights and adapters and at_once and usual and outline.gpus == 1
+    return weights and trained and at_once and usual and outline.gpus == 1
 
 
 def _case(outline: Outline) -> str | None:
@@ -106,9 +114,13 @@ def _case(outline: Outline) -> str | None:
     if run.objective == "align":
         alike = modules == {"q_proj", "v_proj"} and layers == "0-1" and outline.early.depth == 2
         return "step" if alike and run.align.space == "raw" else None
-    alike = modules == _ALL and run.objective == "sft" and run.sft.attention in ("auto", "varlen")
+    alike = run.objective == "sft" and run.sft.attention in ("auto", "varlen")
     # attention took rows of one length
-    return _BLOCKS.get(layers) if alike and run.sft.context == 2048 else None
+    if not alike or run.sft.context != 2048:
+        return None
+    if run.method == "full":
+        return "full"
+    return _BLOCKS.get(layers) if modules == _ALL else None
 
 
 def _shape(config: Any) -> tuple[int, ...]:
