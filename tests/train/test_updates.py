@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
 from tli_engine.errors import UserError
+from tli_engine.train import updates as module
 from tli_engine.train.stochastic_adamw import round_at_random_
-from tli_engine.train.updates import Updates
+from tli_engine.train.updates import Updates, update_parts
 
 STEPS, RATE = 6, 1e-2
 # bitsandbytes keeps statistics of fewer than 4,096 numbers in fp32
@@ -133,6 +134,36 @@ def test_gradients_that_stay_give_the_same_bits(
     kept["norm"].grad = torch.ones_like(kept["norm"])
     updates.clear_gradients()
     assert not kept["norm"].grad.any()
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+def test_gradients_are_copied_to_fp32_a_part_at_a_time(
+    keeps: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(max_grad_norm=0.5)
+    whole, cut = tensors(torch.bfloat16), tensors(torch.bfloat16)
+    train(whole, Updates(whole, config))
+    monkeypatch.setattr(module, "_WIDE_BYTES", 250)
+    assert update_parts(cut, config) == [["lora_A", "lora_B", "norm"], ["weight"]]
+    # of fp32 there is nothing to copy
+    assert update_parts(tensors(), config) == [list(SHAPES)]
+    updates = Updates(cut, config)
+    updates.keeps_gradients = keeps
+    wide: list[int] = []
+    for part, optimizer in updates._optimizers:
+        step = optimizer.step
+
+        def counted(step: Any = step, names: list[str] = part) -> None:
+            held = [tensor.grad for tensor in updates._held.values()]
+            wide.append(sum(grad is not None for grad in held))
+            assert wide[-1] == len(names)
+            step()
+
+        monkeypatch.setattr(optimizer, "step", counted)
+    train(cut, updates)
+    assert wide == [3, 1] * STEPS
+    for name, tensor in whole.items():
+        assert torch.equal(cut[name], tensor), name
 
 
 def test_a_state_of_other_tensors_is_refused() -> None:

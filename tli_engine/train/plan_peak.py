@@ -20,6 +20,7 @@ from tli_engine.train.plan_devices import Target
 from tli_engine.train.plan_outline import Outline
 from tli_engine.train.staging import padded
 from tli_engine.train.stochastic_adamw import CHUNK
+from tli_engine.train.updates import update_parts
 
 # of a process on a GPU, beside what torch allocates; an estimate
 CONTEXT = 500 * 2**20
@@ -234,9 +235,11 @@ class Step:
             return Moment(self._at_once(gradients), 0, self._workspaces)
         if train.rounding == "stochastic":
             return Moment(gradients, 0, self._rounding(count, element) + self._workspaces)
-        # in fp32, in place of the ones in 16 bits, unless those stay for a graph
-        wide = gradients // element * 4
-        return Moment(wide + gradients * self.uses_graphs, 0, self._workspaces)
+        # those of a part are copied to fp32, in place of the ones in 16 bits, unless they stay for a graph
+        parts = update_parts(outline.trained, train)
+        most = max(sum(outline.trained[name].numel() for name in part) for part in parts)
+        copies = most * (4 - element * (not self.uses_graphs))
+        return Moment(gradients + copies, 0, self._workspaces)
 
     @property
     def uses_graphs(self) -> bool:

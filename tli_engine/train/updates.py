@@ -18,6 +18,8 @@ _BITSANDBYTES = {
     "adamw-paged": "PagedAdamW",
     "adamw-paged-8bit": "PagedAdamW8bit",
 }
+# of fp32 copies of gradients at a time; of one tensor if that takes more
+_WIDE_BYTES = 1 << 30
 
 
 class Updates:
@@ -45,7 +47,7 @@ class Updates:
         self.keeps_gradients = False
         make = optimizer_of(train, next(iter(tensors.values())).device)
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
-        parts = [[name] for name in tensors] if train.in_backward else [list(tensors)]
+        parts = [[name] for name in tensors] if train.in_backward else update_parts(tensors, train)
         self._optimizers = [(part, make(self._groups(part))) for part in parts]
         self._norms: list[Tensor] = []
         if train.in_backward:
@@ -152,10 +154,7 @@ class Updates:
                 yield name, optimizer.state.get(self._held[name], {})
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter:
-        whole = tensor.dtype in (torch.float32, torch.float64)
-        if whole or self._train.rounding == "stochastic":
-            return tensor
-        return nn.Parameter(tensor.detach().float())
+        return nn.Parameter(tensor.detach().float()) if has_master(tensor, self._train) else tensor
 
     def _groups(self, names: list[str]) -> list[dict[str, Any]]:
         """Parameter groups: B matrices have LoRA+'s rate, norms and biases no decay."""
@@ -192,6 +191,29 @@ class Updates:
             optimizer.zero_grad(set_to_none=True)
         if copies:
             torch._foreach_copy_([t for t, _ in copies], [held for _, held in copies])
+
+
+def update_parts(tensors: Mapping[str, Tensor], train: TrainConfig) -> list[list[str]]:
+    """Names of the tensors that are updated at a time.
+
+    Those with an fp32 master copy have an fp32 copy of the gradient meanwhile, too: of all at once these
+    would take as much as the master copies.
+    """
+    parts: list[list[str]] = [[]]
+    wide = 0
+    for name, tensor in tensors.items():
+        size = 4 * tensor.numel() * has_master(tensor, train)
+        if wide + size > _WIDE_BYTES and parts[-1]:
+            parts.append([])
+            wide = 0
+        parts[-1].append(name)
+        wide += size
+    return parts
+
+
+def has_master(tensor: Tensor, train: TrainConfig) -> bool:
+    """Whether a copy in fp32 is updated in a tensor's place."""
+    return tensor.dtype not in (torch.float32, torch.float64) and train.rounding != "stochastic"
 
 
 def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:
