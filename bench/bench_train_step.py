@@ -5,7 +5,7 @@ Adapters of rank 16 on all seven projections of blocks 0-2 (``lora_early``) or o
 model's shape. NF4 weights are double quantised, the same bytes for everyone; the output layer and the
 embeddings are bf16. Peers keep norms and adapters in bf16 without autocast, their fastest way, with
 gradient checkpointing or, ``:save``, without; the engine's ``tli-engine`` keeps of activations what
-fits, ``:12-gib`` what fits into so much, ``-in-4`` with a batch cut into four whose gradients are added
+fits, ``:12-gib`` what fits into so much (``:79-gib``: into a GPU of 80 GB), ``-in-4`` with a batch cut into four whose gradients are added
 up, ``:bf16`` has its weights in bf16, ``:fp32`` computes in fp32 with the same NF4 weights; of smaller models ``:graphs`` replays a step's launches from CUDA
 graphs, ``:launches`` makes them one by one, where ``tli-engine`` goes by its own rule. Full fine-tuning
 of the peers is in bf16 alone, which is what ``tli-engine:stochastic`` rounds at random; ``tli-engine``

@@ -104,7 +104,8 @@ _LORA = (
     Provider("tli-engine:fp32", "engine", "auto", fp32=True),
     Provider("tli-engine:12-gib", "engine", "auto", memory_gib=12),
     Provider("tli-engine:12-gib-in-4", "engine", "auto", memory_gib=12, accumulate=4),
-    # what Unsloth takes of the 8B shape with adapters on all blocks
+    # beside what Unsloth takes of the 8B shape with adapters on all blocks
+    Provider("tli-engine:11-gib-in-4", "engine", "auto", memory_gib=11, accumulate=4),
     Provider("tli-engine:9-gib-in-4", "engine", "auto", memory_gib=9, accumulate=4),
     Provider("peft+bitsandbytes+liger:save-in-4", "transformers", "save", liger=True, accumulate=4),
     Provider("tli-engine:recompute", "engine"),
@@ -133,11 +134,12 @@ _FULL = (
     ),
     Provider("transformers:save", "transformers", "save"),
 )
-PROVIDER_NAMES = tuple(dict.fromkeys(p.name for p in (*_LORA, *_FULL)))
 # full fine-tuning takes 8-bit states, and gradients that are not all held at once
 _LARGE = ("llama-3-8b",)
 # too large to be trained by the peers on one GPU of 80 GB
 _ALONE = ("qwen2-72b",)
+_WITHIN_80_GB = Provider("tli-engine:79-gib", "engine", "auto", memory_gib=79)
+PROVIDER_NAMES = tuple(dict.fromkeys(p.name for p in (*_LORA, *_FULL, _WITHIN_80_GB)))
 
 
 def providers_of(case: Case, model: str) -> list[Provider]:
@@ -145,7 +147,8 @@ def providers_of(case: Case, model: str) -> list[Provider]:
     found = list(_LORA if case.method == "lora" else _FULL)
     if model in _ALONE:
         found = [p for p in found if p not in _GRAPHS]
-        return [p for p in found if p.kind == "engine" and not (p.dense or p.fp32 or p.memory_gib)]
+        found = [p for p in found if p.kind == "engine" and not (p.dense or p.fp32 or p.memory_gib)]
+        return [*found, _WITHIN_80_GB]
     if case.method == "full" and model in _LARGE:
         peers = ("transformers", "transformers+liger")
         return [p for p in found if p.name in peers or p.in_backward]
