@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from tli_engine.config import TrainConfig
 from tli_engine.errors import UserError
+from tli_engine.ops.mixed_adamw import round_at_random_
+from tli_engine.train import mixed_adamw
 from tli_engine.train import updates as module
-from tli_engine.train.stochastic_adamw import round_at_random_
 from tli_engine.train.updates import Updates, update_parts
 
 STEPS, RATE = 6, 1e-2
@@ -166,6 +167,40 @@ def test_gradients_are_copied_to_fp32_a_part_at_a_time(
         assert torch.equal(cut[name], tensor), name
 
 
+@pytest.fixture
+def in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU; on a CPU the op's definition runs."""
+    for where in (module, mixed_adamw):
+        monkeypatch.setattr(where, "in_one_pass", lambda tensor: tensor.dtype == torch.bfloat16)
+
+
+@pytest.mark.parametrize("keeps", [False, True])
+@pytest.mark.parametrize("in_backward", [False, True])
+def test_masters_are_updated_from_16_bit_gradients_as_from_copies(
+    keeps: bool, in_backward: bool, in_one_pass: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = TrainConfig(in_backward=in_backward)
+    ours, theirs = tensors(torch.bfloat16), tensors(torch.bfloat16)
+    updates = Updates(ours, config)
+    updates.keeps_gradients = keeps and not in_backward
+    train(ours, updates)
+    monkeypatch.undo()
+    plain = Updates(theirs, config)
+    train(theirs, plain)
+    for name, tensor in theirs.items():
+        grad = ours[name].grad
+        assert grad is None if not updates.keeps_gradients else not grad.any()
+        torch.testing.assert_close(ours[name], tensor, rtol=2**-7, atol=0)
+        for key in ("master", "exp_avg", "exp_avg_sq", "step"):
+            mine, its = (u.state()[f"{name}/{key}"] for u in (updates, plain))
+            torch.testing.assert_close(mine, its, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("settings", [{}, {"rounding": "stochastic"}], ids=str)
+def test_going_on_in_one_pass_is_exact(settings: dict[str, Any], in_one_pass: None) -> None:
+    test_going_on_from_a_state_is_exact(torch.bfloat16, settings)
+
+
 def test_a_state_of_other_tensors_is_refused() -> None:
     updates = Updates(tensors(), TrainConfig())
     with pytest.raises(KeyError, match="other"):
@@ -195,7 +230,7 @@ def test_rounding_at_random_is_right_in_the_mean() -> None:
     for low, high in ((1.0, 1.0078125), (-1.0, -1.0078125)):
         exact = torch.full((40_000,), low + (high - low) / 4)
         target = torch.empty(40_000, dtype=torch.bfloat16)
-        round_at_random_(target, exact)
+        round_at_random_(target, exact, torch.randint(0, 1 << 16, exact.shape))
         assert set(target.tolist()) == {low, high}
         assert (target == high).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
@@ -203,7 +238,7 @@ def test_rounding_at_random_is_right_in_the_mean() -> None:
 def test_numbers_that_bf16_holds_stay() -> None:
     exact = torch.tensor([0.0, -0.0, 1.5, -3.0, 2.0**-130])
     target = torch.empty(5, dtype=torch.bfloat16)
-    round_at_random_(target, exact.clone())
+    round_at_random_(target, exact.clone(), torch.randint(0, 1 << 16, exact.shape))
     assert torch.equal(target.float(), exact)
 
 
@@ -211,7 +246,7 @@ def test_other_dtypes_are_rounded_to_nearest() -> None:
     exact = torch.randn(100)
     for dtype in (torch.float16, torch.float32):
         target = torch.empty(100, dtype=dtype)
-        round_at_random_(target, exact.clone())
+        round_at_random_(target, exact.clone(), torch.randint(0, 1 << 16, exact.shape))
         assert torch.equal(target, exact.to(dtype))
 
 

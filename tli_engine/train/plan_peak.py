@@ -14,13 +14,13 @@ from tli_engine.models.arrangement import (
 )
 from tli_engine.models.linear_cross_entropy import chunk_rows
 from tli_engine.models.recompute import UNPLANNED, with_gaps
+from tli_engine.train.mixed_adamw import CHUNK
 from tli_engine.train.pack_graphs import wants_graphs, why_not_captured
 from tli_engine.train.plan_blocks import BlockMemory
 from tli_engine.train.plan_devices import Target
 from tli_engine.train.plan_outline import Outline
 from tli_engine.train.staging import padded
-from tli_engine.train.stochastic_adamw import CHUNK
-from tli_engine.train.updates import update_parts
+from tli_engine.train.updates import reads_gradients_as_they_are, update_parts
 
 # of a process on a GPU, beside what torch allocates; an estimate
 CONTEXT = 500 * 2**20
@@ -202,12 +202,19 @@ class Step:
 
     def _rounding(self, largest: int, element: int) -> int:
         """Bytes that an update takes for a moment."""
-        if element >= 4:
+        if element >= 4 or self._updates_in_one_pass:
             return 0
         if self._outline.run.train.rounding == "stochastic":
             # gradient, mean, square, its root, value and random bits
             return 6 * 4 * min(largest, CHUNK)
         return 4 * largest
+
+    @property
+    def _updates_in_one_pass(self) -> bool:
+        """Whether an update holds nothing beside gradients and statistics."""
+        outline, train = self._outline, self._outline.run.train
+        at_once = reads_gradients_as_they_are(outline.trained, train, outline.on_gpu)
+        return at_once or (outline.on_gpu and train.rounding == "stochastic")
 
     def _loss(self, gradients: int, activations: int) -> Iterator[Moment]:
         """The output layer, all of whose rows are labels at most."""
@@ -231,7 +238,7 @@ class Step:
         outline, train = self._outline, self._outline.run.train
         largest = max(outline.trained.values(), key=lambda t: t.numel())
         count, element = largest.numel(), largest.element_size()
-        if train.in_backward or element >= 4:
+        if train.in_backward or element >= 4 or self._updates_in_one_pass:
             return Moment(self._at_once(gradients), 0, self._workspaces)
         if train.rounding == "stochastic":
             return Moment(gradients, 0, self._rounding(count, element) + self._workspaces)

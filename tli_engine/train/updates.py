@@ -11,7 +11,7 @@ from tli_engine.config import TrainConfig
 from tli_engine.distributed.fully_sharded import clip, own_part
 from tli_engine.distributed.gradient_hooks import on_gradient
 from tli_engine.errors import UserError
-from tli_engine.train.stochastic_adamw import StochasticAdamW
+from tli_engine.train.mixed_adamw import MasterAdamW, StochasticAdamW, in_one_pass
 
 _BITSANDBYTES = {
     "adamw-8bit": "AdamW8bit",
@@ -45,8 +45,13 @@ class Updates:
         """
         self._tensors, self._train = dict(tensors), train
         self.keeps_gradients = False
-        make = optimizer_of(train, next(iter(tensors.values())).device)
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
+        make = optimizer_of(train, next(iter(tensors.values())).device)
+        self._in_one_pass = reads_gradients_as_they_are(tensors, train)
+        if self._in_one_pass:
+            make = partial(
+                MasterAdamW, trained={self._held[name]: t for name, t in tensors.items()}
+            )
         parts = [[name] for name in tensors] if train.in_backward else update_parts(tensors, train)
         self._optimizers = [(part, make(self._groups(part))) for part in parts]
         self._norms: list[Tensor] = []
@@ -80,11 +85,14 @@ class Updates:
 
     def clear_gradients(self) -> None:
         """Give up all gradients, or set them to zero."""
-        found = [t.grad for t in self._tensors.values() if t.grad is not None]
+        self._give_up([*self._tensors.values()])
+
+    def _give_up(self, tensors: list[nn.Parameter]) -> None:
+        found = [t.grad for t in tensors if t.grad is not None]
         if self.keeps_gradients and found:
             torch._foreach_zero_(found)
             return
-        for tensor in self._tensors.values():
+        for tensor in tensors:
             tensor.grad = None
 
     def state(self) -> dict[str, Tensor]:
@@ -175,6 +183,10 @@ class Updates:
 
     @torch.no_grad()
     def _update(self, part: list[str], optimizer: torch.optim.Optimizer) -> None:
+        if self._in_one_pass:
+            optimizer.step()
+            self._give_up([self._tensors[n] for n in part])
+            return
         copies = [(self._tensors[n], self._held[n]) for n in part]
         copies = [(tensor, held) for tensor, held in copies if held is not tensor]
         kept = [self._tensors[n].grad for n in part] if self.keeps_gradients else []
@@ -209,6 +221,19 @@ def update_parts(tensors: Mapping[str, Tensor], train: TrainConfig) -> list[list
         parts[-1].append(name)
         wide += size
     return parts
+
+
+def reads_gradients_as_they_are(
+    tensors: Mapping[str, Tensor], train: TrainConfig, on_gpu: bool | None = None
+) -> bool:
+    """Whether master copies are updated from 16-bit gradients: by AdamW on a GPU, if all have one.
+
+    ``on_gpu``: where they will be; by default where they are.
+    """
+    if train.optimizer != "adamw":
+        return False
+    there = (in_one_pass(t) if on_gpu is None else on_gpu for t in tensors.values())
+    return all(there) and all(has_master(t, train) for t in tensors.values())
 
 
 def has_master(tensor: Tensor, train: TrainConfig) -> bool:

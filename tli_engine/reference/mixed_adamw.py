@@ -1,0 +1,59 @@
+"""AdamW of a 16-bit tensor, with an fp32 master copy or rounded at random, in plain PyTorch."""
+
+import math
+
+import torch
+from torch import Tensor
+
+from tli_engine.reference.philox import philox
+
+
+def mixed_adamw(
+    parameter: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    master: Tensor | None,
+    seed: Tensor | None,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update in place; see :func:`tli_engine.ops.mixed_adamw.mixed_adamw_`."""
+    dtype = torch.promote_types(parameter.dtype, torch.float32)
+    gradient, mean, square = (t.to(dtype) for t in (grad, exp_avg, exp_avg_sq))
+    value = (parameter if master is None else master).to(dtype)
+    mean = mean.lerp(gradient, 1 - beta1)
+    square = (square * beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    update = mean / (square.sqrt() / math.sqrt(1 - beta2**step) + eps)
+    value = value * (1 - rate * weight_decay) - update * (rate / (1 - beta1**step))
+    if master is not None:
+        for target, exact in ((master, value), (exp_avg, mean), (exp_avg_sq, square)):
+            target.copy_(exact)
+        parameter.copy_(value)
+        return
+    assert seed is not None
+    number = torch.arange(parameter.numel(), device=parameter.device).view(parameter.shape)
+    random = philox(seed.view(()), number & 0xFFFFFFFF, number >> 32)
+    for target, exact, bits in zip(
+        (parameter, exp_avg, exp_avg_sq), (value, mean, square), random[:3], strict=True
+    ):
+        round_at_random_(target, exact, bits & 0xFFFF)
+
+
+def round_at_random_(target: Tensor, exact: Tensor, bits: Tensor) -> None:
+    """Write fp32 numbers to a tensor: up or down at random where it is bf16, else to nearest.
+
+    Args:
+        target: Overwritten.
+        exact: Of ``target``'s shape, fp32 and finite where ``target`` is bf16; overwritten too.
+        bits: Uniform in [0, 65536), integers of ``target``'s shape.
+    """
+    if target.dtype == torch.bfloat16:
+        # bf16 is the upper half: a carry out of the lower one rounds up
+        whole = exact.view(torch.int32)
+        whole.add_(bits.to(torch.int32)).bitwise_and_(-(1 << 16))
+    target.copy_(exact)
