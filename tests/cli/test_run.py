@@ -37,7 +37,7 @@ def test_the_profile_fits_80_columns(
     assert row == ["MistralForCausalLM", "12,345", "12,345", "98,765", "65,432", "98,304", "43,210"]
     assert max(len(line) for line in err.splitlines() if " host: " not in line) <= 80
     heads = " ".join(err.splitlines()[1:4]).split()
-    assert heads == "words blocks model calls lazy found run of replayed".split()
+    assert heads == ["words", "blocks", "model", "calls", "lazy", "found", "run", "of", "replayed"]
     # beyond that nothing is left out, either
     (row,), _ = profile(capsys, ("Gemma3ForCausalLM", dict.fromkeys(COUNTS, 1_234_567)))
     assert row == ["Gemma3ForCausalLM", *["1,234,567"] * 5, "0"]
