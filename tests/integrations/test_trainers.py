@@ -53,3 +53,15 @@ def test_training_is_the_unaccelerated_one(
         assert difference <= TOLERANCE[name] * theirs.float().norm(), weight
     assert "accelerated" in ours.summary
     assert plain.summary == ""
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_has_a_model_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "1"])
+    module.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = [line for line in lines if line[:1] == ["accelerated:"]]
+    assert [line[1] for line in said] == ["False:", "True:"]
