@@ -115,13 +115,11 @@ def accelerate(model: Any, *, stop_at: int | None = None) -> Summary:
     summary.lazy = list(limits)
     summary.limits = {name: limit for name, limit in limits.items() if limit is not None}
     if stop_at is not None and not summary.lazy:
-        reasons = (
+        why = (
             "; ".join(dict.fromkeys(summary.eager.values()))
             or "it holds no decoder of transformers"
         )
-        raise UserError(
-            f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {reasons}"
-        )
+        raise UserError(f"stop_at={stop_at} needs lazy hidden states, which it cannot have: {why}")
     above = _blocks_above(model)
     for kind in kinds():
         for name, layer in _candidates(model, kind):
