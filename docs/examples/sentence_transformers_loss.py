@@ -1,13 +1,14 @@
 """A loss of sentence-transformers on one early hidden state of an accelerated model.
 
-``python docs/examples/sentence_transformers_loss.py MODEL OUT_FOLDER`` trains with and without, and
-prints seconds.
+``python docs/examples/sentence_transformers_loss.py`` trains a tiny Llama of random weights, with and without,
+and prints seconds; ``… MODEL OUT_FOLDER`` trains another model.
 """
 
-import sys
+import argparse
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
 import tli_engine
+from tli_engine.testing import save_tiny_model
 
 PAIRS = [
     ("maji", "water"), ("moto", "fire"), ("mti", "tree"), ("jua", "sun"), ("mwezi", "moon"),
@@ -94,7 +96,22 @@ def train(model_name: str, out: Path, *, steps: int, accelerated: bool) -> Resul
     return Result(losses, weights, summary, seconds)
 
 
+def main() -> None:
+    """Train with and without, and print seconds."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("model", nargs="?", help="a folder or Hub id; without: a tiny Llama")
+    parser.add_argument("out", nargs="?", type=Path, help="the trainer's folder; without: not kept")
+    parser.add_argument("--steps", type=int, default=30)
+    args = parser.parse_args()
+    with TemporaryDirectory() as scratch:
+        size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 32}
+        model = args.model or str(save_tiny_model(Path(scratch) / "model", "llama", **size))
+        out = args.out or Path(scratch) / "out"
+        for accelerated in (False, True):
+            result = train(model, out, steps=args.steps, accelerated=accelerated)
+            seconds, loss = result.seconds, result.losses[-1]
+            print(f"accelerated: {accelerated}: {seconds:.2f} s, loss {loss:.5f}")
+
+
 if __name__ == "__main__":
-    for accelerated in (False, True):
-        result = train(sys.argv[1], Path(sys.argv[2]), steps=30, accelerated=accelerated)
-        print(f"accelerated: {accelerated}: {result.seconds:.2f} s, loss {result.losses[-1]:.5f}")
+    main()

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tli_engine import __version__
+from tli_engine import __version__, backends
 from tli_engine.cli import main
+from tli_engine.cli._info import collect, print_info
 from tli_engine.config import recipe_names, resolve_config
 from tli_engine.errors import ConfigError
 
@@ -265,6 +266,35 @@ def test_info_json(cli: Cli) -> None:
     assert facts["versions"]["torch"] in shown
     assert facts["builtin_data"] == ["builtin:sw-en", "builtin:sw-demo"]
     assert "builtin:sw-en, builtin:sw-demo\n" in shown
+
+
+def test_info_says_once_that_there_is_no_gpu(
+    cli: Cli, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A CPU-only install has no Triton, which is no fault and not worth a line an op."""
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    backends._resolve.cache_clear()
+    shown = cli("info")
+    backends._resolve.cache_clear()
+    lines = [line for line in shown.out.splitlines() if line.startswith("ops ")]
+    assert len(lines) == 1
+    assert "there is no GPU here, so the reference runs all: add_rms_norm, " in lines[0]
+    assert (shown.err, caplog.records) == ("", [])
+
+
+def test_info_sums_up_ops_that_run_alike(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu = {"name": "H200", "memory_mib": 1, "architecture": "sm_90", "nf4_layers": "cuda"}
+    facts = collect() | {"devices": [{"name": "cpu", "threads": 1}, gpu]}
+    facts["ops"] = {
+        "swiglu": {"cpu": "reference", "gpu": "triton", "not": []},
+        "rotary": {"cpu": "reference", "gpu": "triton", "not": []},
+        "word_attention": {"cpu": "reference", "gpu": "reference", "not": ["triton has none"]},
+    }
+    print_info(facts)
+    out = capsys.readouterr().out
+    assert "ops        reference on a CPU, triton on a GPU: swiglu, rotary\n" in out
+    assert "reference on a GPU (triton has none): word_attention\n" in out
 
 
 def test_data_check(cli: Cli, pairs_file: Path, tiny_model: Path) -> None:

@@ -1,7 +1,10 @@
 """Trainers of other libraries on accelerated models: the examples of docs/examples, plain and accelerated."""
 
+import ast
 import importlib.util
+import re
 import sys
+import tomllib
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -53,3 +56,30 @@ def test_training_is_the_unaccelerated_one(
         assert difference <= TOLERANCE[name] * theirs.float().norm(), weight
     assert "accelerated" in ours.summary
     assert plain.summary == ""
+
+
+def test_the_extra_brings_what_the_examples_need() -> None:
+    project = tomllib.loads((EXAMPLES.parents[1] / "pyproject.toml").read_text())["project"]
+    asked = project["dependencies"] + project["optional-dependencies"]["trainers"]
+    brought = {re.split("[<>=;]", requirement)[0].replace("-", "_") for requirement in asked}
+    # loaded by transformers, not imported
+    needed = {"bitsandbytes"}
+    for name in NEEDS:
+        for node in ast.walk(ast.parse((EXAMPLES / f"{name}.py").read_text())):
+            if isinstance(node, ast.Import):
+                needed |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                needed.add(str(node.module).partition(".")[0])
+    assert needed - sys.stdlib_module_names - {"tli_engine"} <= brought
+
+
+@pytest.mark.parametrize("name", NEEDS)
+def test_an_example_has_a_model_of_its_own(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = example(name)
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", "--steps", "1"])
+    module.main()
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    said = [line for line in lines if line[:1] == ["accelerated:"]]
+    assert [line[1] for line in said] == ["False:", "True:"]

@@ -69,7 +69,10 @@ def group(debug: bool) -> None:
     if started and command not in ("train", "run"):
         raise UserError(f"{command} takes one process; start it without torchrun")
     # read by main(), which alone knows how an error is shown
-    os.environ["TLI_ENGINE_DEBUG"] = "1" if debug else ""
+    if debug:
+        os.environ["TLI_ENGINE_DEBUG"] = "1"
+    else:
+        os.environ.pop("TLI_ENGINE_DEBUG", None)
 
 
 def main(args: list[str] | None = None) -> int:

@@ -1,5 +1,8 @@
 """The work of ``tli-engine info``."""
 
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.resources import files
 from typing import Any
 
@@ -26,18 +29,32 @@ _BLOCKS = (
 def collect() -> dict[str, Any]:
     """Everything that ``info`` prints."""
     backends.choice()
+    with _unwarned():
+        devices, resolved = _devices(), {op: _backends(op) for op in _OPS}
     return {
         "versions": versions(),
-        "devices": _devices(),
+        "devices": devices,
         "extension": extension.status(),
         "blocks": _BLOCKS,
         "attention": attentions(choose_device("auto")),
-        "ops": {op: _backends(op) for op in _OPS},
+        "ops": resolved,
         "families": list(FAMILIES),
         "builtin_models": names(),
         "builtin_data": _builtin_data(),
         "cache": str(cache_folder()),
     }
+
+
+@contextmanager
+def _unwarned() -> Iterator[None]:
+    """Keep a missing backend from being warned of op by op: it is among the facts."""
+    log = logging.getLogger(backends.__name__)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _builtin_data() -> list[str]:
@@ -99,9 +116,20 @@ def print_info(facts: dict[str, Any]) -> None:
     for name, status in facts["attention"].items():
         print(f"attention  {name}: {status}")
     print(f"extension  CUDA C++ for Hopper GPUs: {facts['extension']}")
-    for op, backend in facts["ops"].items():
-        why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""
-        print(f"op         {op}: {backend['cpu']} on a CPU, {backend['gpu']} on a GPU{why}")
+    for line in _op_lines(facts):
+        print(f"ops        {line}")
     print(f"families   {', '.join(facts['families'])}")
     print(f"built in   {facts['builtin_models']}; cached in {facts['cache']}")
     print(f"data       {', '.join(facts['builtin_data'])}")
+
+
+def _op_lines(facts: dict[str, Any]) -> list[str]:
+    """What runs the ops, those together that one sentence is true of."""
+    if len(facts["devices"]) == 1:
+        return [f"there is no GPU here, so the reference runs all: {', '.join(facts['ops'])}"]
+    alike: dict[str, list[str]] = {}
+    for op, backend in facts["ops"].items():
+        why = f" ({'; '.join(backend['not'])})" if backend["not"] else ""
+        gpu = backend["gpu"] or "nothing"
+        alike.setdefault(f"{backend['cpu']} on a CPU, {gpu} on a GPU{why}", []).append(op)
+    return [f"{how}: {', '.join(names)}" for how, names in alike.items()]

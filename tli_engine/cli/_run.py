@@ -3,19 +3,19 @@
 from collections import Counter
 from pathlib import Path
 
-from tli_engine.cli.console import plain_table, say
+from tli_engine.cli.console import plain_table, say, show
 from tli_engine.integrations.lazy_model import AT_ONCE
 from tli_engine.integrations.script import ScriptRun, run_script
 from tli_engine.integrations.training_graphs import LAUNCHED
 
-# what is counted of a model, and what it is called
+# what is counted of a model, and what it is called: short, for counts of five digits in 80 columns
 _COLUMNS = {
     "calls": "calls",
     "lazy": "lazy",
-    "words": "words found again",
-    "blocks": "blocks run",
-    "of_blocks": "of",
-    "replayed": "replayed",
+    "words": "words\nfound",
+    "blocks": "blocks\nrun",
+    "of_blocks": "\nof",
+    "replayed": "\nreplayed",
 }
 # what is counted by a reason, and what it is called
 _REASONS = {
@@ -37,16 +37,20 @@ def run(script: Path, arguments: tuple[str, ...], profile: bool) -> int:
 
 
 def _print_profile(ran: ScriptRun, seconds: float) -> None:
-    from rich.console import Console
-
-    table = plain_table(f"{seconds:.1f} s")
-    table.add_column("model", min_width=max((len(name) for name, _ in ran.counts), default=0))
-    for column in _COLUMNS.values():
-        table.add_column(column, justify="right")
-    for name, counts in ran.counts:
-        table.add_row(name, *(f"{counts.get(key, 0):,}" for key in _COLUMNS))
-    Console(stderr=True, highlight=False).print(table)
-    for name, counts in ran.counts:
+    models = _called_models(ran)
+    say(f"tli-engine: the script took {seconds:.1f} s, loading included")
+    if models:
+        table = plain_table()
+        table.add_column("\nmodel", no_wrap=True)
+        for column in _COLUMNS.values():
+            # a narrow terminal breaks a number, and loses none of it
+            table.add_column(column, justify="right", overflow="fold")
+        for name, counts in models:
+            table.add_row(name, *(f"{counts[key]:,}" for key in _COLUMNS))
+        show(table, stderr=True)
+    elif ran.counts:
+        say("tli-engine: no accelerated model was called")
+    for name, counts in models:
         if counts["lazy"]:
             say(f"tli-engine: {name}: {_host_seconds(counts)}")
         for key, count in counts.items():
@@ -54,6 +58,18 @@ def _print_profile(ran: ScriptRun, seconds: float) -> None:
                 if key.startswith(prefix):
                     reason = key.removeprefix(prefix)
                     say(f"tli-engine: {name}: {what}: {count:,} x: {reason}")
+
+
+def _called_models(ran: ScriptRun) -> list[tuple[str, Counter[str]]]:
+    """Models that were called, and their counts; of one class they have numbers, in the order of loading."""
+    of_class = Counter(name for name, _ in ran.counts)
+    seen: Counter[str] = Counter()
+    called = []
+    for name, counts in ran.counts:
+        seen[name] += 1
+        if any(counts.values()):
+            called.append((f"{name} {seen[name]}" if of_class[name] > 1 else name, counts))
+    return called
 
 
 def _host_seconds(counts: Counter[str]) -> str:

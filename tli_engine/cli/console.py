@@ -72,12 +72,13 @@ def progress(title: str, total: int) -> Iterator[Callable[[int, str], None]]:
     yield advance
 
 
-def show(table: Table) -> None:
-    """Print a table on stdout, as wide as it needs where stdout is not a terminal."""
-    console = Console(highlight=False)
-    if not sys.stdout.isatty():
+def show(table: Table, stderr: bool = False) -> None:
+    """Print a table on stdout or stderr, as wide as it needs where that is not a terminal."""
+    console = Console(highlight=False, stderr=stderr)
+    if not (sys.stderr if stderr else sys.stdout).isatty():
         unbounded = console.options.update(width=_WIDEST)
-        console = Console(highlight=False, width=console.measure(table, options=unbounded).maximum)
+        width = console.measure(table, options=unbounded).maximum
+        console = Console(highlight=False, stderr=stderr, width=width)
     console.print(table)
 
 

@@ -6,10 +6,7 @@ from typing import Any
 import click
 
 
-@click.command(
-    "run",
-    context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-)
+@click.command("run", context_settings={"allow_interspersed_args": False})
 @click.option("--profile", is_flag=True, help="Print at the end what ran and what did not have to.")
 @click.argument("script", type=click.Path(path_type=Path))
 @click.argument("arguments", metavar="[ARGS]...", nargs=-1, type=click.UNPROCESSED)

@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from weakref import WeakKeyDictionary
 from zipfile import is_zipfile
 
 from torch import nn
@@ -42,6 +43,8 @@ class ScriptRun:
 
     def __init__(self, say: Say) -> None:
         self._say = say
+        # of each model, what was said of it last: PEFT may load one in several steps
+        self._told: WeakKeyDictionary[nn.Module, str] = WeakKeyDictionary()
         self.counts: list[tuple[str, Counter[str]]] = []
         self.models = 0
 
@@ -52,17 +55,22 @@ class ScriptRun:
         self.models += 1
         name = type(model).__name__
         try:
-            summary = accelerate(model)
+            summary = str(accelerate(model))
         except UserError as reason:
-            self._say(f"{name} runs as it is: {reason}")
+            self._tell(model, f"{name} runs as it is: {reason}")
             return
         for module in model.modules():
             settings = settings_of(module)
             if settings is not None and settings.memo is None:
                 settings.memo, settings.graphs = Memo(), TrainingGraphs()
                 self.counts.append((type(module).__name__, settings.counts))
-        for line in str(summary).splitlines():
-            self._say(f"{name}: {line}")
+        self._tell(model, "\n".join(f"{name}: {line}" for line in summary.splitlines()))
+
+    def _tell(self, model: nn.Module, lines: str) -> None:
+        if self._told.get(model) != lines:
+            self._told[model] = lines
+            for line in lines.splitlines():
+                self._say(line)
 
 
 @contextmanager
@@ -89,7 +97,7 @@ def accelerated_loading(run: ScriptRun) -> Iterator[None]:
 
 @contextmanager
 def _after(owner: Any, name: str, take: Callable[[Any], None]) -> Iterator[None]:
-    """Call ``take`` with the model that a method loads or changes, once the outermost call is over."""
+    """Call ``take`` with the model that a method loads or changes, once the call is over."""
     own = owner.__dict__.get(name)
     theirs: Any = getattr(owner, name) if own is None else own
     of_class = isinstance(theirs, classmethod)
@@ -125,13 +133,12 @@ def run_script(path: Path, arguments: Sequence[str], say: Say) -> tuple[int, Scr
         The exit status that the script would have; what happened; seconds.
 
     Raises:
-        UserError: There is no such file.
+        UserError: There is no such file, or it is a directory, a pipe or a device.
     """
-    if not path.is_file():
-        raise UserError(f"{path}: no such script")
+    _check_script(path)
     run = ScriptRun(say)
     argv, search = sys.argv, sys.path
-    sys.argv, sys.path = [str(path), *arguments], [str(path.resolve().parent), *sys.path]
+    sys.argv, sys.path = [str(path), *arguments], _search_path(path)
     start = time.perf_counter()
     try:
         with accelerated_loading(run):
@@ -147,6 +154,28 @@ def run_script(path: Path, arguments: Sequence[str], say: Say) -> tuple[int, Scr
     finally:
         sys.argv, sys.path = argv, search
     return status, run, time.perf_counter() - start
+
+
+def _check_script(path: Path) -> None:
+    if path.is_file():
+        return
+    if str(path) == "-":
+        raise UserError("-: a script is read from a file, not from standard input")
+    if path.is_dir():
+        main = path / "__main__.py"
+        hint = f"; name {main}" if main.is_file() else ""
+        raise UserError(f"{path}: is a directory, not a script{hint}")
+    if path.exists():
+        raise UserError(f"{path}: is a pipe or a device; a script is read from a file")
+    raise UserError(f"{path}: no such script")
+
+
+def _search_path(path: Path) -> list[str]:
+    """``sys.path`` for a script: its own folder first, in the place of that of the command that runs it."""
+    search = list(sys.path)
+    if search and search[0] == str(Path(sys.argv[0]).resolve().parent):
+        del search[0]
+    return [str(path.resolve().parent), *search]
 
 
 def _run_main(path: Path) -> None:
