@@ -14,13 +14,11 @@ WARPS = 4
 
 
 @triton.jit
-def _at_random(x, random, dtype: tl.constexpr, PORTABLE: tl.constexpr):
-    """Round fp32 up or down with the probability of its distance, to bf16; to other dtypes to nearest."""
-    if dtype == tl.bfloat16:
-        # bf16 is the upper half: a carry out of the lower one rounds up
-        bits = x.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)
-        return (bits & -65536).to(tl.float32, bitcast=True).to(dtype)
-    return round_to(x, dtype, PORTABLE)
+def _at_random(x, random):
+    """Round fp32 to bf16, up or down with the probability of its distance."""
+    # bf16 is the upper half: a carry out of the lower one rounds up
+    bits = x.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)
+    return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["decay", "size", "correction", "eps"])
@@ -54,8 +52,8 @@ def _mixed_adamw_kernel(
     exp_avg += (1.0 - BETA1) * (grad - exp_avg)
     exp_avg_sq = BETA2 * exp_avg_sq + (1.0 - BETA2) * grad * grad
     value = decay * value - size * (exp_avg / (tl.sqrt_rn(exp_avg_sq) / correction + eps))
-    dtype: tl.constexpr = parameter_ptr.dtype.element_ty
     if HAS_MASTER:
+        dtype: tl.constexpr = parameter_ptr.dtype.element_ty
         tl.store(master_ptr + offs, value, mask=keep)
         tl.store(exp_avg_ptr + offs, exp_avg, mask=keep)
         tl.store(exp_avg_sq_ptr + offs, exp_avg_sq, mask=keep)
@@ -64,9 +62,9 @@ def _mixed_adamw_kernel(
         low, high = (offs & 0xFFFFFFFF).to(tl.uint32), (offs >> 32).to(tl.uint32)
         zero = tl.zeros((BLOCK,), tl.uint32)
         one, two, three, _ = tl.philox(tl.load(seed_ptr), low, high, zero, zero)
-        tl.store(parameter_ptr + offs, _at_random(value, one, dtype, PORTABLE), mask=keep)
-        tl.store(exp_avg_ptr + offs, _at_random(exp_avg, two, dtype, PORTABLE), mask=keep)
-        tl.store(exp_avg_sq_ptr + offs, _at_random(exp_avg_sq, three, dtype, PORTABLE), mask=keep)
+        tl.store(parameter_ptr + offs, _at_random(value, one), mask=keep)
+        tl.store(exp_avg_ptr + offs, _at_random(exp_avg, two), mask=keep)
+        tl.store(exp_avg_sq_ptr + offs, _at_random(exp_avg_sq, three), mask=keep)
 
 
 def mixed_adamw(

@@ -18,7 +18,7 @@ CONSTANTS = {"BETA1": 0.9, "BETA2": 0.999, "BLOCK": mixed_adamw.BLOCK, "PORTABLE
 # the tensor's dtype, and whether it has a master copy
 CASES = {
     "master-bf16": ("bf16", True), "master-fp16": ("fp16", True),
-    "random-bf16": ("bf16", False), "nearest-fp16": ("fp16", False),
+    "random-bf16": ("bf16", False),
 }  # fmt: skip
 
 

@@ -12,7 +12,7 @@ def test_compiles_as_meant(
     capability: int, compile_kernels: Callable[[str], dict[str, Any]]
 ) -> None:
     report = compile_kernels("mixed_adamw")
-    assert len(report) == 8
+    assert len(report) == 6
     for name, kernel in report.items():
         # enough warps on a multiprocessor to keep its memory busy
         assert 0 < kernel["registers"] <= 80, f"{name}: {kernel}"

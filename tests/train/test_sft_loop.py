@@ -299,7 +299,7 @@ def damaged(trainer: SftTrainer) -> None:
 
 
 def full(trainer: SftTrainer) -> None:
-    def run(step: int) -> None:
+    def run(step: int, ahead: bool) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has …")
 
     trainer.engine.run = run  # type: ignore[method-assign,assignment]
@@ -323,6 +323,36 @@ def test_what_ends_a_run_is_said(
     spoil(trainer)
     with pytest.raises(TrainingError, match=message):
         trainer.run()
+
+
+def test_no_memory_for_the_step_launched_ahead_loses_none(
+    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer, steps = trainer_of(files, config_of())
+    trainer.engine.runs_ahead, launch = True, trainer.engine._launch
+
+    def launched(step: int) -> Any:
+        found = launch(step)
+        if step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return found
+
+    monkeypatch.setattr(trainer.engine, "_launch", launched)
+    with pytest.raises(TrainingError, match="out of memory"):
+        trainer.run()
+    assert [s.step for s in steps] == [1, 2, 3]
+
+
+def test_nothing_is_launched_ahead_of_what_is_timed_by_itself(files: ModelFiles) -> None:
+    """A GPU would work on the next step while an article is measured, and nobody count it."""
+    config = config_of(train={"checkpoint_steps": 3})
+    trainer, _ = trainer_of(files, config, validate=True)
+    trainer.engine.runs_ahead = True
+    ahead: list[int] = []
+    trainer.on_step = lambda step: ahead.append(step.step) if trainer.engine._ahead else None
+    trainer.run()
+    # every second is measured, the third is written, and the sixth is the last
+    assert ahead == [1, 5]
 
 
 def test_a_loss_that_becomes_nan_ends_the_run(files: ModelFiles) -> None:

@@ -284,3 +284,8 @@ def test_updates_in_the_backward_pass_keep_nothing_alive() -> None:
     del updates, named
     gc.collect()
     assert [each() for each in gone] == [None, None]
+
+
+def test_rounding_at_random_is_not_of_fp16() -> None:
+    with pytest.raises(UserError, match="stochastic takes bfloat16, the weights are float16"):
+        Updates(tensors(torch.float16), TrainConfig(rounding="stochastic"))

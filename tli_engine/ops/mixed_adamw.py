@@ -50,12 +50,12 @@ def mixed_adamw_(
               {\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
     With a ``master`` copy that is :math:`p`, and ``parameter`` gets it rounded. Without one all three
-    are of ``parameter``'s dtype, and in bf16 they are rounded up or down with the probability of their
-    distance, by random numbers that are functions of ``seed`` and of the place in the tensor.
+    are bf16, and rounded up or down with the probability of their distance, by random numbers that are
+    functions of ``seed`` and of the place in the tensor.
     All tensors are contiguous, but for ``grad``, and on one device.
 
     Args:
-        parameter: bf16 or fp16, any shape; updated.
+        parameter: bf16, or fp16 with a master copy, any shape; updated.
         grad: Gradient, of ``parameter``'s shape and dtype.
         exp_avg: Running mean :math:`m`, of its shape, fp32 with a master copy, else its dtype; updated.
         exp_avg_sq: Running mean :math:`v` of the square, as ``exp_avg``; updated.
@@ -90,6 +90,8 @@ def _check_tensors(
 ) -> None:
     if parameter.dtype not in _DTYPES:
         raise ValueError(f"parameter must be bf16 or fp16, got {parameter.dtype}")
+    if master is None and parameter.dtype != torch.bfloat16:
+        raise ValueError(f"without a master copy parameter must be bf16, got {parameter.dtype}")
     held = parameter.dtype if master is None else torch.float32
     others = statistics | ({} if master is None else {"master": master})
     _check("parameter", parameter, parameter, parameter.dtype)

@@ -256,7 +256,7 @@ class SftTrainer:
 
     def _one_step(self, until: Callable[[], bool]) -> None:
         start, step = time.perf_counter(), self.step
-        observed = self.engine.run(step)
+        observed = self.engine.run(step, ahead=not self._pauses_after(step + 1))
         # the slowest's: all ranks end after the same step
         (seconds,) = self.world.largest([time.perf_counter() - start])
         self.step += 1
@@ -279,6 +279,12 @@ class SftTrainer:
             self._measure(metrics, until)
         else:
             self._report(metrics)
+
+    def _pauses_after(self, steps: int) -> bool:
+        """Whether something is measured or written next: the GPU's time for a step would be lost in it."""
+        train, sft = self.config.train, self.config.sft
+        measures = self.validation is not None and steps % sft.evaluate_steps == 0
+        return measures or steps % train.checkpoint_steps == 0
 
     def _measure(self, metrics: SftMetrics, until: Callable[[], bool]) -> None:
         """Measure the loss on unseen articles after a step, and report both."""

@@ -96,8 +96,8 @@ class SftStep:
         tensors: As given.
         updates: The optimizer.
         graphs: Runs packs where launches would take longer than the work, or None.
-        runs_ahead: Whether the next step is launched before a step's figures are there, so that a GPU
-            has work while the host reads and reports them; not where a backward pass updates weights.
+        runs_ahead: Whether the next step may be launched before a step's figures are there, so that a
+            GPU has work while the host reads and reports them; not where a backward pass updates weights.
     """
 
     def __init__(
@@ -130,8 +130,13 @@ class SftStep:
         """Run packs by ``graphs`` from here on; gradients then stay where they are."""
         self.graphs, self.updates.keeps_gradients, self.runs_ahead = graphs, True, True
 
-    def run(self, step: int) -> SftObserved:
+    def run(self, step: int, *, ahead: bool = True) -> SftObserved:
         """Run a step, counted from 0.
+
+        Args:
+            step: Number.
+            ahead: Whether the next one may be launched, too: not where something else comes before it,
+                whose time the GPU would share with it.
 
         Raises:
             TrainingError: A tensor without a finite gradient, or a loss that is not finite. The weights
@@ -141,6 +146,7 @@ class SftStep:
         if launched is None or launched.step != step:
             self.forget()
             launched = self._launch(step)
+        self._ahead = None
         found = (launched.loss, self.updates.clip(), *launched.aligned)
         # what is no number is noticed after an update that the run then ends with
         figures = Readback(torch.stack([value.float() for value in found]))
@@ -149,9 +155,9 @@ class SftStep:
         self.updates.step()
         # while a GPU is busy with this step
         self._prepare(step + 1)
-        is_last = step + 1 >= total
         # gradients alone: weights and statistics are those after this step
-        self._ahead = self._launch(step + 1) if self.runs_ahead and not is_last else None
+        if ahead and self.runs_ahead and step + 1 < total:
+            self._launch_ahead(step + 1)
         share, grad_norm, *of_pairs = figures.wait()
         loss, stopped = self._world.sum([share, 0.0])
         if stopped:
@@ -166,6 +172,16 @@ class SftStep:
         if self._ahead is not None:
             self.updates.clear_gradients()
         self._ahead = None
+
+    def _launch_ahead(self, step: int) -> None:
+        try:
+            self._ahead = self._launch(step)
+        except torch.OutOfMemoryError:
+            if self._world.size > 1:
+                # the others have been told
+                raise
+            # the step that is done is reported first; then this one is tried again
+            self.updates.clear_gradients()
 
     def _launch(self, step: int) -> _Launched:
         """Begin to compute the gradients of a step."""

@@ -41,8 +41,10 @@ class Updates:
             train: Optimizer and its numbers.
 
         Raises:
-            UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU.
+            UserError: An optimizer of bitsandbytes, which is not installed or needs a GPU; tensors that
+                are not rounded at random.
         """
+        _check_rounding(tensors, train)
         self._tensors, self._train = dict(tensors), train
         self.keeps_gradients = False
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
@@ -245,6 +247,14 @@ def _plain(statistics: dict[str, Tensor]) -> dict[str, Any]:
     """Statistics as their optimizer has them: bitsandbytes counts steps in a plain number."""
     step = statistics["step"]
     return statistics | ({} if step.is_floating_point() else {"step": int(step)})
+
+
+def _check_rounding(tensors: Mapping[str, Tensor], train: TrainConfig) -> None:
+    if train.rounding == "stochastic" and any(t.dtype == torch.float16 for t in tensors.values()):
+        raise UserError(
+            "train.rounding: stochastic takes bfloat16, the weights are float16, in which the mean of "
+            "the squared gradients is lost; set dtype: bfloat16, or rounding: master"
+        )
 
 
 def check_optimizer(train: TrainConfig, device: torch.device) -> None:
