@@ -180,8 +180,7 @@ def nf4_lora_linear(
     .. math:: y_g = x\,W_g^\top + b_g + s\,\big(D(x)\,A_g^\top\big)\,B_g^\top
 
     for each group :math:`g` of rows: q, k and v, say, that share an input, and here the mask of the
-    dropout :math:`D` too: a function of ``seed``, never stored. Gradients of gradients are computed in
-    plain PyTorch, and hold the decoded weight.
+    dropout :math:`D` too: a function of ``seed``, never stored. Second derivatives decode the weight.
 
     Args:
         x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or, on a CPU, fp64.
