@@ -99,6 +99,18 @@ def test_positions_without_a_mask(load: Load, tokens: Tokens, given: str) -> Non
         model(**inputs, output_hidden_states=True)
 
 
+def test_a_mask_that_is_cut(load: Load, tokens: Tokens) -> None:
+    """Longer than the tokens, which transformers takes where a call makes a cache."""
+    model = load(nf4=False).eval()
+    mask = torch.ones(3, 9, dtype=torch.int64)
+    with torch.no_grad():
+        expected = model(tokens["input_ids"], mask, output_hidden_states=True)
+        accelerate(model)
+        actual = model(tokens["input_ids"], mask, output_hidden_states=True)
+    assert_equal(read(actual), read(expected))
+    assert reasons(model) == ["an attention_mask longer or shorter than its tokens, and a cache"]
+
+
 def test_a_cache_that_is_given_is_filled_at_the_call(load: Load, tokens: Tokens) -> None:
     from transformers import DynamicCache
 

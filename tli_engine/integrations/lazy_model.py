@@ -95,13 +95,11 @@ class LazySettings:
             return "its decoder is compiled as a whole"
         if torch._C._functorch.peek_interpreter_stack() is not None:
             return "it is called inside a transform of torch.func"
-        if _ignores_packing(model.config, arguments):
-            return "position_ids without an attention_mask, and a cache"
         if has_global_hooks():
             return "all modules have hooks"
         if self._parametrises:
             return "PEFT parametrises weights while it runs (target_parameters)"
-        return parts.why_at_once()
+        return _masked_by_cache(model.config, arguments) or parts.why_at_once()
 
 
 def settings_of(model: nn.Module) -> LazySettings | None:
@@ -301,14 +299,27 @@ def _parametrises(module: nn.Module) -> bool:
     return isinstance(module, getattr(peft_layer, "ParamWrapper", ()))
 
 
-def _ignores_packing(config: Any, arguments: Mapping[str, Any]) -> bool:
-    """Whether positions would mean packed texts but for the cache that the call makes.
+def _masked_by_cache(config: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call's masks would be others without the cache that it makes, as blocks are run here.
 
-    Blocks are run without one, and transformers takes positions that start anew for texts of a pack then, if
-    there is no mask.
+    Without one, and without a mask, transformers takes positions that start anew for several texts in a row;
+    a mask that is too long is cut only by a cache.
     """
-    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
-    return positions is not None and mask is None and _makes_cache(config, arguments)
+    if not _makes_cache(config, arguments):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is None and arguments.get("position_ids") is not None:
+        return "position_ids without an attention_mask, and a cache"
+    flat = isinstance(mask, Tensor) and mask.ndim == 2
+    if flat and mask.shape[1:] != _tokens_of(arguments).shape[1:2]:
+        return "an attention_mask longer or shorter than its tokens, and a cache"
+    return None
+
+
+def _tokens_of(arguments: Mapping[str, Any]) -> Any:
+    """Numbers ``[B, T]`` or vectors ``[B, T, D]``, whichever a call is given."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
 
 
 def _makes_cache(config: Any, arguments: Mapping[str, Any]) -> bool:
@@ -323,8 +334,7 @@ def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
         value = arguments.get(name)
         return getattr(config, name, None) if value is None else value
 
-    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    tokens = embeds if ids is None else ids
+    tokens = _tokens_of(arguments)
     return (
         given("output_hidden_states") is True
         and not given("output_attentions")
