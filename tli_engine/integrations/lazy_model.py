@@ -310,8 +310,8 @@ def _masked_by_cache(config: Any, arguments: Mapping[str, Any]) -> str | None:
     mask = arguments.get("attention_mask")
     if mask is None and arguments.get("position_ids") is not None:
         return "position_ids without an attention_mask, and a cache"
-    flat = isinstance(mask, Tensor) and mask.ndim == 2
-    if flat and mask.shape[1:] != _tokens_of(arguments).shape[1:2]:
+    length = _tokens_of(arguments).shape[1:2]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1:] != length:
         return "an attention_mask longer or shorter than its tokens, and a cache"
     return None
 
