@@ -100,6 +100,23 @@ def test_errs_no_more_than_bitsandbytes_and_peft(
     assert_within_error_budget(again, theirs, logits.double(), factor=1.1)
 
 
+def test_gradients_of_gradients(load: Load, tokens: dict[str, Tensor]) -> None:
+    found = []
+    for accelerated in (False, True):
+        model = load(dtype=torch.float32)
+        # that of PyTorch has none in its fused kernels
+        model.get_base_model().set_attn_implementation("eager")
+        if accelerated:
+            accelerate(model)
+        own = [p for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n]
+        loss = model(**tokens, output_hidden_states=True).hidden_states[2].square().mean()
+        first = torch.autograd.grad(loss, own, create_graph=True)
+        torch.stack([g.square().sum() for g in first]).sum().backward()
+        found.append([p.grad for p in own])
+    for mine, theirs in zip(found[1], found[0], strict=True):
+        assert (mine - theirs).norm() < 1e-2 * theirs.norm()
+
+
 def test_lazy_states_are_the_eager_ones(load: Load, tokens: dict[str, Tensor]) -> None:
     model = load()
     accelerate(model)

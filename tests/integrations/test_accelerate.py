@@ -236,17 +236,27 @@ def test_saving_and_loading(load: Load, tokens: dict[str, Tensor], tmp_path: Pat
     assert_close(again(**tokens).logits, plain(**tokens).logits)
 
 
-def test_state_dicts_load_into_it(load: Load, tokens: dict[str, Tensor]) -> None:
-    model, other = adapt(load()), adapt(load(), seed=5)
+@pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
+def test_state_dicts_load_into_it(load: Load, tokens: dict[str, Tensor], nf4: bool) -> None:
+    model, other = adapt(load(nf4=nf4)), adapt(load(nf4=nf4), seed=5)
     accelerate(model)
     accelerate(other)
     logits = model(**tokens).logits
-    assert not torch.allclose(other(**tokens).logits, logits)
+    projection = other.get_base_model().model.layers[1].mlp.up_proj
     with torch.no_grad():
-        # bitsandbytes' own loading of 4-bit state goes by transformers; the bytes can be copied
-        mine = dict(model.named_parameters())
-        for name, parameter in other.named_parameters():
-            parameter.copy_(mine[name])
+        projection.weight.zero_()
+        other(**tokens)
+    state = model.state_dict()
+    # bitsandbytes' loading of statistics goes by transformers; the bytes beside them are loaded
+    loaded = other.load_state_dict(state, strict=not nf4)
+    assert loaded.missing_keys == []
+    assert all(".weight." in key for key in loaded.unexpected_keys)
+    assert_close(other(**tokens).logits, logits)
+    with torch.no_grad():
+        projection.weight.zero_()
+    assert not torch.allclose(other(**tokens).logits, logits)
+    # a copy on another device or of another dtype is put in the place of what is there
+    other.load_state_dict(state, strict=not nf4, assign=True)
     assert_close(other(**tokens).logits, logits)
 
 

@@ -1,7 +1,10 @@
 """Accelerated models in ``DistributedDataParallel``: gradients are those of the model alone."""
 
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ from tests.integrations.conftest import adapt, assert_close, gradients
 from tli_engine import accelerate
 
 Load = Callable[..., Any]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -46,3 +50,20 @@ def test_gradients_in_ddp(load: Load, tokens: dict[str, Tensor], read: str, unus
     for mine, theirs in zip(actual, expected, strict=True):
         for name, gradient in theirs.items():
             assert_close(mine[name], gradient, 1e-4)
+
+
+def test_two_processes(folder: Callable[..., Path], tmp_path: Path) -> None:
+    """As in ``ddp_on_ranks.py``: plain, with parameters that are not used, with checkpointing."""
+    program = [sys.executable, "-m", "tests.integrations.ddp_on_ranks"]
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # what is split off has no GPU
+    own["CUDA_VISIBLE_DEVICES"] = ""
+    ended = subprocess.run(
+        [*program, str(folder()), str(tmp_path / "store")],
+        env=os.environ | own,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr

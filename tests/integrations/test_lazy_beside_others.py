@@ -74,6 +74,25 @@ def test_what_peft_trains_whole(
         torch.testing.assert_close(gradient, grads[name], rtol=1e-4, atol=1e-6)
 
 
+def test_weights_that_peft_parametrises(load: Load, tokens: dict[str, Tensor]) -> None:
+    """They are other ones while a block runs, and after."""
+    found, model = [], None
+    for accelerated in (False, True):
+        parameters = {"target_parameters": ["mlp.up_proj.weight"]}
+        model = adapt(load(nf4=False), target_modules=["q_proj"], **parameters)
+        if accelerated:
+            accelerate(model)
+        for _ in range(2):
+            out = model(**tokens, output_hidden_states=True, labels=tokens["input_ids"])
+            (out.loss + out.hidden_states[2].square().mean()).backward()
+        found.append((read(out), gradients(model)))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    assert len(found[0][1]) == 16
+    assert reasons(model.get_base_model()) == [
+        "PEFT parametrises weights while it runs (target_parameters)"
+    ]
+
+
 def test_mixed_precision_of_accelerate(load: Load, tokens: dict[str, Tensor]) -> None:
     """Its wrapper looks at all that a call returns."""
     from accelerate import Accelerator

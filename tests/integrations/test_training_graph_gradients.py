@@ -35,9 +35,10 @@ def test_gradients_between_hidden_states(load: Load, tokens: dict[str, Tensor]) 
     assert counts(model)["replayed"] == 8
 
 
-@pytest.mark.parametrize("trained", ["adapters", "all"])
+@pytest.mark.parametrize("trained", ["adapters", "adapters over nf4", "all"])
 def test_gradients_of_gradients(load: Load, tokens: dict[str, Tensor], trained: str) -> None:
-    model = load(nf4=False) if trained == "all" else adapt(load(nf4=False))
+    model = load(nf4="nf4" in trained)
+    model = model if trained == "all" else adapt(model)
     model.set_attn_implementation("eager")
     accelerate(model)
 

@@ -102,6 +102,12 @@ def test_wrong_use() -> None:
     with pytest.raises(UserError, match="is on the meta device"):
         accelerate(on_meta)
     model = AutoModelForCausalLM.from_config(tiny_config("llama"))
+    with torch.device("meta"):
+        rotary = type(model.model.rotary_emb)(model.config)
+    whole, model.model.rotary_emb = model.model.rotary_emb, rotary
+    with pytest.raises(UserError, match=r"^model\.rotary_emb\.inv_freq is on the meta device"):
+        accelerate(model)
+    model.model.rotary_emb = whole
     with pytest.raises(UserError, match="not accelerated"):
         restore(model)
     accelerate(model)

@@ -98,6 +98,11 @@ def test_gradients_of_the_definition() -> None:
         (x, A, B),
         fast_mode=True,
     )
+    assert torch.autograd.gradgradcheck(
+        lambda x, A, B: recorded.adapted(x, None, Adapter(A, B, *adapter[2:]), False),
+        (x, A, B),
+        fast_mode=True,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
@@ -118,12 +123,13 @@ def test_second_derivative_of_the_frozen_product(kind: Any) -> None:
     torch.testing.assert_close(ddy, expected)
 
 
-def test_second_derivative_through_an_adapter_is_refused() -> None:
+def test_the_way_back_through_an_adapter_has_no_derivative_by_itself() -> None:
     _, recorded = make_layouts()
-    x, dy = torch.randn(3, K).requires_grad_(), torch.randn(3, N).requires_grad_()
-    y = recorded.adapted(x, None, make_adapter([N]), False)
-    with pytest.raises(NotImplementedError, match="an adapter has no second derivative"):
-        torch.autograd.grad(y, x, dy, create_graph=True)
+    A, B, *options = make_adapter([N])
+    x, dy, s = torch.randn(3, K), torch.randn(3, N).requires_grad_(), torch.randn(3, R)
+    args = (dy, x, s, recorded.records, None, A, B, *options, K, False, True, True)
+    with pytest.raises(NotImplementedError, match="with an adapter has no derivative"):
+        torch.ops.tli_engine.nf4_linear_records_backward.default(*args)
 
 
 # fused: the adapter rides along in the extension's product; beside: it does not; decoded: cuBLAS, whose

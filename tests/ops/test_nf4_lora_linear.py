@@ -129,11 +129,33 @@ def test_module_gives_the_ops_result(device: torch.device) -> None:
     torch.testing.assert_close(y.view(4, 20), nf4_lora_linear(x, weight, A, B, 0.7, bias))
 
 
-def test_a_second_derivative_is_refused(device: torch.device) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("sizes", SIZES[:3])
+def test_second_derivative(sizes: list[int], dropout: float) -> None:
+    device = torch.device("cpu")
+    x, weight, A, B, bias = make_inputs(2, sizes, torch.float64, device)
+    seed = torch.tensor(5)
+    assert torch.autograd.gradgradcheck(
+        lambda x, A, B, bias: nf4_lora_linear(
+            x, weight, A, B, 0.7, bias, sizes=sizes, dropout=dropout, seed=seed
+        ),
+        [t.requires_grad_() for t in (x, A, B, bias)],
+        fast_mode=True,
+    )
+
+
+def test_second_derivative_is_that_of_the_decoded_weight(device: torch.device) -> None:
     x, weight, A, B, _ = make_inputs(3, [20], torch.float32, device)
-    y = nf4_lora_linear(x.requires_grad_(), weight, A.requires_grad_(), B, 0.5)
-    with pytest.raises(NotImplementedError, match="no second derivative; leave create_graph out"):
-        torch.autograd.grad(y.square().sum(), A, create_graph=True)
+    wanted = [t.requires_grad_() for t in (x, A, B)]
+    found = []
+    for y in (
+        nf4_lora_linear(x, weight, A, B, 0.5),
+        x @ weight.dequantize(x.dtype).T + 0.5 * (x @ A.T) @ B.T,
+    ):
+        first = torch.autograd.grad(y.square().sum(), wanted, create_graph=True)
+        loss = sum((g.square().sum() for g in first), torch.zeros((), device=device))
+        found.append((*first, *torch.autograd.grad(loss, wanted)))
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("M", [0, 3])

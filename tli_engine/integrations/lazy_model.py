@@ -1,6 +1,7 @@
 """Models of transformers that give their hidden states when they are read."""
 
 import inspect
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +12,7 @@ from importlib.util import find_spec
 from threading import RLock
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from tli_engine.errors import UserError
@@ -19,7 +21,7 @@ from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
 from tli_engine.integrations.model_parts import ModelParts, has_global_hooks
-from tli_engine.integrations.replace import mark, original_class
+from tli_engine.integrations.replace import mark
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
 # model type in transformers, and the folder of its code
@@ -31,6 +33,8 @@ _FAMILIES = {
     "gemma3_text": "gemma3",
 }
 _SETTINGS = "_tli_engine_lazy"
+# in a lazy class: the class that it stands in for
+_STANDS_FOR = "_tli_engine_stands_for"
 # before a reason among a model's counts, which count the calls that it kept from being lazy
 AT_ONCE = "at once: "
 # the decoder of a model whose call is not lazy, and whose decoder's therefore is not
@@ -63,6 +67,7 @@ class LazySettings:
         # a call may be made inside another one
         self.lock = RLock()
         self._parts: ModelParts | None = None
+        self._parametrises = False
 
     def check_limit(self, reason: str = "") -> None:
         """Raise ``UserError`` for a call that cannot be lazy, and so does not stop, if it has to."""
@@ -76,7 +81,25 @@ class LazySettings:
         """The model's modules, found anew when some were exchanged."""
         if self._parts is None or not self._parts.are_same():
             self._parts = ModelParts(model, decoder)
+            self._parametrises = any(map(_parametrises, model.modules()))
         return self._parts
+
+    def why_at_once(
+        self, model: Any, decoder: Any, parts: ModelParts, arguments: Mapping[str, Any]
+    ) -> str | None:
+        """Why a call for hidden states cannot be put off, if there is a reason."""
+        # what another library wraps around a call may look at all that it returns
+        if "forward" in model.__dict__ or "forward" in decoder.__dict__:
+            return _REPLACED
+        if decoder.__dict__.get("_compiled_call_impl") is not None:
+            return "its decoder is compiled as a whole"
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            return "it is called inside a transform of torch.func"
+        if has_global_hooks():
+            return "all modules have hooks"
+        if self._parametrises:
+            return "PEFT parametrises weights while it runs (target_parameters)"
+        return _masked_by_cache(model.config, arguments) or parts.why_at_once()
 
 
 def settings_of(model: nn.Module) -> LazySettings | None:
@@ -95,7 +118,7 @@ def make_lazy(
     """
     if not _is_model(module):
         return
-    theirs = original_class(module) or type(module)
+    theirs = _stood_for(type(module))
     decoder = decoder_of(module, theirs)
     if isinstance(decoder, str):
         eager[name] = decoder
@@ -103,7 +126,9 @@ def make_lazy(
     depth = module.config.num_hidden_layers
     if stop_at is not None and not 0 <= stop_at <= depth:
         raise UserError(f"stop_at must be 0 … {depth} for this model, got {stop_at}")
-    if original_class(module) is None:
+    if settings_of(module) is None:
+        # one that was made by a lazy class is of that already
+        module.__class__ = theirs
         mark(module, _lazy_class(theirs))
         module.__dict__[_SETTINGS] = LazySettings(stop_at)
     elif stop_at is not None:
@@ -146,7 +171,8 @@ def _lazy_class(theirs: Any) -> Any:
 
     @wraps(theirs.forward)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if is_compiling() or _at_once.get() is self:
+        # one that was made by this class, type(model)(config), is not lazy
+        if settings_of(self) is None or is_compiling() or _at_once.get() is self:
             return theirs.forward(self, *args, **kwargs)
         output = _call(self, theirs, dict(zip(names, args, strict=False)) | kwargs)
         if output is not None:
@@ -159,7 +185,10 @@ def _lazy_class(theirs: Any) -> Any:
 
     def reduce(self: Any, protocol: Any) -> Any:
         state = {n: v for n, v in self.__dict__.items() if not n.startswith("_tli_engine_")}
-        return _rebuild, (theirs, self.__dict__[_SETTINGS].stop_at), state
+        settings = settings_of(self)
+        if settings is None:
+            return _new, (_stood_for(type(self)),), state
+        return _rebuild, (theirs, settings.stop_at), state
 
     # everything that goes by the name of the class sees transformers' own
     attributes = {
@@ -167,12 +196,23 @@ def _lazy_class(theirs: Any) -> Any:
         "__qualname__": theirs.__qualname__,
         "__reduce_ex__": reduce,
         "forward": forward,
+        _STANDS_FOR: theirs,
     }
     return type(theirs.__name__, (theirs,), attributes)
 
 
+def _stood_for(ours: type) -> type:
+    """The class of transformers that a lazy class stands in for; any other class itself."""
+    theirs: type = vars(ours).get(_STANDS_FOR, ours)
+    return theirs
+
+
+def _new(theirs: Any) -> Any:
+    return theirs.__new__(theirs)
+
+
 def _rebuild(theirs: Any, stop_at: int | None) -> Any:
-    model = theirs.__new__(theirs)
+    model = _new(theirs)
     mark(model, _lazy_class(theirs))
     model.__dict__[_SETTINGS] = LazySettings(stop_at)
     return model
@@ -206,7 +246,7 @@ def _call_alone(
     start = time.perf_counter_ns()
     counts = settings.counts
     parts = settings.parts_of(model, decoder)
-    reason = _why_at_once(model, decoder, parts)
+    reason = settings.why_at_once(model, decoder, parts, arguments)
     if reason:
         counts[f"{AT_ONCE}{reason}"] += 1
         settings.check_limit(f"; {reason}")
@@ -229,11 +269,10 @@ def _call_alone(
 
     counts["lazy"] += 1
     counts["of_blocks"] += run.depth
-    use_cache = arguments.get("use_cache")
-    cached = model.config.use_cache if use_cache is None else use_cache
+    cached = _makes_cache(model.config, arguments)
     labels = arguments.get("labels") is not None
     output_class = _output_class(theirs)
-    output = lazy_output(output_class, run, read_alone, labels=labels, cached=bool(cached))
+    output = lazy_output(output_class, run, read_alone, labels=labels, cached=cached)
     counts["call_ns"] += time.perf_counter_ns() - start
     return output
 
@@ -254,14 +293,38 @@ def _put_capturing_hooks() -> Callable[[Any], None]:
     return put
 
 
-def _why_at_once(model: Any, decoder: Any, parts: ModelParts) -> str | None:
-    """Why a call for hidden states cannot be put off, if there is a reason."""
-    # what another library wraps around a call may look at all that it returns
-    if "forward" in model.__dict__ or "forward" in decoder.__dict__:
-        return _REPLACED
-    if decoder.__dict__.get("_compiled_call_impl") is not None:
-        return "its decoder is compiled as a whole"
-    return "all modules have hooks" if has_global_hooks() else parts.why_at_once()
+def _parametrises(module: nn.Module) -> bool:
+    """Whether a module exchanges a weight of another while it runs, which then is another one after."""
+    peft_layer = sys.modules.get("peft.tuners.lora.layer")
+    return isinstance(module, getattr(peft_layer, "ParamWrapper", ()))
+
+
+def _masked_by_cache(config: Any, arguments: Mapping[str, Any]) -> str | None:
+    """Why a call's masks would be others without the cache that it makes, as blocks are run here.
+
+    Without one, and without a mask, transformers takes positions that start anew for several texts in a row;
+    a mask that is too long is cut only by a cache.
+    """
+    if not _makes_cache(config, arguments):
+        return None
+    mask = arguments.get("attention_mask")
+    if mask is None and arguments.get("position_ids") is not None:
+        return "position_ids without an attention_mask, and a cache"
+    length = _tokens_of(arguments).shape[1:2]
+    if isinstance(mask, Tensor) and mask.ndim == 2 and mask.shape[1:] != length:
+        return "an attention_mask longer or shorter than its tokens, and a cache"
+    return None
+
+
+def _tokens_of(arguments: Mapping[str, Any]) -> Any:
+    """Numbers ``[B, T]`` or vectors ``[B, T, D]``, whichever a call is given."""
+    ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if ids is None else ids
+
+
+def _makes_cache(config: Any, arguments: Mapping[str, Any]) -> bool:
+    use_cache = arguments.get("use_cache")
+    return bool(config.use_cache if use_cache is None else use_cache)
 
 
 def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
@@ -271,7 +334,7 @@ def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
         value = arguments.get(name)
         return getattr(config, name, None) if value is None else value
 
-    ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = _tokens_of(arguments)
     return (
         given("output_hidden_states") is True
         and not given("output_attentions")
@@ -279,7 +342,9 @@ def _asks_for_states(config: Any, arguments: Mapping[str, Any]) -> bool:
         # a cache that the caller has or asks for is filled at the call
         and arguments.get("past_key_values") is None
         and not arguments.get("use_cache")
-        and isinstance(embeds if ids is None else ids, Tensor)
+        and isinstance(tokens, Tensor)
+        # of none there is nothing to compute, and the error is transformers'
+        and tokens.numel() > 0
     )
 
 

@@ -55,10 +55,8 @@ class LazyHiddenStates(tuple[Tensor, ...]):
     _read: Callable[[int], Tensor]
 
     def __getitem__(self, index: Any) -> Any:
-        numbers = range(len(self))[index]
-        if isinstance(numbers, int):
-            return self._read(numbers)
-        return tuple(map(self._read, numbers))
+        found = super().__getitem__(index)
+        return tuple(map(_Unread.tensor, found)) if isinstance(found, tuple) else found.tensor()
 
     def __iter__(self) -> Iterator[Tensor]:
         return map(self._read, range(len(self)))

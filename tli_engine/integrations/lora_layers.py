@@ -43,10 +43,16 @@ class Linear(lora.Linear):  # type: ignore[misc]
         base = self.base_layer
         if not args and not kwargs and type(base) is nn.Linear and _takes(x, base.weight):
             update = plain_update(self)
-            if update and not is_hooked(base) and not torch.is_autocast_enabled(x.device.type):
+            plain = not is_hooked(base) and not torch.is_autocast_enabled(x.device.type)
+            if update and plain and not _is_transformed():
                 return dense_lora_linear(x, base.weight, *update, base.bias)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
+
+
+def _is_transformed() -> bool:
+    """Whether it runs inside a transform of ``torch.func``, which goes through no op with gradients of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:

@@ -5,6 +5,7 @@ Layers change their class and keep everything else: parameters, names, hooks, ad
 
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from typing import Any
 
 from torch import nn
@@ -124,6 +125,7 @@ def check_model(model: Any) -> None:
                 f"{name or 'the model'} is offloaded by accelerate's hooks; load the model onto one "
                 f"device, with device_map={{'': 0}}"
             )
-    on_meta = next((n for n, t in model.named_parameters() if t.device.type == "meta"), None)
+    held = chain(model.named_parameters(), model.named_buffers())
+    on_meta = next((n for n, t in held if t.device.type == "meta"), None)
     if on_meta is not None:
         raise UserError(f"{on_meta} is on the meta device; load the weights first")

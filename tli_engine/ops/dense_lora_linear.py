@@ -9,8 +9,7 @@ from torch import Tensor
 from tli_engine import backends
 from tli_engine.ops.autocast import cast_input, without_autocast
 from tli_engine.ops.nf4_linear import check_dtype, check_sides
-from tli_engine.ops.nf4_lora_linear import check_lora, fake_gradients
-from tli_engine.reference.counter_dropout import counter_dropout
+from tli_engine.ops.nf4_lora_linear import check_lora, differentiable_backward, fake_gradients
 from tli_engine.reference.dense_lora_linear import dense_lora_linear as _reference
 from tli_engine.reference.dense_lora_linear_backward import (
     dense_lora_linear_backward as _reference_backward,
@@ -68,26 +67,6 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
-def _differentiable_backward(
-    dy: Tensor,
-    x: Tensor,
-    s: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    seed: Tensor | None,
-    sizes: Sequence[int],
-    scaling: float,
-    dropout: float,
-    *needs: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients in plain PyTorch, where ``s`` depends on ``x`` and ``A`` as it does in truth."""
-    dropped = x if seed is None else counter_dropout(x, seed, dropout)
-    s = dropped @ (lora_A * scaling).to(x.dtype).T
-    adapter = (lora_A, lora_B, seed, sizes, scaling, dropout)
-    return _reference_backward(dy, x, s, weight, *adapter, *needs)
-
-
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
@@ -96,7 +75,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, .
     saved = ctx.saved_tensors
     # a way back that is to be differentiated in its turn
     op = torch.ops.tli_engine.dense_lora_linear_backward.default
-    run = _differentiable_backward if torch.is_grad_enabled() else op
+    run = differentiable_backward if torch.is_grad_enabled() else op
     dx, dA, dB = run(dy, *saved, *ctx.options, needs[0], needs[3] or needs[4])
     return (
         *(dx if needs[0] else None, dy.T @ saved[0] if needs[1] else None),

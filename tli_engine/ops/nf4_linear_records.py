@@ -11,6 +11,8 @@ from torch import Tensor
 
 from tli_engine import backends
 from tli_engine.ops.autocast import without_autocast
+from tli_engine.ops.nf4_lora_linear import differentiable_backward
+from tli_engine.reference.nf4_linear import decoded
 from tli_engine.reference.nf4_linear_records import nf4_linear_records as _reference
 from tli_engine.reference.nf4_linear_records_backward import (
     nf4_linear_records_backward as _reference_backward,
@@ -81,13 +83,30 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, s: Tensor, records: Tensor, _: Tensor | None, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients with an adapter in plain PyTorch, the weight decoded in full."""
+    *adapter, K, _fast, needs_dx, needs_lora = args
+    weight = dy.new_empty(0)
+    if needs_dx:
+        N = dy.shape[1]
+        weight = decoded(*from_records(records, N, K, False), N, K, 64, False, dy.dtype)
+    return differentiable_backward(dy, x, s, weight, *adapter, needs_dx, needs_lora)
+
+
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 12
     needs = ctx.needs_input_grad
-    dx, dA, dB = torch.ops.tli_engine.nf4_linear_records_backward.default(
-        dy, *ctx.saved_tensors, *ctx.adapter, ctx.K, ctx.fast, needs[0], needs[4] or needs[5]
-    )
+    # unpacked once: to do so again would run a block once more
+    saved = ctx.saved_tensors
+    # a way back that is to be differentiated in its turn; without an adapter the op is
+    adapted = torch.is_grad_enabled() and saved[0] is not None
+    op = torch.ops.tli_engine.nf4_linear_records_backward.default
+    run = _differentiable_backward if adapted else op
+    options = (*ctx.adapter, ctx.K, ctx.fast, needs[0], needs[4] or needs[5])
+    dx, dA, dB = run(dy, *saved, *options)
     return (
         *(dx if needs[0] else None, None, None, dy.sum(0) if needs[3] else None),
         *(dA if needs[4] else None, dB if needs[5] else None),
@@ -102,7 +121,7 @@ def _setup_context_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Ten
     _, _, _, records, transposed, lora_A, *_, ctx.fast, _, _ = inputs
     if lora_A is not None:
         raise NotImplementedError(
-            "nf4_linear_records: an adapter has no second derivative; leave create_graph out"
+            "nf4_linear_records_backward with an adapter has no derivative; nf4_linear_records has a second"
         )
     ctx.save_for_backward(records, transposed)
     ctx.N = inputs[0].shape[1]

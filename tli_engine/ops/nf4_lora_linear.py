@@ -11,6 +11,9 @@ from tli_engine.nf4 import NF4Weight
 from tli_engine.ops.autocast import cast_input, without_autocast
 from tli_engine.ops.counter_dropout import check_seed
 from tli_engine.ops.nf4_linear import Numerics, check_linear
+from tli_engine.reference.counter_dropout import counter_dropout
+from tli_engine.reference.dense_lora_linear_backward import dense_lora_linear_backward
+from tli_engine.reference.nf4_linear import decoded
 from tli_engine.reference.nf4_lora_linear import nf4_lora_linear as _reference
 from tli_engine.reference.nf4_lora_linear_backward import (
     nf4_lora_linear_backward as _reference_backward,
@@ -77,14 +80,48 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     ctx.set_materialize_grads(False)
 
 
+def differentiable_backward(
+    dy: Tensor,
+    x: Tensor,
+    s: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    seed: Tensor | None,
+    sizes: Sequence[int],
+    scaling: float,
+    dropout: float,
+    *needs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients in plain PyTorch, where ``s`` depends on ``x`` and ``A`` as it does in truth."""
+    dropped = x if seed is None else counter_dropout(x, seed, dropout)
+    s = dropped @ (lora_A * scaling).to(x.dtype).T
+    adapter = (lora_A, lora_B, seed, sizes, scaling, dropout)
+    return dense_lora_linear_backward(dy, x, s, weight, *adapter, *needs)
+
+
+def _differentiable_backward(
+    dy: Tensor, x: Tensor, s: Tensor, packed: Tensor, absmax: Tensor, *args: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the weight decoded in full."""
+    *adapter, block_size, tiled, _, needs_dx, needs_lora = args
+    weight = dy.new_empty(0)
+    if needs_dx:
+        N, K = dy.shape[1], x.shape[1]
+        weight = decoded(packed, absmax, N, K, block_size, tiled, dy.dtype)
+    return differentiable_backward(dy, x, s, weight, *adapter, needs_dx, needs_lora)
+
+
 def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 13
     needs = ctx.needs_input_grad
-    needs_lora = needs[4] or needs[5]
-    dx, dA, dB = torch.ops.tli_engine.nf4_lora_linear_backward.default(
-        dy, *ctx.saved_tensors, *ctx.options, needs[0], needs_lora
-    )
+    # unpacked once: to do so again would run a block once more
+    saved = ctx.saved_tensors
+    # a way back that is to be differentiated in its turn
+    op = torch.ops.tli_engine.nf4_lora_linear_backward.default
+    run = _differentiable_backward if torch.is_grad_enabled() else op
+    dx, dA, dB = run(dy, *saved, *ctx.options, needs[0], needs[4] or needs[5])
     return (
         *(dx if needs[0] else None, None, None, dy.sum(0) if needs[3] else None),
         *(dA if needs[4] else None, dB if needs[5] else None),
@@ -92,16 +129,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Tensor) -> tuple[Tensor | None, .
     )
 
 
-def _no_second_derivative(*args: Any, **options: Any) -> None:
-    raise NotImplementedError(
-        "nf4_lora_linear: an adapter has no second derivative; leave create_graph out"
-    )
-
-
 torch.library.register_autograd(_OP, _backward, setup_context=_setup_context)
-torch.library.register_autograd(
-    _BACKWARD, _no_second_derivative, setup_context=_no_second_derivative
-)
 
 
 def check_lora(
@@ -152,7 +180,7 @@ def nf4_lora_linear(
     .. math:: y_g = x\,W_g^\top + b_g + s\,\big(D(x)\,A_g^\top\big)\,B_g^\top
 
     for each group :math:`g` of rows: q, k and v, say, that share an input, and here the mask of the
-    dropout :math:`D` too: a function of ``seed``, never stored.
+    dropout :math:`D` too: a function of ``seed``, never stored. Second derivatives decode the weight.
 
     Args:
         x: Input, ``[..., K]``, any strides, no rows allowed; bf16, fp16, fp32 or, on a CPU, fp64.
