@@ -9,6 +9,7 @@ import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.optim import optimizer as torch_optimizer
 
 from tests.integrations.conftest import adapt
@@ -201,6 +202,26 @@ def test_steps_on_other_models_do_no_harm(load: Load) -> None:
     assert out.hidden_states[3].requires_grad
 
 
+def test_a_compiled_step_has_no_more_graphs(load: Load) -> None:
+    weight = nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.SGD([weight], lr=0.1)
+    with _no_hooks_of_others():
+        before = _graphs(optimizer)
+        model = load(nf4=False)
+        accelerate(model)
+        model(**WORD, output_hidden_states=True)
+        assert _graphs(optimizer) == before
+
+
+def _graphs(optimizer: torch.optim.Optimizer) -> int:
+    torch._dynamo.reset()
+    counters.clear()
+    torch.compile(lambda: optimizer.step(), backend="eager")()
+    found: int = counters["stats"]["unique_graphs"]
+    return found
+
+
 def test_hooks_of_steps_go_with_the_last_model(load: Load) -> None:
     with _no_hooks_of_others():
         models = [load(nf4=False), load(nf4=False)]
@@ -244,15 +265,18 @@ def test_what_counts() -> None:
 
 @pytest.mark.parametrize("name", ["absmax", "state2.absmax", "offset"])
 def test_statistics_of_an_accelerated_layer(load: Load, name: str) -> None:
-    """Written in place after a call: the layer reads them anew."""
+    """Written in place after a call: the layer reads them anew, and lays them out anew where it holds a copy."""
     after = []
     for reads_before in (True, False):
         model = load(double_quant=True).eval()
         accelerate(model)
         if reads_before:
             states(model)[3]
-        state = model.model.layers[1].mlp.up_proj.weight.quant_state
+        layer = model.model.layers[1].mlp.up_proj
+        frozen, state = layer.frozen_weight(), layer.weight.quant_state
+        assert frozen.is_of(layer.weight)
         holder = state.state2 if name == "state2.absmax" else state
         getattr(holder, name.rpartition(".")[2]).mul_(2)
+        assert not frozen.is_of(layer.weight)
         after.append(states(model)[3])
     assert torch.equal(*after)

@@ -53,10 +53,14 @@ def _parameters(optimizer: Optimizer) -> list[Tensor]:
 
 
 def _begin(optimizer: Optimizer, *_: Any) -> None:
-    _before[optimizer] = versions(_parameters(optimizer))
+    # a compiled step writes by operations that count
+    if not torch.compiler.is_compiling():
+        _before[optimizer] = versions(_parameters(optimizer))
 
 
 def _end(optimizer: Optimizer, *_: Any) -> None:
+    if torch.compiler.is_compiling():
+        return
     before, parameters = _before.pop(optimizer, []), _parameters(optimizer)
     now = versions(parameters)
     if len(before) != len(now):

@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 _TENSOR: Any = torch._C.TensorBase
 _VERSION = _TENSOR._version.__get__
 _EMPTY = torch.empty(0)
+_COPIES: Any = torch._has_compatible_shallow_copy_type
 
 # how often :func:`watched` was entered and not left
 _depth = 0
@@ -38,9 +39,9 @@ class _Alias:
         # torch swaps no tensor that has weak references
         self.owner = owner
         with torch._C.DisableTorchFunctionSubclass():
-            # of the same counter, and without the memory, which may be given up
             self.counter = value.detach()
-            if value.layout is torch.strided and not value.is_meta:
+            # of the same counter, and without the memory, which may be given up
+            if type(self.counter) is Tensor and _COPIES(self.counter, _EMPTY):
                 _TENSOR.data.__set__(self.counter, _EMPTY)
         self.version = self.counter._version
 
@@ -174,6 +175,8 @@ def watched() -> Iterator[None]:
         _depth -= 1
         steps.remove()
         torch.utils.swap_tensors = swap
+        if not _depth:
+            _aliases.clear()
         if outer is None:
             # the class has none of its own: TensorBase's shows again
             del torch.Tensor.data
