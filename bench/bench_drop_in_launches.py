@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.bench_drop_in import FEW, SCRIPTS, cases, tiny_subject, write_model
-from tli_engine.integrations import training_graphs
+from tli_engine.integrations import model_parts, training_graphs
 from tli_engine.integrations.script import run_script
 
 # views, allocations, and reads of a tensor on the host launch nothing
@@ -135,11 +135,12 @@ def count(folder: Path, way: str) -> Counter[tuple[str, str]]:
             patches.enter_context(mock.patch.object(sys, "argv", [str(script), *arguments]))
             runpy.run_path(str(script), run_name="__main__")
             return counting.found
+        # the counting itself is one of those who watch
+        patches.enter_context(mock.patch.object(model_parts, "has_modes", bool))
         if way == "replayed":
             graphs = training_graphs.TrainingGraphs
             made = mock.Mock(side_effect=lambda: graphs(lambda device: _StandIn()))
             patches.enter_context(mock.patch("tli_engine.integrations.script.TrainingGraphs", made))
-            # the counting itself is one of those who watch
             patches.enter_context(mock.patch.object(training_graphs, "_observed", _nobody))
         status, _, _ = run_script(script, arguments, lambda line: None)
         if status:

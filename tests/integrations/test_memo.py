@@ -107,8 +107,9 @@ def test_one_output_gives_one_tensor(model: Any) -> None:
         lambda p: setattr(p, "data", p * 2),
         lambda p: p.copy_(p * 2),
         lambda p: p.detach().mul_(2),
+        lambda p: torch.utils.swap_tensors(p, nn.Parameter(p * 2)),
     ],
-    ids=["in place", "data in place", "data", "copy", "detached"],
+    ids=["in place", "data in place", "data", "copy", "detached", "swapped"],
 )
 def test_changed_weights_are_seen(model: Any, write: Callable[[nn.Parameter], object]) -> None:
     remember(model)
@@ -202,6 +203,39 @@ def test_only_words_without_gradients_are_held(model: Any) -> None:
         inferred = model(**WORD, output_hidden_states=True).hidden_states[2]
     assert torch.equal(inferred, states(model)[2])
     assert not states(model)[2].is_inference()
+
+
+def test_what_is_given_is_of_the_mode_of_its_call(model: Any) -> None:
+    remember(model)
+    first = states(model)
+    with torch.inference_mode():
+        assert not first[2].is_inference()
+        second = model(**WORD, output_hidden_states=True).hidden_states
+    # once served, once from memory
+    assert second[2].is_inference()
+    with torch.inference_mode():
+        third = model(**WORD, output_hidden_states=True).hidden_states
+    assert third[2].is_inference()
+    scale = torch.ones((), requires_grad=True)
+    (first[2] * scale).sum().backward()
+    assert scale.grad is not None
+
+
+def test_weights_of_inference_mode_are_not_remembered(model: Any) -> None:
+    """Their writes are not counted."""
+    with torch.inference_mode():
+        layer = model.model.layers[1].mlp.down_proj
+        layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+    memo = remember(model)
+    eagerly = {"output_hidden_states": True, "use_cache": True}
+    with torch.inference_mode():
+        before = model(**WORD, output_hidden_states=True).hidden_states[3]
+        layer.weight.mul_(2)
+        after = model(**WORD, output_hidden_states=True).hidden_states[3]
+        assert not torch.equal(after, before)
+        assert torch.equal(after, model(**WORD, **eagerly).hidden_states[3])
+    assert len(memo) == 0
+    assert counts(model)["not remembered: it has weights or buffers of inference mode"] == 2
 
 
 def test_memory_is_bounded(model: Any) -> None:

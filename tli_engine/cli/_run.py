@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tli_engine.cli.console import plain_table, say, show
 from tli_engine.integrations.lazy_model import AT_ONCE
+from tli_engine.integrations.memo import NOT_REMEMBERED
 from tli_engine.integrations.script import ScriptRun, run_script
 from tli_engine.integrations.training_graphs import LAUNCHED
 
@@ -20,6 +21,7 @@ _COLUMNS = {
 # what is counted by a reason, and what it is called
 _REASONS = {
     AT_ONCE: "calls computed at once",
+    NOT_REMEMBERED: "calls on a word not remembered",
     LAUNCHED: "blocks trained without graphs",
 }
 

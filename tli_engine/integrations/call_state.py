@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from tli_engine.errors import UserError
-from tli_engine.integrations.held_state import HeldState
 from tli_engine.integrations.model_parts import ModelParts, Modules, has_global_hooks
-from tli_engine.integrations.same_objects import are_same_weights, versions
+from tli_engine.integrations.same_objects import addresses, are_same_weights, versions
+from tli_engine.integrations.weight_writes import certain_writes, is_watched, writes_to
 
 
 class CallState:
@@ -35,11 +35,19 @@ class CallState:
         self._inputs = list(inputs)
         self._weights = parts.parameters()
         self._versions = versions(self._weights), versions(self._inputs)
-        self._held: HeldState | None = None
+        self._since, self._own_writes = certain_writes(), dict[int, int]()
+        # where all that moves a weight is watched its place need not be looked at
+        self._addresses = None if is_watched() else addresses(self._weights)
+        self._held = parts.last_held
 
     def look(self) -> None:
         """Note what modules hold beside weights: what they changed themselves until now is no change."""
-        self._held = self.parts.held()
+        self._held = self.parts.held_still()
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether all writes to weights and buffers are counted; those of inference mode do not count."""
+        return -1 not in self._versions[0] and self._held.is_counted
 
     @property
     def key(self) -> tuple[object, ...]:
@@ -58,6 +66,13 @@ class CallState:
         """Whether both calls saw the same parameters with the same values, in the same modules."""
         same = self._held is other._held and are_same_weights(self._weights, other._weights)
         return same and self._versions[0] == other._versions[0]
+
+    def copy_of(self, hidden: Tensor) -> Tensor:
+        """A copy as the call would give it, which in inference mode is a tensor of that."""
+        if torch.is_inference_mode_enabled() == self._inference:
+            return hidden.clone()
+        with self.gradients():
+            return hidden.clone()
 
     @contextmanager
     def gradients(self) -> Iterator[None]:
@@ -96,8 +111,10 @@ class CallState:
                 enabled=self._autocast,
                 cache_enabled=self._autocast_cache,
             )
+            before = certain_writes()
             with self.gradients(), autocast:
                 yield
+            self._note_own_changes(parts, before)
         finally:
             if changes_mode:
                 parts.set_training(training)
@@ -108,7 +125,11 @@ class CallState:
         now = parts.parameters()
         same = parts.are_same() and are_same_weights(now, self._weights[: len(now)])
         same = same and _fixed(adapters) == _fixed(self.adapters[: len(adapters)])
-        if not (same and versions(now) == self._versions[0][: len(now)]):
+        same = same and versions(now) == self._versions[0][: len(now)]
+        if self._addresses is not None:
+            same = same and addresses(now) == self._addresses[: len(now)]
+        looked_at = [*now, *self._held.tensors(len(parts))]
+        if not same or writes_to(looked_at, self._since).items() - self._own_writes.items():
             raise UserError(
                 f"{what} was not read before the model's weights changed; hidden states are "
                 f"computed as they are read: read it right after the call, or call the model again"
@@ -119,7 +140,6 @@ class CallState:
                 f"{what} was not read before the model's attention was changed from "
                 f"{self._attention} to {attention}; read it right after the call"
             )
-        assert self._held is not None
         change = self._held.change(len(parts))
         if change is not None or self.parts.has_hooks(len(parts)) or has_global_hooks():
             raise UserError(
@@ -131,6 +151,13 @@ class CallState:
                 f"{what} was not read before the call's inputs were written to; read it right "
                 f"after the call, or write to a copy"
             )
+
+    def _note_own_changes(self, parts: Modules, before: int) -> None:
+        """Note what the run itself has moved, as layers of bitsandbytes convert their biases."""
+        now = parts.parameters()
+        self._own_writes |= writes_to(now, before)
+        if self._addresses is not None:
+            self._addresses[: len(now)] = addresses(now)
 
 
 def _fixed(adapters: Sequence[tuple[object, ...]]) -> list[object]:

@@ -104,9 +104,18 @@ class FrozenWeight:
 
     def _look(self, parameter: Any) -> tuple[object, ...]:
         state = parameter.quant_state
-        absmax = state.absmax
+        seen = _place(state.absmax)
+        if state.nested:
+            seen = (*seen, *_place(state.state2.absmax), *_place(state.offset))
         # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
         with torch._C.DisableTorchFunctionSubclass():
             bytes_ = (parameter.data_ptr(), parameter._version)
         # the state is kept, so that its number is not given to another
-        return (*bytes_, id(state), absmax.data_ptr(), absmax._version)
+        return (*bytes_, id(state), *seen)
+
+
+def _place(statistics: Any) -> tuple[object, ...]:
+    """Where they lie and how often they were written to; a number as it is."""
+    if not isinstance(statistics, Tensor):
+        return (statistics,)
+    return statistics.data_ptr(), statistics._version

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from tli_engine.integrations.held_code import Code, Configs
+from tli_engine.integrations.held_code import Code, Configs, is_known
 from tli_engine.integrations.same_objects import PLAIN, versions
 from tli_engine.integrations.weight_writes import watch
 
@@ -46,6 +46,7 @@ class HeldState:
     """
 
     def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._own = frozenset(map(id, modules))
         self._numbers = [i for i, m in enumerate(modules) if type(m) not in CONTAINERS]
         self._modules = [modules[i] for i in self._numbers]
         self._dicts = [m.__dict__ for m in self._modules]
@@ -73,7 +74,8 @@ class HeldState:
         self._contents = [content for _, _, content in containers]
         self._look_at_tensors()
         self._quantised = _Quantised(self._dicts)
-        self._code, self._configs = Code(self._modules), Configs(self._modules)
+        self._code, self._configs = Code(self._modules, at_call=True), Configs(self._modules)
+        self._foreign: dict[str | None, str | None] = {}
 
     def _look_at_tensors(self) -> None:
         """Buffers, and tensors that are plain attributes, with how often each was written to."""
@@ -102,6 +104,40 @@ class HeldState:
         self._look()
         return True
 
+    @property
+    def is_counted(self) -> bool:
+        """Whether writes to all buffers are counted; to those of inference mode they are not."""
+        return -1 not in self._versions
+
+    def tensors(self, count: int) -> list[Tensor | None]:
+        """Buffers, and tensors that are plain attributes, of the first ``count`` modules."""
+        return self._tensors[: self._starts[bisect_left(self._numbers, count)]]
+
+    def foreign(self, attention: str | None) -> str | None:
+        """The name of something that runs and that no known library wrote: it may have state of its own.
+
+        Args:
+            attention: The way to attend that is in use.
+        """
+        if attention not in self._foreign:
+            code = self._code
+            found = code.foreign_class() or code.foreign(attention) or self._foreign_attribute()
+            self._foreign[attention] = found
+        return self._foreign[attention]
+
+    def _foreign_attribute(self) -> str | None:
+        """What somebody put on a module, a ``forward`` for the most part."""
+        for type_, held in zip(self._types, self._held, strict=True):
+            for name, value in held.items():
+                if isinstance(value, (type, Tensor, nn.Module)):
+                    continue
+                # accelerate's hooks run in its forward
+                called = getattr(value, "hooks", [value]) if name == "_hf_hook" else [value]
+                for each in called:
+                    if (callable(each) or name == "_hf_hook") and not is_known(each, self._own):
+                        return f"{type_.__name__}'s {name}"
+        return None
+
     def change(self, count: int) -> str | None:
         """What is another now, in words, of the first ``count`` modules; ``None``: nothing."""
         count = bisect_left(self._numbers, count)
@@ -115,8 +151,15 @@ class HeldState:
             return "a weight's statistics"
         return self._code.change() or self._configs.change()
 
+    def are_modules_same(self) -> bool:
+        """As :meth:`is_same`, but for functions and configurations; may take what is as it was for changed."""
+        return self._are_modules_same(len(self._dicts))
+
     def _is_same_at_once(self, count: int) -> bool:
         """As :meth:`is_same`, of the first ``count`` that are called; may take what is as it was for changed."""
+        return self._are_modules_same(count) and self._code.is_same() and self._configs.is_same()
+
+    def _are_modules_same(self, count: int) -> bool:
         tensors = self._tensors[: self._starts[count]]
         containers = bisect_left(self._container_numbers, count)
         filled = bisect_left(self._with_buffers, count)
@@ -131,8 +174,6 @@ class HeldState:
                 and all(map(is_, _values(self._filled[:filled]), self._held_buffers))
                 and versions(tensors) == self._versions[: len(tensors)]
                 and self._quantised.is_same(count)
-                and self._code.is_same()
-                and self._configs.is_same()
             )
         except (KeyError, RuntimeError, ValueError):
             # an attribute is gone, or tensors or arrays would be compared number by number

@@ -26,6 +26,9 @@ _BYTES = 1 << 30
 _TOKENS = {"attention_mask": 1, "token_type_ids": 0}
 _KNOWN = {"input_ids", *_TOKENS, "output_hidden_states", "return_dict", "use_cache"}
 
+# before a reason among a model's counts, which count the calls on words that it kept from being remembered
+NOT_REMEMBERED = "not remembered: "
+
 Key = tuple[object, ...]
 
 
@@ -72,16 +75,22 @@ class Memo:
     def find(self, call: Call) -> tuple[LazyRun, Callable[[int], Tensor]] | None:
         """The run of a call, an earlier one if there was, and what reads its hidden states.
 
-        ``None`` for a call that is not of one word, is trained through, or drops out.
+        ``None`` for a call that is not of one word, is trained through, or drops out, and for one that cannot be
+        remembered: why is counted with its model, as :data:`NOT_REMEMBERED` and a reason.
         """
         state = call.state
         word = None if state.grad or any(state.training) else _word(call.arguments)
         if word is None:
             return None
-        state.look()
+        reason = state.parts.why_not_remembered()
         self._forget_if_changed(state)
         key = (*word, *state.key)
         run = self._runs.get(key)
+        if run is None and not state.is_counted:
+            reason = "it has weights or buffers of inference mode"
+        if reason is not None:
+            call.counts[f"{NOT_REMEMBERED}{reason}"] += 1
+            return None
         if run is None:
             run = self._runs[key] = self._run(call, word)
         else:
@@ -92,7 +101,7 @@ class Memo:
         def hidden_state(k: int) -> Tensor:
             if k not in read:
                 # the caller may write to what it gets
-                read[k] = self._read(key, run, k).clone()
+                read[k] = state.copy_of(self._read(key, run, k))
             return read[k]
 
         return run, hidden_state

@@ -13,8 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
+from torch.overrides import _get_current_function_mode_stack
+from torch.utils._device import DeviceContext
 
+from tli_engine.integrations.held_code import is_known
 from tli_engine.integrations.held_state import CONTAINERS, HeldState
+from tli_engine.integrations.optimizer_steps import note_steps_on
 
 # of a PEFT layer: which adapters are on; merging is a change of weights and is not undone
 _ADAPTER_STATE = ("_disable_adapters", "_active_adapter")
@@ -23,6 +27,7 @@ _GLOBAL_HOOKS = tuple(
     f"_global_{name}"
     for name in ("forward_hooks", "forward_pre_hooks", "backward_hooks", "backward_pre_hooks")
 )
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 # where accelerate notes its hook, which replaces the module's forward
 _HOOK = "_hf_hook"
 
@@ -113,6 +118,10 @@ class ModelParts(Modules):
         super().__init__(modules)
         self._config, self._modules = model.config, modules
         self._state: HeldState | None = None
+        # those that run at the call
+        inside = {id(m) for block in decoder.layers for m in block.modules()}
+        self._outside = [m for m in modules if id(m) not in inside]
+        self._outer: HeldState | None = None
         self._is_scripted = len(modules) < len(found)
         self._holders = [d for d in self._dicts if d["_parameters"] or d["_buffers"]]
         numbers = {id(d): i for i, d in enumerate(self._dicts)}
@@ -121,12 +130,15 @@ class ModelParts(Modules):
         self._ends = starts[1:] if sorted(set(starts)) == starts else []
         self._below: dict[int, Modules] = {}
         before, after = ("_forward_pre_hooks", "_backward_hooks"), "_forward_hooks"
-        # hooks of itself and of the embedding run at the call anyway
-        at_call = {id(m.__dict__) for m in (model, *decoder.embed_tokens.modules())}
+        # hooks of itself and of the embedding run at the call anyway, if that runs
+        embedding = [m.__dict__ for m in decoder.embed_tokens.modules()]
+        self._at_embedding = [d[name] for d in embedding for name in _HOOKS]
+        at_call = {id(d) for d in (model.__dict__, *embedding)}
         later = [d for d in self._called if id(d) not in at_call]
         self._hooks = [d[name] for d in later for name in before]
         self._after = [d[after] for d in later]
         self._hooked = [numbers[id(d)] for d in later]
+        note_steps_on(self)
 
     @property
     def attention(self) -> str | None:
@@ -148,7 +160,17 @@ class ModelParts(Modules):
             return "it holds a module of torch.jit"
         if self._is_offloaded():
             return "it is offloaded by accelerate's hooks"
-        return "a module has hooks" if self.has_hooks() else None
+        if self.has_hooks():
+            return "a module has hooks"
+        if has_modes():
+            return "a mode of torch watches what runs"
+        foreign = self.held().foreign(self.attention)
+        return f"code runs in it that no known library wrote: {foreign}" if foreign else None
+
+    def why_not_remembered(self) -> str | None:
+        """Why a call must run its embedding, if something in the model is against serving it."""
+        hooks = (hook for some in filter(None, self._at_embedding) for hook in some.values())
+        return None if all(map(_prepares, hooks)) else "its embeddings have hooks"
 
     def _is_offloaded(self) -> bool:
         """Whether weights come only while their module runs, and are others each time."""
@@ -173,13 +195,37 @@ class ModelParts(Modules):
     def held(self) -> HeldState:
         """What the modules hold now beside weights and modes: the same object until it changes."""
         if self._state is None or not self._state.is_same():
-            self._state = HeldState(self._modules)
+            self._state, self._outer = HeldState(self._modules), None
+        if self._outer is None:
+            self._outer = HeldState(self._outside)
         return self._state
+
+    def held_still(self) -> HeldState:
+        """As :meth:`held`, if nothing ran since that was asked but what runs at a call before the blocks."""
+        if self._state is None or self._outer is None or not self._outer.are_modules_same():
+            self._outer = None
+            return self.held()
+        return self._state
+
+    @property
+    def last_held(self) -> HeldState:
+        """What :meth:`held` found when it was asked last."""
+        return self.held() if self._state is None else self._state
 
 
 def has_global_hooks() -> bool:
     """Whether something looks at the calls of all modules."""
     return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
+
+
+def has_modes() -> bool:
+    """Whether something sees, or changes, each operation of the calling thread."""
+    if torch._C._len_torch_dispatch_stack() > 0:
+        return True
+    if torch._C._len_torch_function_stack() == 0:
+        return False
+    # torch's own default device is one
+    return any(type(mode) is not DeviceContext for mode in _get_current_function_mode_stack())  # type: ignore[no-untyped-call]
 
 
 def offloads(hook: Any) -> bool:
@@ -205,3 +251,8 @@ def _adapter_state(layer: dict[str, Any]) -> tuple[object, ...]:
 def _captures(hook: Any) -> bool:
     """Whether a hook is one of transformers' own, which do nothing unless they are asked."""
     return getattr(hook, "__module__", "") == "transformers.utils.output_capturing"
+
+
+def _prepares(hook: Any) -> bool:
+    """Whether a hook of embeddings only asks for gradients, as transformers' and PEFT's does."""
+    return is_known(hook) and getattr(hook, "__name__", "").startswith("make_inputs_require_grad")

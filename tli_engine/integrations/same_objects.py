@@ -48,14 +48,34 @@ def _place(tensor: Any) -> tuple[object, ...]:
 
 
 def versions(tensors: Sequence[Tensor | None]) -> list[int]:
-    """How often each was written to; -1 for those of inference mode, and for ``None``."""
+    """How often each was written to; -1 for those of inference mode, and 0 for ``None``."""
     # bitsandbytes' parameters see every access to an attribute, 2 us each, unless told not to
     with torch._C.DisableTorchFunctionSubclass():
         try:
-            return [-1 if tensor is None else tensor._version for tensor in tensors]
+            return [0 if tensor is None else tensor._version for tensor in tensors]
         except RuntimeError:
-            # tensors of inference mode have none, and are not written to outside it
-            return [
-                -1 if tensor is None or tensor.is_inference() else tensor._version
-                for tensor in tensors
-            ]
+            # tensors of inference mode have none
+            return [*map(_version, tensors)]
+
+
+def _version(tensor: Tensor | None) -> int:
+    if tensor is None:
+        return 0
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    """Where each lies; 0 for ``None``, and for tensors without memory of their own."""
+    with torch._C.DisableTorchFunctionSubclass():
+        try:
+            return [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+        except RuntimeError:
+            return [*map(_address, tensors)]
+
+
+def _address(tensor: Tensor | None) -> int:
+    try:
+        return 0 if tensor is None else tensor.data_ptr()
+    except RuntimeError:
+        # inside a transform of torch.func, say
+        return 0
