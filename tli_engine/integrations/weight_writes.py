@@ -129,6 +129,14 @@ def _note_alias(owner: int, value: Tensor) -> None:
         _aliases[id(value)] = _Alias(owner, value)
 
 
+def _forget_aliases(owner: int) -> None:
+    """Of a tensor whose memory is another now: what lay there before is none of it."""
+    for number in [*_aliases]:
+        alias = _aliases.get(number)
+        if alias is not None and alias.owner == owner:
+            _aliases.pop(number, None)
+
+
 @contextmanager
 def watched() -> Iterator[None]:
     """Count while inside."""
@@ -149,11 +157,7 @@ def watched() -> Iterator[None]:
         owner = _owner(tensor)
         if owner is not None:
             _count_certain(owner)
-            # what lay there before is another's now
-            for number in [*_aliases]:
-                alias = _aliases.get(number)
-                if alias is not None and alias.owner == owner:
-                    _aliases.pop(number, None)
+            _forget_aliases(owner)
             _note_alias(owner, value)
 
     swap: Any = torch.utils.swap_tensors
