@@ -149,7 +149,9 @@ class SftStep:
         self._ahead = None
         found = (launched.loss, self.updates.clip(), *launched.aligned)
         # what is no number is noticed after an update that the run then ends with
-        figures = Readback(torch.stack([value.float() for value in found]))
+        # the norm of gradients that are offloaded is on the host
+        device = launched.loss.device
+        figures = Readback(torch.stack([value.float().to(device) for value in found]))
         train, total = self._config.train, self._order.total_steps
         self.updates.set_rate(learning_rate(train, step, total))
         self.updates.step()
