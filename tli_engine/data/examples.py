@@ -187,12 +187,20 @@ def _chat_frame(tokenizer: Any, instruction: str) -> _Frame:
         raise UserError("prompt.template: the chat template does not show the article; use plain")
     before, _, after = prompt.partition(_ARTICLE)
     shown, _, rest = whole.partition(_ANSWER)
-    between = shown.removeprefix(prompt) if shown.startswith(prompt) else ""
-    gap = between if between.isspace() else ""
+    begins_so = _ANSWER in whole and shown.startswith(prompt)
+    between = shown.removeprefix(prompt) if begins_so else ""
+    # some templates show the assistant's header beside an answer only; a space is the answer's
+    header = "" if between.isspace() else between.rstrip(" ")
     first = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
-    ends_turn = first and first[0] in tokenizer.all_special_ids
+    ends_turn = first and _is_special(tokenizer, first[0])
     end = first[0] if ends_turn else tokenizer.eos_token_id
-    return _Frame(before, after, gap, end)
+    return _Frame(before, after + header, between.removeprefix(header), end)
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    # all_special_ids has those alone that have a role, such as eos_token; Gemma 3's end of turn has none
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
 
 
 class ExampleStore:
