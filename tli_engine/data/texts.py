@@ -76,6 +76,11 @@ class Texts:
         if rows.columns is not None:
             for column in columns:
                 self._require(column, rows.columns, name)
+                if rows.columns.count(column) > 1:
+                    raise UserError(
+                        f"{name}: has several columns {column!r}; rename those that are not to be "
+                        f"read, or name others with data.columns"
+                    )
         if not len(self._kept):
             raise UserError(f"{name}: no articles; add rows with {' and '.join(columns)}")
 
@@ -214,9 +219,9 @@ def _not_empty(rows: Parquet, columns: tuple[str, str]) -> list[int]:
     if not {*columns} <= {*(rows.columns or ())}:
         return list(range(len(rows)))
     kept: list[int] = []
-    for start, table in rows.groups():
+    for start, batch in rows.batches():
         full = [
-            compute.fill_null(compute.not_equal(compute.utf8_trim_whitespace(table[c]), ""), False)
+            compute.fill_null(compute.not_equal(compute.utf8_trim_whitespace(batch[c]), ""), False)
             for c in columns
         ]
         both = compute.and_(*full).to_pylist()
