@@ -9,7 +9,7 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
-from tli_engine.config import DataConfig
+from tli_engine.config import PRESETS, DataConfig
 from tli_engine.data.downloads import download
 from tli_engine.data.pairs import is_text
 from tli_engine.data.rows import Parquet, Rows, open_rows
@@ -30,8 +30,6 @@ _XLSUM_LANGUAGES = (
 )
 
 
-# what has articles of its own for each split
-_PRESETS = ("xlsum:", "builtin:")
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -171,7 +169,7 @@ def has_articles(data: DataConfig, split: SplitName = "validation") -> bool:
 
 def _source(data: DataConfig, split: SplitName) -> str | None:
     named = {"train": data.texts, "validation": data.validation, "test": data.test}
-    if named[split] is None and (data.texts or "").startswith(_PRESETS):
+    if named[split] is None and (data.texts or "").startswith(PRESETS):
         return data.texts
     return named[split]
 
