@@ -257,6 +257,16 @@ def test_an_answer_that_does_not_fit(text: str, summary: str) -> None:
     )
 
 
+def test_an_article_of_a_preset_cannot_be_left_out() -> None:
+    tokenize = ExampleTokenizer(byte_tokenizer(), PLAIN, CONTEXT)
+    of = article("Habari", "b" * 60)._replace(where="xlsum:swahili, train: row 7")
+    with pytest.raises(UserError) as caught:
+        tokenize([of])
+    assert str(caught.value).endswith(
+        "; raise sft.context, or train on a file of these articles without this one (data.texts)"
+    )
+
+
 def test_an_answer_that_just_fits() -> None:
     tokenizer = byte_tokenizer()
     example = one(tokenizer, PLAIN, article("Habari", "b" * (CONTEXT - 16)))

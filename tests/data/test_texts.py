@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_engine.config import DataConfig
-from tli_engine.data.texts import Texts, read_texts
+from tli_engine.data.texts import Texts, count_seen, read_texts
 from tli_engine.errors import UserError
 
 ROWS = [
@@ -276,6 +276,18 @@ def test_a_parquet_file_of_one_row_group_is_not_held(tmp_path: Path) -> None:
     # in any order
     for i in (1999, 0, 700, 699, 255, 256, 1500):
         assert found[i].text == texts[i]
+
+
+def test_articles_that_are_trained_on_too_are_counted(tmp_path: Path) -> None:
+    def texts(name: str, *articles: str) -> Texts:
+        rows = [{"text": text, "summary": str(i)} for i, text in enumerate(articles)]
+        write_jsonl(tmp_path / name, rows)
+        return read(tmp_path / name)
+
+    training = texts("train.jsonl", "a", "b", "b", "c d")
+    assert count_seen(texts("all.jsonl", "b", " a\n", "b", "x"), training) == 3
+    assert count_seen(texts("none.jsonl", "A", "c  d", "ab"), training) == 0
+    assert count_seen(training, training) == 4
 
 
 @pytest.mark.parametrize("kind", [".csv", ".parquet"])

@@ -2,8 +2,9 @@
 
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Sequence
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
@@ -160,6 +161,18 @@ def read_texts(data: DataConfig, split: SplitName) -> Texts | None:
     if source.startswith("builtin:"):
         return _builtin(source, split).first(limits[split])
     return Texts(source, open_rows(Path(source), data.columns), data.columns).first(limits[split])
+
+
+def count_seen(texts: Texts, training: Texts) -> int:
+    """How many articles are trained on, too, letter by letter; both are read one by one."""
+    # of those that are to be unseen, which are the fewer
+    counts = Counter(_hash(texts[i]) for i in range(len(texts)))
+    seen = {digest for i in range(len(training)) if (digest := _hash(training[i])) in counts}
+    return sum(counts[digest] for digest in seen)
+
+
+def _hash(article: Article) -> bytes:
+    return blake2b(article.text.strip().encode(), digest_size=16).digest()
 
 
 def has_articles(data: DataConfig, split: SplitName = "validation") -> bool:
