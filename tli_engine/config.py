@@ -9,6 +9,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from tli_engine.config_combinations import OF_TEXTS as OF_TEXTS
+from tli_engine.config_combinations import PRESETS as PRESETS
+from tli_engine.config_combinations import ROUNDING_OF_FP32 as ROUNDING_OF_FP32
 from tli_engine.config_combinations import check_combination
 from tli_engine.config_data import DataConfig as DataConfig
 from tli_engine.config_data import PositiveInt as PositiveInt

@@ -8,6 +8,13 @@ if TYPE_CHECKING:
 # keys of ``train`` that the align objective has no use for
 OF_TEXTS = ("accumulate", "optimizer", "lora_plus", "rounding", "in_backward")
 
+ROUNDING_OF_FP32 = (
+    "train.rounding: stochastic is of weights in bf16, and float32 needs no rounding: set rounding: master, or "
+    "dtype: bfloat16"
+)
+# what has articles of its own for each split
+PRESETS = ("xlsum:", "builtin:")
+
 
 def check_combination(run: "RunConfig") -> None:
     """Refuse values that are allowed each on its own, and not together.
@@ -40,6 +47,32 @@ def check_combination(run: "RunConfig") -> None:
             raise ValueError(reason)
     if aligns:
         _check_align(run)
+    else:
+        _check_texts(run)
+
+
+def _check_texts(run: "RunConfig") -> None:
+    """Refuse what would be ignored where summaries are learnt."""
+    train, full = run.train, run.method == "full"
+    measured = run.data.validation or (run.data.texts or "").startswith(PRESETS)
+    ignored = [
+        (run.sft.patience is not None and not measured,
+            "sft.patience counts measurements of the loss on data.validation, which is not set: name it, or "
+            "leave sft.patience out"),
+        (full and run.lora.init is not None,
+            "lora.init is an adapter to go on from, and method full trains none: leave it out, or set method: "
+            "lora"),
+        (full and train.lora_plus != 1,
+            "train.lora_plus is of adapters, and method full trains none: leave it out, or set method: lora"),
+        (not full and train.rounding == "stochastic",
+            "train.rounding: stochastic is of weights in bf16, and adapters are held in fp32: leave it out, or "
+            "set method: full (of a comparison's arm: compare.set.full)"),
+        (full and train.rounding == "stochastic" and run.dtype == "float32",
+            ROUNDING_OF_FP32),
+    ]  # fmt: skip
+    for holds, reason in ignored:
+        if holds:
+            raise ValueError(reason)
 
 
 def _check_align(run: "RunConfig") -> None:

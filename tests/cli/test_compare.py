@@ -233,6 +233,8 @@ def test_an_interrupted_run_goes_on_elsewhere(
     result = cli("compare", config, "--out", "out", *only)
     assert result.status == 0, result.err
     assert "resuming after step 1 of 3" in result.err
+    # what each part recorded of its base is known
+    assert "has no digest of its base" not in result.err
     for name in ("predictions.jsonl", "adapter/adapter_model.safetensors"):
         found = [(f / "tli-then-lora-early-5" / name).read_bytes() for f in (Path("out"), compared)]
         assert found[0] == found[1], name

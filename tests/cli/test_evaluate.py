@@ -371,13 +371,13 @@ def test_what_the_run_was_made_of_is_gone(what: str, run: Path, cli: Cli, tmp_pa
     assert str(gone) in refused(cli, "evaluate", run)
 
 
-def test_an_adapter_of_another_model_is_refused(
-    run: Path, cli: Cli, tmp_path: Path, tree: Tree
-) -> None:
+def test_another_base_model_is_refused(run: Path, cli: Cli, tmp_path: Path, tree: Tree) -> None:
     """No silent fall-back to the base model."""
     from tli_engine.testing import save_tiny_model
 
-    with_model(run, save_tiny_model(tmp_path / "other", "llama", hidden_size=64))
+    other = save_tiny_model(tmp_path / "other", "llama", hidden_size=64)
+    with_model(run, other)
     before = tree(run)
-    assert "is it the right base model?" in refused(cli, "evaluate", run, "--no-final-layer")
+    line = refused(cli, "evaluate", run, "--no-final-layer")
+    assert f"{other}: its weights are not those that {run} was trained on" in line
     assert tree(run) == before

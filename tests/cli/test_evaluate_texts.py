@@ -75,6 +75,23 @@ def test_a_run_is_measured_at_each_strength(cli: Cli, summaries: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
+def test_another_base_is_refused(
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path, tmp_path: Path, method: str
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    config = sft_config(model=str(base), method=method, train={"steps": 1})
+    assert cli("train", config, "--run", "run").status == 0
+    tensors = load_file(base / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, base / "model.safetensors", metadata={"format": "pt"})
+    before = Path("run/evaluation.json").read_bytes()
+    result = cli("evaluate", "run", *SHORT)
+    assert (result.status, result.out) == (2, "")
+    assert f"error: {base}: its weights are not those that run was trained on" in result.err
+    assert Path("run/evaluation.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
 def test_bits_per_byte_of_a_run_on_summaries(
     cli: Cli, sft_config: Callable[..., Path], tiny_model: Path, method: str
 ) -> None:

@@ -11,13 +11,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tli_engine.evaluate.logit_drift import measure_drift, sample_words
 from tli_engine.models.blockwise import logits_of
+from tli_engine.models.early import load_early
 from tli_engine.models.files import open_model
 from tli_engine.models.merged import MergedSource, write_model, write_nf4
 from tli_engine.models.peft_format import read_adapter
+from tli_engine.train.manifest import write_manifest
 
 Cli = Callable[..., Any]
 Tree = Callable[[Path], dict[str, bytes | None]]
@@ -66,6 +68,7 @@ def full_run(run: Path, tiny_model: Path) -> Path:
         return 1.5 * files.source.read(name)
 
     write_model(files, trained, run / "model", torch.bfloat16)
+    write_manifest(run, [f"model/{path.name}" for path in (run / "model").iterdir()])
     return run
 
 
@@ -141,7 +144,8 @@ def test_nf4_is_smaller_and_drifts_more(double_quant: bool, run: Path, cli: Cli)
 def test_what_the_adapter_is_merged_into_is_said(
     run: Path, tiny_model: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    with_config(run, quantize="nf4")
+    # a run that records no base: this one's was not in NF4
+    with_config(run, quantize="nf4", provenance={})
     record, err = exported(cli, run, "--format", "merged")
     assert record["note"] in err
     assert "was trained beside in NF4 (quantize: nf4)" in record["note"]
@@ -150,7 +154,7 @@ def test_what_the_adapter_is_merged_into_is_said(
     base = open_model(str(tiny_model))
     (tmp_path / "base").mkdir()
     write_nf4(base, MergedSource(base), tmp_path / "base")
-    with_config(run, quantize="auto", model=str(tmp_path / "base"))
+    with_config(run, quantize="auto", provenance={}, model=str(tmp_path / "base"))
     record, err = exported(cli, run, "--format", "merged")
     assert record["note"] in err
     assert record["note"].endswith("is NF4; the adapter is merged into its dequantised values")
@@ -162,7 +166,7 @@ def test_what_the_adapter_is_merged_into_is_said(
 def test_the_drift_is_from_the_quantised_model_that_was_trained(
     kind: str, double_quant: bool, run: Path, tiny_model: Path, cli: Cli, tmp_path: Path
 ) -> None:
-    with_config(run, quantize="nf4", double_quant=double_quant)
+    with_config(run, quantize="nf4", double_quant=double_quant, provenance={})
     record, _ = exported(cli, run, "--format", kind)
     base = open_model(str(tiny_model))
     (tmp_path / "base").mkdir()
@@ -185,6 +189,42 @@ def test_a_base_at_another_revision_is_said(run: Path, cli: Cli) -> None:
     _, err = exported(cli, run, "--format", "merged")
     assert "warning: " in err
     assert "is at revision None, the run was at abc" in err
+
+
+@pytest.mark.parametrize("objective", ["align", "joint"])
+def test_other_weights_in_the_bases_place_are_refused(
+    objective: str, run: Path, tiny_model: Path, cli: Cli, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    with_config(run, model=str(base))
+    if objective == "joint":
+        # whose record is of the whole model
+        cpu = torch.device("cpu")
+        whole = load_early(open_model(str(base)), 3, dtype=torch.float32, device=cpu)
+        data = {"texts": "articles.jsonl"}
+        record = {"base_sha256": whole.base_digest()}
+        with_config(run, objective="joint", data=data, provenance=record)
+    exported(cli, run, "--format", "merged")
+    shutil.rmtree("out")
+    tensors = load_file(base / WEIGHTS)
+    tensors["model.layers.1.mlp.up_proj.weight"][0, 0] += 1
+    save_file(tensors, base / WEIGHTS, metadata={"format": "pt"})
+    line = refused(cli, "export", run, "--format", "merged", "--out", "out")
+    assert f"{base}: its weights are not those that {run} was trained on" in line
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_flipped_byte_of_the_trained_model_is_refused(
+    kind: str, full_run: Path, cli: Cli
+) -> None:
+    path = full_run / "model" / WEIGHTS
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+    line = refused(cli, "export", full_run, "--format", kind, "--out", "out")
+    assert f"{path}: its SHA-256 is not the manifest's" in line
+    assert not Path("out").exists()
 
 
 def test_all_weights_trained_are_copied_or_quantised(
@@ -258,11 +298,10 @@ def test_an_interruption_while_the_drift_is_measured_leaves_nothing(
 
 
 def test_an_adapter_of_another_model_leaves_nothing(run: Path, cli: Cli, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
-
     path = run / "adapter/adapter_model.safetensors"
     tensors = load_file(path)
     save_file({n: t[:, :-1].contiguous() for n, t in tensors.items()}, path)
+    write_manifest(run, ["adapter/adapter_model.safetensors"])
     line = refused(cli, "export", run, "--format", "merged", "--out", "out")
     assert "is it the right base model?" in line
     assert not (tmp_path / "out").exists()

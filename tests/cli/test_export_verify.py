@@ -203,8 +203,8 @@ def test_interrupted_export_leaves_nothing(
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        (WEIGHTS, None, f"{WEIGHTS}: cannot be read"),
-        (WEIGHTS, b"short", f"{WEIGHTS}: cannot be read"),
+        (WEIGHTS, None, f"{WEIGHTS}: is missing"),
+        (WEIGHTS, b"short", f"{WEIGHTS}: has 5 bytes, not "),
         ("adapter_config.json", None, "adapter_config.json"),
         ("README.md", None, "README.md"),
     ],

@@ -21,6 +21,11 @@ LOWEST = {"layers": "1", "modules": ["q_proj"]}
             id="rounding",
         ),
         pytest.param(
+            FULL | {"train": {"rounding": "stochastic"}},
+            "train.rounding: stochastic is of weights in bf16, and float32 needs no rounding",
+            id="rounding-of-fp32",
+        ),
+        pytest.param(
             FULL | {"train": {"optimizer": "adamw-paged"}},
             "train.optimizer: adamw-paged needs a GPU; use adamw or adamw-8bit",
             id="paged",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from tli_engine.config import PromptConfig
@@ -34,6 +34,10 @@ THINKING = TURNS.replace(
     "<turn>assistant\n{%",
     "<turn>assistant\n{% if enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{%",
 )
+
+# as TURNS, with the assistant's header beside an answer only
+HEADED = TURNS.partition("{% if add_generation_prompt")[0]
+HEADED_SPACED = HEADED.replace("{{ m.role }}\n{{", "{{ m.role }}: {{")
 
 
 def fast(tokenizer: Tokenizer, template: str | None = None) -> Any:
@@ -128,6 +132,41 @@ def test_chat(kind: Any, template: str, prompt: str, answer: str) -> None:
     assert list(example.input_ids[: example.prompt]) == ids
 
 
+@pytest.mark.parametrize(
+    ("template", "prompt", "answer"),
+    [
+        (HEADED, "<s><turn>user\nFupi: Habari<end>\n<turn>assistant\n", "fupi<end>"),
+        (HEADED_SPACED, "<s><turn>user: Fupi: Habari<end>\n<turn>assistant:", " fupi<end>"),
+    ],
+)
+def test_a_header_that_stands_beside_an_answer_only(
+    template: str, prompt: str, answer: str
+) -> None:
+    tokenizer = byte_tokenizer(template)
+    tokenize = ExampleTokenizer(tokenizer, CHAT, 200)
+    (example,) = tokenize([article("Habari")])
+    assert parts(tokenizer, example) == (prompt, answer)
+    assert tokenize.prompt_ids(article("Habari")) == example.input_ids[: example.prompt]
+
+
+def test_an_end_of_turn_that_has_no_role() -> None:
+    """As Gemma 3's: special, but neither ``eos_token`` nor an additional special token by name."""
+    tokenizer = byte_tokenizer(TURNS.replace("<end>", "<end_of_turn>"))
+    tokenizer.add_tokens([AddedToken("<end_of_turn>", special=True)])
+    end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    assert end not in tokenizer.all_special_ids
+    tokenize = ExampleTokenizer(tokenizer, CHAT, 200)
+    (example,) = tokenize([article("Habari")])
+    assert parts(tokenizer, example)[1] == "fupi<end_of_turn>"
+    assert example.input_ids[-1] == tokenize.end == end
+
+
+def test_a_template_that_leaves_out_the_answer() -> None:
+    template = "{{ messages[0].content }}{% if messages | length > 1 %} and more{% endif %}"
+    example = one(byte_tokenizer(template), CHAT, article("Habari"))
+    assert parts(byte_tokenizer(), example) == ("Fupi: Habari", "fupi</s>")
+
+
 def test_auto_is_plain_without_a_chat_template() -> None:
     config = PLAIN.model_copy(update={"template": "auto"})
     expected = one(byte_tokenizer(), PLAIN, article("Habari"))
@@ -215,6 +254,16 @@ def test_an_answer_that_does_not_fit(text: str, summary: str) -> None:
     assert str(caught.value) == (
         f"news.jsonl: line 7: {tokens} tokens of the answer and 13 of the prompt leave no room for "
         f"the article in a context of 64; raise sft.context or leave this article out"
+    )
+
+
+def test_an_article_of_a_preset_cannot_be_left_out() -> None:
+    tokenize = ExampleTokenizer(byte_tokenizer(), PLAIN, CONTEXT)
+    of = article("Habari", "b" * 60)._replace(where="xlsum:swahili, train: row 7")
+    with pytest.raises(UserError) as caught:
+        tokenize([of])
+    assert str(caught.value).endswith(
+        "; raise sft.context, or train on a file of these articles without this one (data.texts)"
     )
 
 

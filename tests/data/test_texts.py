@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tli_engine.config import DataConfig
-from tli_engine.data.texts import Texts, read_texts
+from tli_engine.data.texts import Texts, count_seen, read_texts
 from tli_engine.errors import UserError
 
 ROWS = [
@@ -242,26 +242,69 @@ def test_files_that_cannot_be_opened(tmp_path: Path) -> None:
     refuses(tmp_path / "folder.csv", "cannot be read: Is a directory")
 
 
-def test_only_what_is_asked_for_is_in_memory(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A row group of Parquet is read once while its rows are asked for in order, then let go."""
+def test_rows_are_decoded_once_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row group of Parquet is begun once while its rows are asked for in order; other columns never."""
     path = tmp_path / "news.parquet"
     write_parquet(path, [{"text": str(i), "summary": "b", "other": i} for i in range(7)])
     asked: list[Any] = []
-    original = pq.ParquetFile.read_row_group
+    original = pq.ParquetFile.iter_batches
 
-    def recording(self: Any, group: int, columns: Any) -> Any:
-        asked.append((group, columns))
-        return original(self, group, columns=columns)
+    def recording(self: Any, **options: Any) -> Any:
+        asked.append((options["row_groups"], options["columns"]))
+        return original(self, **options)
 
-    monkeypatch.setattr(pq.ParquetFile, "read_row_group", recording)
+    monkeypatch.setattr(pq.ParquetFile, "iter_batches", recording)
     texts = read(path)
     assert asked == []
     assert [text for text, _ in pairs(texts)] == [str(i) for i in range(7)]
-    assert asked == [(group, ["text", "summary"]) for group in range(4)]
+    assert asked == [([group], ["text", "summary"]) for group in range(4)]
     assert texts[1].text == "1"
     assert len(asked) == 5
+
+
+def test_a_parquet_file_of_one_row_group_is_not_held(tmp_path: Path) -> None:
+    path = tmp_path / "news.parquet"
+    texts = [f"{i} {'a' * 2000}" for i in range(20_000)]
+    pq.write_table(pa.table({"text": texts, "summary": ["b"] * len(texts)}), path)
+    assert pq.ParquetFile(path).num_row_groups == 1
+    before, peak = pa.total_allocated_bytes(), 0
+    found = read(path)
+    for i in range(0, len(found), 50):
+        assert found[i].text == texts[i]
+        peak = max(peak, pa.total_allocated_bytes() - before)
+    assert peak < 12_000_000 < sum(map(len, texts))
+    # in any order
+    for i in (1999, 0, 700, 699, 255, 256, 1500):
+        assert found[i].text == texts[i]
+
+
+def test_articles_that_are_trained_on_too_are_counted(tmp_path: Path) -> None:
+    def texts(name: str, *articles: str) -> Texts:
+        rows = [{"text": text, "summary": str(i)} for i, text in enumerate(articles)]
+        write_jsonl(tmp_path / name, rows)
+        return read(tmp_path / name)
+
+    training = texts("train.jsonl", "a", "b", "b", "c d")
+    assert count_seen(texts("all.jsonl", "b", " a\n", "b", "x"), training) == 3
+    assert count_seen(texts("none.jsonl", "A", "c  d", "ab"), training) == 0
+    assert count_seen(training, training) == 4
+
+
+@pytest.mark.parametrize("kind", [".csv", ".parquet"])
+def test_a_column_that_occurs_twice(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / f"news{kind}"
+    if kind == ".csv":
+        path.write_text("text,summary,text,other,other\na,b,c,d,e\n")
+    else:
+        names = ["text", "summary", "text", "other", "other"]
+        pq.write_table(pa.Table.from_arrays([pa.array([v]) for v in "abcde"], names), path)
+    refuses(
+        path, "has several columns 'text'; rename those that are not to be read, or name others"
+    )
+    if kind == ".csv":
+        # those that are not read may be called as they like
+        path.write_text("text,summary,other,other\na,b,d,e\n")
+        assert pairs(read(path)) == [("a", "b")]
 
 
 def test_the_index_of_a_file_is_small(tmp_path: Path) -> None:

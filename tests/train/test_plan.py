@@ -30,6 +30,7 @@ from tli_engine.train.updates import Updates
 
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+STOCHASTIC = {"method": "full", "train": {"rounding": "stochastic"}}
 CPU = torch.device("cpu")
 # a prime: only tensors of rows have it in their shape
 TOKENS = 251
@@ -178,15 +179,16 @@ def test_graphs_are_planned_by_the_rule_of_training(
 
 @pytest.mark.parametrize("engine", ["fused", "modules"])
 @pytest.mark.parametrize(
-    "changes",
+    ("dtype", "changes"),
     [
-        pytest.param({}, id="lora"),
-        pytest.param({"lora": {"modules": ["q_proj", "v_proj"]}}, id="lora-beside-none"),
-        pytest.param({"method": "full"}, id="full"),
-        pytest.param({"method": "full", "train": {"rounding": "stochastic"}}, id="stochastic"),
+        pytest.param("float32", {}, id="lora"),
+        pytest.param("float32", {"lora": {"modules": ["q_proj", "v_proj"]}}, id="lora-beside-none"),
+        pytest.param("bfloat16", {}, id="lora-in-bf16"),
+        pytest.param("float32", {"method": "full"}, id="full"),
+        pytest.param("bfloat16", {"method": "full"}, id="full-in-bf16"),
+        pytest.param("bfloat16", STOCHASTIC, id="stochastic"),
     ],
 )
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_optimizer_and_trained_tensors_are_to_the_byte(
     dtype: str, changes: dict[str, Any], engine: str, folder: Folder
 ) -> None:

@@ -41,7 +41,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 
 def config_of(method: str = "lora", **changes: Any) -> RunConfig:
     values: dict[str, Any] = {
-        "model": "m", "objective": "sft", "method": method, "data": "a.jsonl",
+        "model": "m", "objective": "sft", "method": method,
+        "data": {"texts": "a.jsonl", "validation": "b.jsonl"},
         "lora": {"layers": "0-2", "modules": ("q_proj", "down_proj"), "r": 4, "alpha": 8},
         "sft": {"context": 32, "evaluate_steps": 2},
         "train": {"steps": 6, "batch_size": 1, "learning_rate": 1e-2, "warmup_steps": 2},

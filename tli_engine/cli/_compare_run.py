@@ -180,7 +180,10 @@ def _measure(
     files = open_model(config.model)
     splits = tokenize_splits(read_run_pairs(config.data), files.tokenizer, config.words)
     vectors = {}
-    for stage, model in stages(folder, config, files):
+    # holds the base against what the part was trained on
+    recorded = resolve_config(read_yaml(folder / "config.yaml"), str(folder / "config.yaml"))
+    trained_on = config.model_copy(update={"provenance": recorded.provenance})
+    for stage, model in stages(folder, trained_on, files):
         words = sum(len(set(split.words)) for split in splits)
         with progress(f"word pairs {stage}", words) as advance:
 

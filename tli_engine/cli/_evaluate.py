@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._base import check_base_files
 from tli_engine.cli._bits import costs_of, print_costs
 from tli_engine.cli.console import alignment_table, control_line, progress, say, show, warn
 from tli_engine.cli.evaluate import OF_PAIRS, OF_SUMMARIES, Writing
@@ -121,6 +122,7 @@ def _evaluate_pairs(
     lines = {str(path): read_lines(path) for path in texts}
     files = open_model(config.model)
     splits = splits_of(config, files)
+    check_base_files(folder, config, files, device or config.device)
     whole = final_layer or bool(lines)
     total = files.config.num_hidden_layers
     where = choose_device(device or config.device)

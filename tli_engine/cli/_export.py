@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from tli_engine.cli._base import check_base_files
 from tli_engine.cli._evaluate import open_run
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.config import RunConfig
@@ -23,6 +24,7 @@ from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.merged import MergedSource, write_dense, write_nf4
 from tli_engine.models.model_folder import Written, is_stored_in_nf4, layout_of
 from tli_engine.models.peft_format import StoredAdapter, read_adapter
+from tli_engine.train.manifest import problems
 from tli_engine.train.provenance import versions
 from tli_engine.train.run_folder import check_free, create, write_json
 
@@ -33,6 +35,7 @@ def export_peft(run: Path, strength: float, out: Path) -> None:
     """Copy the adapter, its B matrices times ``strength``; what fails leaves nothing behind."""
     if open_run(run).method == "full":
         raise UserError(f"{run}: trained all weights, no adapter; use --format merged or nf4")
+    _check_whole(run, "adapter")
     scaled = _scaled(run / "adapter" / _WEIGHTS, strength)
     with _whole(out):
         for name in ("README.md", "adapter_config.json"):
@@ -76,14 +79,23 @@ def _result(
 ) -> tuple[ModelFiles, StoredAdapter | None]:
     """The model that a run's result goes on, and the adapter; all weights are trained without one."""
     if config.method == "lora":
+        _check_whole(run, "adapter")
         files = open_model(config.model)
         recorded = (config.provenance or {}).get("base_revision")
         if recorded != files.revision:
             warn(f"{config.model}: is at revision {files.revision}, the run was at {recorded}")
+        check_base_files(run, config, files)
         return files, read_adapter(run / "adapter")
     if strength != 1:
         raise UserError(f"{run}: trained all weights; --strength is for an adapter")
+    _check_whole(run, "model")
     return open_model(str(run / "model")), None
+
+
+def _check_whole(run: Path, result: str) -> None:
+    """Refuse a result that is not what training wrote, by the run's manifest."""
+    for line in problems(run, result):
+        raise UserError(f"{line}; restore it, or train anew")
 
 
 def _held(config: RunConfig) -> Held:

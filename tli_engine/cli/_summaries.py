@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._base import check_base
 from tli_engine.cli.console import progress, say
 from tli_engine.config import RunConfig
 from tli_engine.data.examples import ExampleTokenizer
@@ -25,8 +26,12 @@ def stages(
 
     Whoever asks for the second must have let go of the first: of full fine-tuning there are two, and
     only one is held.
+
+    Raises:
+        UserError: The base model is not the one that the run began with.
     """
     model = load_whole(base, config, device)
+    check_base(folder, config, model.early.base_digest)
     if config.method == "full":
         fuse_for_texts(model, config)
         yield "before", model

@@ -24,6 +24,8 @@ from tli_engine.train.run_folder import check_free, create, default_folder, writ
 
 # what a run that goes on must still be made from
 _RECORDED = ("base_sha256", "pairs", "texts", "lora_init_sha256")
+# of articles as the model reads them; earlier runs did not record it
+_TOKENS = "tokens_sha256"
 
 
 def run_training(config: RunConfig, name: str, folder: Path | None, overwrite: bool) -> int:
@@ -56,6 +58,13 @@ def _check_recorded(recorded: dict[str, Any], found: dict[str, Any], folder: Pat
     for key in _RECORDED:
         if recorded.get(key) != found.get(key):
             raise UserError(f"{folder}: cannot resume: {key} is not what the run began with")
+    if _TOKENS in found and _TOKENS not in recorded:
+        warn(f"{folder}: has no {_TOKENS}; whether the tokenizer is the run's is not known")
+    elif recorded.get(_TOKENS) != found.get(_TOKENS):
+        raise UserError(
+            f"{folder}: cannot resume: {_TOKENS} is not what the run began with: the articles are the same, "
+            f"the tokenizer or its chat template is another"
+        )
 
 
 def _of_first(world: World, work: Callable[[], None]) -> None:

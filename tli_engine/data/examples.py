@@ -3,13 +3,14 @@
 import errno
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from tempfile import TemporaryFile, gettempdir
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from tli_engine.config import PromptConfig
+from tli_engine.config import PRESETS, PromptConfig
 from tli_engine.data.texts import Article, Texts
 from tli_engine.errors import UserError
 
@@ -17,6 +18,12 @@ from tli_engine.errors import UserError
 _AT_ONCE = 256
 # stand in a rendered conversation where the article and the answer go
 _ARTICLE, _ANSWER = "@@article@@", "@@answer@@"
+
+# what to do about an answer that is too long: a preset's article cannot be left out
+_MEND_FILE = "raise sft.context or leave this article out"
+_MEND_PRESET = (
+    "raise sft.context, or train on a file of these articles without this one (data.texts)"
+)
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ class ExampleTokenizer:
             prompts = self._ids([self._text(article.text) for article in batch])
             for article, prompt, answer in zip(batch, prompts, answers, strict=True):
                 what = f"{len(answer)} tokens of the answer"
-                remedy = "raise sft.context or leave this article out"
+                remedy = _MEND_PRESET if article.where.startswith(PRESETS) else _MEND_FILE
                 prompt = self._fitting(article, prompt, len(answer), what, remedy)
                 examples.append(Example((*prompt, *answer), len(prompt)))
         return examples
@@ -187,12 +194,20 @@ def _chat_frame(tokenizer: Any, instruction: str) -> _Frame:
         raise UserError("prompt.template: the chat template does not show the article; use plain")
     before, _, after = prompt.partition(_ARTICLE)
     shown, _, rest = whole.partition(_ANSWER)
-    between = shown.removeprefix(prompt) if shown.startswith(prompt) else ""
-    gap = between if between.isspace() else ""
+    begins_so = _ANSWER in whole and shown.startswith(prompt)
+    between = shown.removeprefix(prompt) if begins_so else ""
+    # some templates show the assistant's header beside an answer only; a space is the answer's
+    header = "" if between.isspace() else between.rstrip(" ")
     first = tokenizer(rest.lstrip(), add_special_tokens=False)["input_ids"][:1]
-    ends_turn = first and first[0] in tokenizer.all_special_ids
+    ends_turn = first and _is_special(tokenizer, first[0])
     end = first[0] if ends_turn else tokenizer.eos_token_id
-    return _Frame(before, after, gap, end)
+    return _Frame(before, after + header, between.removeprefix(header), end)
+
+
+def _is_special(tokenizer: Any, token: int) -> bool:
+    # all_special_ids has those alone that have a role, such as eos_token; Gemma 3's end of turn has none
+    added = tokenizer.added_tokens_decoder.get(token)
+    return token in tokenizer.all_special_ids or (added is not None and added.special)
 
 
 class ExampleStore:
@@ -216,6 +231,13 @@ class ExampleStore:
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def digest(self) -> str:
+        """SHA-256 over all tokens, and where examples and their answers begin."""
+        digest = sha256()
+        for part in (self.lengths, self.prompts, self._tokens):
+            digest.update(part.data)
+        return digest.hexdigest()
 
     def __getitem__(self, index: int) -> Example:
         end = int(self._ends[index])

@@ -14,6 +14,10 @@ from typing import Any
 from tli_engine.data.pairs import Row, parse_json
 from tli_engine.errors import UserError
 
+# rows of a Parquet file that are decoded at once, and those of none
+_ROWS_AT_ONCE = 256
+_NOTHING: Any = ()
+
 
 class Rows(ABC):
     """Rows by number; a row is where it stands in the file, such as ``line 3``, and its content.
@@ -126,7 +130,10 @@ class _Csv(_Lines):
 
 
 class Parquet(Rows):
-    """Rows of one or several Parquet files of the same columns, one row group in memory.
+    """Rows of one or several Parquet files of the same columns, a batch of them in memory.
+
+    A file may be one row group: its rows are decoded in order, and a row before those that are held is
+    come to anew from the beginning of its group.
 
     Args:
         paths: The files.
@@ -141,8 +148,10 @@ class Parquet(Rows):
 
         self._paths = paths
         self._groups: list[tuple[int, int]] = []
-        self._loaded: tuple[int, Any] = (-1, None)
-        self._files = [self._explaining(path, ParquetFile, path) for path in paths]
+        # the group that is being decoded, what is left of it, and the batch that is held with its first row
+        self._group, self._rest = -1, iter(())
+        self._start, self._batch = 0, _NOTHING
+        self._files = [self._explaining(path, ParquetFile, path, memory_map=True) for path in paths]
         self.columns = list(self._files[0].schema_arrow.names)
         self._wanted = [name for name in wanted if name in self.columns]
         sizes: list[int] = []
@@ -157,28 +166,42 @@ class Parquet(Rows):
 
     def __getitem__(self, index: int) -> Row:
         group = bisect_right(self._starts, index) - 1
-        table = self._table(group)
-        (row,) = self._explaining(
-            self._paths[self._groups[group][0]],
-            lambda: table.slice(index - self._starts[group], 1).to_pylist(),
-        )
-        return f"row {index + 1}", row
+        if group != self._group or index < self._start:
+            self._begin(group)
+        while index >= self._start + len(self._batch):
+            self._decode()
+        path = self._paths[self._groups[group][0]]
+        held, row = self._batch, index - self._start
+        (content,) = self._explaining(path, lambda: held.slice(row, 1).to_pylist())
+        return f"row {index + 1}", content
 
-    def groups(self) -> Iterator[tuple[int, Any]]:
-        """Each row group: the number of its first row, and its table."""
-        for group in range(len(self._groups)):
-            yield self._starts[group], self._table(group)
+    def batches(self) -> Iterator[tuple[int, Any]]:
+        """All rows, in batches of pyarrow: the number of its first row, and the batch."""
+        for group, end in enumerate(self._starts[1:]):
+            self._begin(group)
+            while self._start + len(self._batch) < end:
+                self._decode()
+                yield self._start, self._batch
 
-    def _table(self, group: int) -> Any:
-        if self._loaded[0] != group:
-            file, number = self._groups[group]
-            # the one before goes first
-            self._loaded = (-1, None)
-            table = self._explaining(
-                self._paths[file], self._files[file].read_row_group, number, columns=self._wanted
+    def _begin(self, group: int) -> None:
+        """Decode a row group from its beginning; nothing is held yet."""
+        file, number = self._groups[group]
+        options = {"row_groups": [number], "columns": self._wanted, "batch_size": _ROWS_AT_ONCE}
+        self._start, self._batch = self._starts[group], _NOTHING
+        self._rest = self._explaining(self._paths[file], self._files[file].iter_batches, **options)
+        self._group = group
+
+    def _decode(self) -> None:
+        """Hold the batch after the one that is held, which goes first."""
+        path = self._paths[self._groups[self._group][0]]
+        self._start, self._batch = self._start + len(self._batch), _NOTHING
+        batch = self._explaining(path, next, self._rest, None)
+        if batch is None:
+            row = self._start + 1
+            raise UserError(
+                f"{path}: not a Parquet file that can be read: it ends before row {row}"
             )
-            self._loaded = (group, table)
-        return self._loaded[1]
+        self._batch = batch
 
     @staticmethod
     def _explaining(path: Path, read: Any, *args: Any, **options: Any) -> Any:

@@ -2,14 +2,15 @@
 
 import json
 import reprlib
+from collections import Counter
 from collections.abc import Sequence
-from hashlib import sha256
+from hashlib import blake2b, sha256
 from importlib.resources import files
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, NamedTuple
 
-from tli_engine.config import DataConfig
+from tli_engine.config import PRESETS, DataConfig
 from tli_engine.data.downloads import download
 from tli_engine.data.pairs import is_text
 from tli_engine.data.rows import Parquet, Rows, open_rows
@@ -30,8 +31,6 @@ _XLSUM_LANGUAGES = (
 )
 
 
-# what has articles of its own for each split
-_PRESETS = ("xlsum:", "builtin:")
 SplitName = Literal["train", "validation", "test"]
 
 
@@ -76,6 +75,11 @@ class Texts:
         if rows.columns is not None:
             for column in columns:
                 self._require(column, rows.columns, name)
+                if rows.columns.count(column) > 1:
+                    raise UserError(
+                        f"{name}: has several columns {column!r}; rename those that are not to be "
+                        f"read, or name others with data.columns"
+                    )
         if not len(self._kept):
             raise UserError(f"{name}: no articles; add rows with {' and '.join(columns)}")
 
@@ -159,6 +163,18 @@ def read_texts(data: DataConfig, split: SplitName) -> Texts | None:
     return Texts(source, open_rows(Path(source), data.columns), data.columns).first(limits[split])
 
 
+def count_seen(texts: Texts, training: Texts) -> int:
+    """How many articles are trained on, too, letter by letter; both are read one by one."""
+    # of those that are to be unseen, which are the fewer
+    counts = Counter(_hash(texts[i]) for i in range(len(texts)))
+    seen = {digest for i in range(len(training)) if (digest := _hash(training[i])) in counts}
+    return sum(counts[digest] for digest in seen)
+
+
+def _hash(article: Article) -> bytes:
+    return blake2b(article.text.strip().encode(), digest_size=16).digest()
+
+
 def has_articles(data: DataConfig, split: SplitName = "validation") -> bool:
     """Whether a configuration names articles of a split."""
     return _source(data, split) is not None
@@ -166,7 +182,7 @@ def has_articles(data: DataConfig, split: SplitName = "validation") -> bool:
 
 def _source(data: DataConfig, split: SplitName) -> str | None:
     named = {"train": data.texts, "validation": data.validation, "test": data.test}
-    if named[split] is None and (data.texts or "").startswith(_PRESETS):
+    if named[split] is None and (data.texts or "").startswith(PRESETS):
         return data.texts
     return named[split]
 
@@ -214,9 +230,9 @@ def _not_empty(rows: Parquet, columns: tuple[str, str]) -> list[int]:
     if not {*columns} <= {*(rows.columns or ())}:
         return list(range(len(rows)))
     kept: list[int] = []
-    for start, table in rows.groups():
+    for start, batch in rows.batches():
         full = [
-            compute.fill_null(compute.not_equal(compute.utf8_trim_whitespace(table[c]), ""), False)
+            compute.fill_null(compute.not_equal(compute.utf8_trim_whitespace(batch[c]), ""), False)
             for c in columns
         ]
         both = compute.and_(*full).to_pylist()

@@ -1,8 +1,9 @@
 """A model of any size, run on a CPU one block at a time."""
 
 import copy
+import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +15,7 @@ from tli_engine.data.words import Word, pack
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import wrap
 from tli_engine.models.causal import soft_capped
-from tli_engine.models.early import EarlyModel, load_early
+from tli_engine.models.early import EarlyModel, add_to_digest, load_early
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.peft_format import StoredAdapter
 from tli_engine.models.sources import HEAD, TensorSource
@@ -84,6 +85,56 @@ def logits_of(
             hidden = block.read_out(1, hidden)
         advance(1)
     return _logits(files, hidden, held)
+
+
+def base_digest_of(
+    files: ModelFiles,
+    depth: int,
+    held: Held,
+    *,
+    device: torch.device,
+    token_ids: Iterable[int] | None = None,
+) -> str:
+    """:meth:`EarlyModel.base_digest` of a model as :func:`load_early` would hold it, block by block.
+
+    Args:
+        files: The model.
+        depth: Number of blocks.
+        held: How they are held.
+        device: Where weights are quantised.
+        token_ids: Tokens whose embedding rows are held; all by default.
+
+    Returns:
+        SHA-256 in hexadecimal.
+
+    Raises:
+        UserError: As :func:`load_early`.
+    """
+    digest, here = hashlib.sha256(), "decoder.layers.0."
+    how: Any = {
+        "dtype": held.dtype,
+        "device": device,
+        "quantize": held.quantize,
+        "double_quant": held.double_quant,
+    }
+    below = load_early(files, 0, **how, token_ids=token_ids).frozen_tensors()
+    for name, tensor in sorted(below.items()):
+        add_to_digest(digest, name, tensor)
+    last, above = files.config.num_hidden_layers - 1, {}
+    # the order of their names, in which a whole model's tensors are taken
+    for k in sorted(range(depth), key=lambda k: f"{k}."):
+        part = _one_block(files, k)
+        # the final norm belongs to the last block alone
+        part.config.num_hidden_layers = 1 if k == last else 2
+        block = load_early(part, 1, **how, token_ids={0}).frozen_tensors()
+        for name, tensor in sorted(block.items()):
+            if name.startswith(here):
+                add_to_digest(digest, f"decoder.layers.{k}.{name.removeprefix(here)}", tensor)
+            elif k == last and name not in below:
+                above[name] = tensor
+    for name, tensor in sorted(above.items()):
+        add_to_digest(digest, name, tensor)
+    return digest.hexdigest()
 
 
 class _OneBlock:

@@ -202,17 +202,25 @@ class EarlyModel(nn.Module):
 
     def base_digest(self) -> str:
         """SHA-256 over the frozen weights, adapters left out."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.frozen_tensors().items()):
+            add_to_digest(digest, name, tensor)
+        return digest.hexdigest()
+
+    def frozen_tensors(self) -> dict[str, Tensor]:
+        """Every tensor of the frozen weights by name, adapters left out, NF4 in its parts."""
         tensors = {n: t for n, t in self.state_dict().items() if ".lora_" not in n}
         for path, module in self.named_modules():
             if isinstance(module, NF4Linear):
                 tensors |= nf4_state_dict(module.weight, f"{path}.weight")
-        plain = {n.replace(".base_layer.", "."): t for n, t in tensors.items()}
-        digest = hashlib.sha256()
-        for name, tensor in sorted(plain.items()):
-            digest.update(name.encode())
-            # the bytes: numpy knows no bf16, and a scalar cannot be viewed as bytes
-            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return {n.replace(".base_layer.", "."): t for n, t in tensors.items()}
+
+
+def add_to_digest(digest: Any, name: str, tensor: Tensor) -> None:
+    """Take a tensor and its name into a digest of weights."""
+    digest.update(name.encode())
+    # the bytes: numpy knows no bf16, and a scalar cannot be viewed as bytes
+    digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
 
 
 @contextmanager

@@ -4,9 +4,10 @@ from typing import Any
 
 import torch
 
-from tli_engine.config import RunConfig
+from tli_engine.config import ROUNDING_OF_FP32, RunConfig
 from tli_engine.errors import UserError
 from tli_engine.models.adapters import adapters
+from tli_engine.models.device import choose_dtype
 from tli_engine.models.early import EarlyModel
 from tli_engine.models.projection import NotFusedError
 from tli_engine.train.metrics import check_tensorboard
@@ -25,6 +26,8 @@ def check_run(run: RunConfig, device: torch.device, *, here: bool = True) -> Non
         # it has an optimizer of its own
         return
     check_optimizer(run.train, device)
+    if run.train.rounding == "stochastic" and choose_dtype(run.dtype, device) == torch.float32:
+        raise UserError(ROUNDING_OF_FP32)
     if here and run.train.optimizer != "adamw":
         bitsandbytes_optimizer(run.train.optimizer)
 

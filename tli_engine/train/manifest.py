@@ -23,8 +23,11 @@ def write_manifest(folder: Path, files: Iterable[str]) -> None:
     part.replace(folder / MANIFEST)
 
 
-def problems(folder: Path) -> list[str]:
-    """What is wrong with a folder, held against its manifest; empty if it is whole."""
+def problems(folder: Path, within: str = "") -> list[str]:
+    """What is wrong with a folder, held against its manifest; empty if it is whole.
+
+    Only files in the folder ``within`` it are looked at, if one is named.
+    """
     path = folder / MANIFEST
     try:
         files = json.loads(path.read_text(encoding="utf-8"))["files"]
@@ -35,6 +38,8 @@ def problems(folder: Path) -> list[str]:
         return [f"{path}: cannot be read: {e!r}"]
     found = []
     for name, (size, digest) in expected.items():
+        if within and not name.startswith(f"{within}/"):
+            continue
         file = folder / name
         if not file.is_file():
             found.append(f"{file}: is missing")

@@ -14,7 +14,8 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     graphs = ", train.cuda_graph=false" if updates.keeps_gradients else ""
     # several GPUs take no other optimizer
     spread = model.spread is not None
-    smaller = "distributed.offload=true" if spread else "train.optimizer=adamw-8bit"
+    smaller = "distributed.offload=true" if spread else _smaller_optimizer(updates)
+    ways = [f"sft.activations=recompute{graphs}", *([smaller] if smaller else [])]
     device = model.early.device
     gradients, statistics = updates.nbytes()
     held = {"weights": _nbytes(model), "gradients": gradients, "optimizer": statistics}
@@ -25,9 +26,23 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     wanted = str(error).partition(". GPU")[0].strip()
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "
-        f"raise train.accumulate) or sft.context, set sft.activations=recompute{graphs}, or "
-        f"{smaller}"
+        f"raise train.accumulate) or sft.context, {'' if smaller else 'or '}set {', or '.join(ways)}"
     )
+
+
+def _smaller_optimizer(updates: Updates) -> str | None:
+    """What takes less than the optimizer of a run, if anything does that the rest of it goes with."""
+    train = updates.settings
+    if train.rounding == "stochastic":
+        # half of AdamW's already, and no other optimizer rounds so
+        return None
+    smaller = {
+        "adamw": "adamw-8bit",
+        "adamw-8bit": "adamw-paged-8bit",
+        "adamw-paged": "adamw-paged-8bit",
+    }
+    name = smaller.get(train.optimizer)
+    return None if name is None else f"train.optimizer={name}"
 
 
 def _nbytes(model: CausalModel) -> int:

@@ -11,7 +11,7 @@ from tli_engine.config import RunConfig
 from tli_engine.data.examples import ExampleStore, ExampleTokenizer, tokenise
 from tli_engine.data.packing import rows_of_epoch
 from tli_engine.data.splits import read_run_pairs, tokenize_splits
-from tli_engine.data.texts import Texts, read_texts
+from tli_engine.data.texts import Texts, count_seen, read_texts
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.models.adapters import add_lora
 from tli_engine.models.causal import CausalModel, load_causal
@@ -89,12 +89,28 @@ def prepare_sft(
     record["texts"] = {
         split: {"count": len(t), "sha256": t.digest()} for split, t in texts.items() if t
     }
+    record["tokens_sha256"] = {split: store.digest() for split, store in stores.items()}
     tensors = _trained(model, config, record, say, sharded=loads_on_cpu(config, world))
+    warnings += _seen_warnings(config, train, texts["validation"])
     unseen = stores.get("validation")
     validation = None if unseen is None else validation_of(unseen, config)
     return SftPrepared(
         config, files, model, tensors, stores["train"], validation, pairs, record, warnings
     )
+
+
+def _seen_warnings(config: RunConfig, train: Texts, validation: Texts | None) -> list[str]:
+    """A line for each split that is not of unseen articles."""
+    # a preset's own test articles are for others to fetch
+    test = read_texts(config.data, "test") if config.data.test else None
+    splits = {"validation": validation, "test": test}
+    seen = {name: (count_seen(t, train), len(t)) for name, t in splits.items() if t}
+    return [
+        f"{count} of {total} {name} articles are in training, too: what is measured on them is not of "
+        f"unseen articles"
+        for name, (count, total) in seen.items()
+        if count
+    ]
 
 
 def load_whole(files: ModelFiles, config: RunConfig, device: str | None = None) -> CausalModel:

@@ -30,6 +30,7 @@ class Updates:
     statistics of their own dtype.
 
     Attributes:
+        settings: Optimizer and its numbers.
         keeps_gradients: Whether gradients are set to zero after an update, where they are, or given up.
     """
 
@@ -45,7 +46,7 @@ class Updates:
                 are not rounded at random.
         """
         _check_rounding(tensors, train)
-        self._tensors, self._train = dict(tensors), train
+        self._tensors, self.settings = dict(tensors), train
         self.keeps_gradients = False
         self._held = {name: self._master(tensor) for name, tensor in tensors.items()}
         make = optimizer_of(train, next(iter(tensors.values())).device)
@@ -72,16 +73,16 @@ class Updates:
 
         Where tensors are updated in the backward pass, that has happened; the norm is of what was.
         """
-        if self._train.in_backward:
+        if self.settings.in_backward:
             norms, self._norms = self._norms, []
             total: Tensor = torch.linalg.vector_norm(torch.stack(norms))
             return total
         held = [t.grad for t in self._tensors.values() if t.grad is not None]
-        return clip(held, self._train.max_grad_norm)
+        return clip(held, self.settings.max_grad_norm)
 
     def step(self) -> None:
         """Update all tensors, and free their gradients, or set them to zero."""
-        if not self._train.in_backward:
+        if not self.settings.in_backward:
             for part, optimizer in self._optimizers:
                 self._update(part, optimizer)
 
@@ -164,14 +165,16 @@ class Updates:
                 yield name, optimizer.state.get(self._held[name], {})
 
     def _master(self, tensor: nn.Parameter) -> nn.Parameter:
-        return nn.Parameter(tensor.detach().float()) if has_master(tensor, self._train) else tensor
+        return (
+            nn.Parameter(tensor.detach().float()) if has_master(tensor, self.settings) else tensor
+        )
 
     def _groups(self, names: list[str]) -> list[dict[str, Any]]:
         """Parameter groups: B matrices have LoRA+'s rate, norms and biases no decay."""
         by_kind: dict[tuple[float, float], list[str]] = {}
         for name in names:
-            factor = self._train.lora_plus if "lora_B" in name else 1.0
-            decay = self._train.weight_decay if self._tensors[name].ndim > 1 else 0.0
+            factor = self.settings.lora_plus if "lora_B" in name else 1.0
+            decay = self.settings.weight_decay if self._tensors[name].ndim > 1 else 0.0
             by_kind.setdefault((factor, decay), []).append(name)
         return [
             {"params": [self._held[n] for n in group], "names": group, "factor": factor, "weight_decay": decay}

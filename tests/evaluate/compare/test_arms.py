@@ -51,6 +51,16 @@ def test_the_align_run_has_no_part_in_what_is_said_of_texts() -> None:
     assert (train.accumulate, train.optimizer, train.lora_plus) == (1, "adamw", 1.0)
 
 
+def test_an_arm_has_no_part_in_what_is_said_of_another_method() -> None:
+    shared, settings = split(train={"lora_plus": 4.0}, lora={"init": "adapter"})
+    full, early = (arm_config(shared, settings, arm, 0, Path()) for arm in ("full", "lora-early"))
+    assert (full.train.lora_plus, full.lora.init) == (1.0, None)
+    assert (early.train.lora_plus, early.lora.init) == (4.0, "adapter")
+    shared, settings = split(method="full", quantize="none", train={"rounding": "stochastic"})
+    roundings = {arm: arm_config(shared, settings, arm, 0, Path()).train.rounding for arm in ARMS}
+    assert [arm for arm, rounding in roundings.items() if rounding == "stochastic"] == ["full"]
+
+
 @pytest.mark.parametrize("length", [{"steps": 9}, {"epochs": 2}])
 def test_an_arm_may_have_a_length_of_its_own(length: dict[str, int]) -> None:
     shared, settings = split(compare={"set": {"tli": {"train": length}}}, train={"steps": 4})

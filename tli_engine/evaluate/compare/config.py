@@ -19,13 +19,16 @@ Arm = Literal["full", "lora-all", "lora-early", "tli-then-lora-early", "joint"]
 ARMS: tuple[Arm, ...] = ("full", "lora-all", "lora-early", "tli-then-lora-early", "joint")
 # the run of the align objective that an arm goes on from; ``arms`` does not name it, ``set`` may
 ALIGN = "tli"
+# what is said of all weights is not of adapters, nor the other way round
+_FULL = {"method": "full", "lora": {"init": None}, "train": {"lora_plus": 1.0}}
+_LORA = {"method": "lora", "train": {"rounding": "master"}}
 # what each arm makes of a run that is otherwise the same
 _DIFFERENCES: dict[str, dict[str, Any]] = {
-    "full": {"objective": "sft", "method": "full"},
-    "lora-all": {"objective": "sft", "method": "lora", "lora": {"layers": "all"}},
-    "lora-early": {"objective": "sft", "method": "lora"},
-    "tli-then-lora-early": {"objective": "sft", "method": "lora"},
-    "joint": {"objective": "joint", "method": "lora"},
+    "full": {"objective": "sft", **_FULL},
+    "lora-all": {"objective": "sft", **_LORA, "lora": {"layers": "all"}},
+    "lora-early": {"objective": "sft", **_LORA},
+    "tli-then-lora-early": {"objective": "sft", **_LORA},
+    "joint": {"objective": "joint", **_LORA},
     # what is said of the steps of texts is not of this one's
     ALIGN: {
         "objective": "align",
