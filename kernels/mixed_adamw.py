@@ -18,7 +18,9 @@ def _at_random(x, random):
     """Round fp32 to bf16, up or down with the probability of its distance."""
     # bf16 is the upper half: a carry out of the lower one rounds up
     bits = x.to(tl.int32, bitcast=True) + (random & 0xFFFF).to(tl.int32)
-    return (bits & -65536).to(tl.float32, bitcast=True).to(tl.bfloat16)
+    rounded = (bits & -65536).to(tl.float32, bitcast=True)
+    # NaN may be all ones, and a carry would make it -0
+    return tl.where(x == x, rounded, x).to(tl.bfloat16)
 
 
 @triton.jit(do_not_specialize=["decay", "size", "correction", "eps"])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tli_engine.ops.mixed_adamw import mixed_adamw_
+from tli_engine.ops.mixed_adamw import mixed_adamw_, round_at_random_
 from tli_engine.reference.mixed_adamw import mixed_adamw as reference
 from tli_engine.testing import assert_within_error_budget
 
@@ -156,3 +156,16 @@ def test_operator_contract(master: bool) -> None:
     tensors = make((6, 5), torch.bfloat16, torch.device("cpu"), master)
     arguments = (*tensors.values(), *NUMBERS.values())
     torch.library.opcheck(torch.ops.tli_engine.mixed_adamw_.default, arguments)
+
+
+def test_nan_stays_nan(device: torch.device) -> None:
+    """Whichever bits a GPU gives it."""
+    exact = torch.tensor([0x7FFFFFFF, 0x7FC00000, -1], dtype=torch.int32).view(torch.float32)
+    target = torch.empty(3, dtype=torch.bfloat16)
+    round_at_random_(target, exact, torch.full((3,), 0xFFFF))
+    assert target.isnan().all()
+    tensors = make((64,), torch.bfloat16, device, master=False)
+    tensors["grad"] = torch.full((64,), torch.nan, device=device, dtype=torch.bfloat16)
+    triton_step(**tensors, **NUMBERS)  # type: ignore[arg-type]
+    for name in ("parameter", "exp_avg", "exp_avg_sq"):
+        assert tensors[name].isnan().all()  # type: ignore[union-attr]

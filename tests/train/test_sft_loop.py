@@ -179,32 +179,6 @@ def test_going_on_is_bit_for_bit(files: ModelFiles, config: RunConfig) -> None:
         assert torch.equal(tensor, resumed.state()[0][name]), name
 
 
-@pytest.mark.parametrize(
-    "config",
-    [
-        config_of(lora={"dropout": 0.3}, train={"accumulate": 2, "max_grad_norm": 0.1}),
-        config_of("full"),
-    ],
-    ids=["lora", "full"],
-)
-def test_steps_launched_ahead_give_the_bits_of_those_launched_in_turn(
-    files: ModelFiles, config: RunConfig
-) -> None:
-    plain, expected = trainer_of(files, config, validate=True)
-    ahead, found = trainer_of(files, config, validate=True)
-    # on a CPU nothing is gained
-    assert not ahead.engine.runs_ahead
-    ahead.engine.runs_ahead = True
-    plain.run()
-    ahead.run()
-    assert [(s.loss, s.grad_norm, s.figures) for s in found] == [
-        (s.loss, s.grad_norm, s.figures) for s in expected
-    ]
-    for name, tensor in plain.engine.tensors.items():
-        assert torch.equal(ahead.engine.tensors[name], tensor), name
-        assert ahead.engine.tensors[name].grad is None
-
-
 def test_updates_in_the_backward_pass_are_one_a_step(files: ModelFiles) -> None:
     """Several rows are one pack, and that has one backward pass."""
     trainer, _ = trainer_of(files, config_of("full", train={"in_backward": True, "batch_size": 3}))
@@ -324,36 +298,6 @@ def test_what_ends_a_run_is_said(
     spoil(trainer)
     with pytest.raises(TrainingError, match=message):
         trainer.run()
-
-
-def test_no_memory_for_the_step_launched_ahead_loses_none(
-    files: ModelFiles, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trainer, steps = trainer_of(files, config_of())
-    trainer.engine.runs_ahead, launch = True, trainer.engine._launch
-
-    def launched(step: int) -> Any:
-        found = launch(step)
-        if step == 3:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-        return found
-
-    monkeypatch.setattr(trainer.engine, "_launch", launched)
-    with pytest.raises(TrainingError, match="out of memory"):
-        trainer.run()
-    assert [s.step for s in steps] == [1, 2, 3]
-
-
-def test_nothing_is_launched_ahead_of_what_is_timed_by_itself(files: ModelFiles) -> None:
-    """A GPU would work on the next step while an article is measured, and nobody count it."""
-    config = config_of(train={"checkpoint_steps": 3})
-    trainer, _ = trainer_of(files, config, validate=True)
-    trainer.engine.runs_ahead = True
-    ahead: list[int] = []
-    trainer.on_step = lambda step: ahead.append(step.step) if trainer.engine._ahead else None
-    trainer.run()
-    # every second is measured, the third is written, and the sixth is the last
-    assert ahead == [1, 5]
 
 
 def test_a_loss_that_becomes_nan_ends_the_run(files: ModelFiles) -> None:

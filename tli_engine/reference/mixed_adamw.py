@@ -49,11 +49,13 @@ def round_at_random_(target: Tensor, exact: Tensor, bits: Tensor) -> None:
 
     Args:
         target: Overwritten.
-        exact: Of ``target``'s shape, fp32 and finite where ``target`` is bf16; overwritten too.
+        exact: Of ``target``'s shape, fp32 where ``target`` is bf16; overwritten too.
         bits: Uniform in [0, 65536), integers of ``target``'s shape.
     """
     if target.dtype == torch.bfloat16:
         # bf16 is the upper half: a carry out of the lower one rounds up
-        whole = exact.view(torch.int32)
+        whole, nan = exact.view(torch.int32), exact.isnan()
         whole.add_(bits.to(torch.int32)).bitwise_and_(-(1 << 16))
+        # it may be all ones, and a carry would make it -0
+        exact.masked_fill_(nan, math.nan)
     target.copy_(exact)

@@ -48,7 +48,7 @@ class StochasticAdamW(torch.optim.Optimizer):
 
     Each is computed in fp32 and, in bf16, rounded up or down with the probability of its distance:
     an update smaller than a rounding step still counts. Random numbers come from torch's generator
-    of the device. Other dtypes are rounded to nearest. On a GPU a 16-bit tensor is updated in one pass.
+    of the device. Parameters are bf16; on a GPU each is updated in one pass.
 
     Source: Gupta et al. 2015; Zamirai et al. 2020, "Revisiting BFloat16 Training".
     """
