@@ -167,10 +167,10 @@ def test_no_memory_is_said_and_checkpoints_stay(
 
     run = SftStep.run
 
-    def running_out(self: SftStep, step: int) -> Any:
+    def running_out(self: SftStep, step: int, **options: Any) -> Any:
         if step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. GPU 0 has …")
-        return run(self, step)
+        return run(self, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(SftStep, "run", running_out)
@@ -189,11 +189,11 @@ def test_after_a_loss_that_is_no_number_the_checkpoint_is_whole(
     path, run = sft_config(train={"engine": engine, "checkpoint_steps": 1}), SftStep.run
     assert cli("train", path, "--run", "whole").status == 0
 
-    def spoiling(self: SftStep, step: int) -> Any:
+    def spoiling(self: SftStep, step: int, **options: Any) -> Any:
         if step == 2:
             for tensor in self.tensors.values():
                 tensor.data.fill_(torch.nan)
-        return run(self, step)
+        return run(self, step, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(SftStep, "run", spoiling)

@@ -3,6 +3,7 @@
 import os
 import sys
 import time
+from typing import Any
 
 from tli_engine.cli import main
 from tli_engine.train.sft_step import SftObserved, SftStep
@@ -12,7 +13,7 @@ FAULTY_STEP = 5
 run = SftStep.run
 
 
-def faulty(self: SftStep, step: int) -> SftObserved:
+def faulty(self: SftStep, step: int, **options: Any) -> SftObserved:
     if step == FAULTY_STEP and os.environ["RANK"] == "1":
         if KIND == "raises":
             raise ValueError("a fault of rank 1")
@@ -20,7 +21,7 @@ def faulty(self: SftStep, step: int) -> SftObserved:
             os._exit(77)
         # hangs
         time.sleep(600)
-    return run(self, step)
+    return run(self, step, **options)
 
 
 SftStep.run = faulty  # type: ignore[method-assign]
