@@ -1,15 +1,17 @@
-"""What ptxas says of a kernel: registers, spills, and how it takes its products."""
+"""Kernels compiled with no GPU, and what ptxas says of them: registers, spills, and how they take products."""
 
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 
 _WAIT = r"wgmma\.wait_group\S*\s+(\d+)"
 
@@ -20,6 +22,34 @@ def print_reports(report_of: Callable[[int], dict[str, Any]]) -> None:
     One process for all of them: it takes longer to start than to compile most kernels.
     """
     print(json.dumps({name: report_of(int(name)) for name in sys.argv[1].split(",")}))
+
+
+def compile_kernel(
+    kernel: Any,
+    constants: Mapping[str, Any],
+    type_of: Callable[[str], str],
+    divisible: Callable[[str], bool],
+    capability: int,
+    options: dict[str, Any],
+) -> Any:
+    """Compile a kernel as its launcher would on an architecture.
+
+    Args:
+        kernel: Of Triton.
+        constants: Its constants by name.
+        type_of: The type of every other argument.
+        divisible: Which arguments Triton is told to be multiples of 16.
+        capability: Of the architecture.
+        options: Of the launch.
+    """
+    names = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={name: "constexpr" if name in constants else type_of(name) for name in names},
+        constexprs={(names.index(name),): value for name, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, name in enumerate(names) if divisible(name)},
+    )
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
 def usage(compiled: Any, capability: int) -> dict[str, Any]:

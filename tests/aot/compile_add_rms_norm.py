@@ -7,10 +7,7 @@ import re
 from typing import Any
 
 import torch
-import triton
-from assembler import print_reports, usage
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from assembler import compile_kernel, print_reports, usage
 
 from tli_engine.kernels import add_rms_norm, add_rms_norm_backward
 
@@ -59,26 +56,17 @@ def cases() -> dict[str, Case]:
 def compile_case(case: Case, capability: int) -> Any:
     """Compile as the launcher would on that architecture."""
     kernel, dtype, constants, warps = case
-    constants = constants | {"OVERLAP": capability >= 90}
-    names = kernel.arg_names
-    signature = {
-        name: "constexpr" if name in constants
-        else TYPES.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in names
-    }  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+
+    def type_of(name: str) -> str:
+        return TYPES.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+
+    def divisible(name: str) -> bool:
         # widths and strides are multiples of 16 in every model, which the launcher tells Triton too
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name.endswith("_ptr") or name.startswith("stride_") or name in ("I", "V")
-        },
-    )
+        return name.endswith("_ptr") or name.startswith("stride_") or name in ("I", "V")
+
+    constants = constants | {"OVERLAP": capability >= 90}
     options = {"num_warps": warps, "launch_pdl": capability >= 90}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(found: dict[str, Case], capability: int) -> dict[str, Any]:

@@ -6,10 +6,7 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 import re
 from typing import Any
 
-import triton
-from assembler import print_reports, usage
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from assembler import compile_kernel, print_reports, usage
 
 from tli_engine.kernels import flat_adamw
 
@@ -27,29 +24,19 @@ CASES = {"plain": (None, "i64"), "bf16": ("bf16", "i64"), "fp16-int32": ("fp16",
 
 def compile_case(shadow: str | None, count: str, capability: int) -> Any:
     """Compile as the launcher would on that architecture."""
-    kernel = flat_adamw._flat_adamw_kernel
-    names = kernel.arg_names
     constants = CONSTANTS | {"HAS_SHADOW": shadow is not None, "OVERLAP": capability >= 90}
     pointers = POINTERS | {"shadow_ptr": f"*{shadow or 'fp32'}", "state_ptr": f"*{count}"}
-    signature = {
-        name: "constexpr" if name in constants
-        else pointers.get(name, "*fp32") if name.endswith("_ptr")
-        else SCALARS.get(name, "i32")
-        for name in names
-    }  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
+
+    def type_of(name: str) -> str:
+        return pointers.get(name, "*fp32") if name.endswith("_ptr") else SCALARS.get(name, "i32")
+
+    def divisible(name: str) -> bool:
         # buffers are laid out in multiples of 64
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name.endswith("_ptr") or name == "P"
-        },
-    )
+        return name.endswith("_ptr") or name == "P"
+
     options = {"num_warps": flat_adamw.WARPS, "launch_pdl": capability >= 90}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    kernel = flat_adamw._flat_adamw_kernel
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(capability: int) -> dict[str, Any]:

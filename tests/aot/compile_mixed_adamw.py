@@ -6,10 +6,7 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 import re
 from typing import Any
 
-import triton
-from assembler import print_reports, usage
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from assembler import compile_kernel, print_reports, usage
 
 from tli_engine.kernels import mixed_adamw
 
@@ -24,31 +21,20 @@ CASES = {
 
 def compile_case(dtype: str, master: bool, capability: int, many: bool) -> Any:
     """Compile as the launcher would on that architecture; ``many``: over 2^31 elements."""
-    kernel = mixed_adamw._mixed_adamw_kernel
-    names = kernel.arg_names
-    constants = CONSTANTS | {"HAS_MASTER": master}
     held = "*fp32" if master else f"*{dtype}"
     pointers = {"parameter_ptr": f"*{dtype}", "grad_ptr": f"*{dtype}"}
     pointers |= {"master_ptr": held, "seed_ptr": f"*{dtype}" if master else "*i64"}
     scalars = SCALARS | ({"P": "i64"} if many else {})
-    signature = {
-        name: "constexpr" if name in constants
-        else pointers.get(name, held) if name.endswith("_ptr")
-        else scalars[name]
-        for name in names
-    }  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if (name.endswith("_ptr") and name != "seed_ptr") or name == "P"
-        },
-    )
+
+    def type_of(name: str) -> str:
+        return pointers.get(name, held) if name.endswith("_ptr") else scalars[name]
+
+    def divisible(name: str) -> bool:
+        return (name.endswith("_ptr") and name != "seed_ptr") or name == "P"
+
+    kernel, constants = mixed_adamw._mixed_adamw_kernel, CONSTANTS | {"HAS_MASTER": master}
     options = {"num_warps": mixed_adamw.WARPS}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(capability: int) -> dict[str, Any]:

@@ -6,10 +6,7 @@ Run in a process of its own: ``TRITON_INTERPRET`` must be unset before a kernel 
 import re
 from typing import Any
 
-import triton
-from assembler import print_reports, usage
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from assembler import compile_kernel, print_reports, usage
 
 from tli_engine.kernels import (
     counter_dropout,
@@ -151,26 +148,21 @@ def compile_case(
     kernel: Any, dtype: str, constants: dict[str, Any], warps: int, capability: int
 ) -> Any:
     """Compile as the launcher would on that architecture."""
-    names = kernel.arg_names
     constants = constants | {"OVERLAP": capability >= 90}
-    constants = {name: constants[name] for name in names if name in constants}
+    constants = {name: constants[name] for name in kernel.arg_names if name in constants}
     nested = constants.get("NESTED", False)
-    signature = {
-        name: "constexpr" if name in constants
-        else "*u8" if nested and name == "absmax_ptr"
-        else POINTERS.get(name, f"*{dtype}") if name.endswith("_ptr")
-        else SCALARS.get(name, "i32")
-        for name in names
-    }  # fmt: skip
-    aligned = [n for n in names if n not in constants and (n.endswith("_ptr") or n in DIVISIBLE)]
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
-    )
+
+    def type_of(name: str) -> str:
+        if nested and name == "absmax_ptr":
+            return "*u8"
+        is_pointer = name.endswith("_ptr")
+        return POINTERS.get(name, f"*{dtype}") if is_pointer else SCALARS.get(name, "i32")
+
+    def divisible(name: str) -> bool:
+        return name not in constants and (name.endswith("_ptr") or name in DIVISIBLE)
+
     options = {"num_warps": warps, "launch_pdl": constants.get("OVERLAP", False)}
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(capability: int) -> dict[str, Any]:

@@ -7,11 +7,8 @@ import itertools
 from typing import Any
 
 import torch
-import triton
-from assembler import print_reports, usage
+from assembler import compile_kernel, print_reports, usage
 from triton import language as tl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
 from tli_engine.kernels import (
     cosine_similarity,
@@ -132,29 +129,21 @@ def compile_case(case: Case, capability: int) -> Any:
     if "OVERLAP" in names:
         constants = constants | {"OVERLAP": capability >= 90}
     acc = "*fp64" if dtype == "fp64" else "*fp32"
-    signature = {
-        name: "constexpr" if name in constants
-        else f"*{dtype}" if name in rows
-        else POINTERS.get(name, acc) if name.endswith("_ptr")
-        else SCALARS.get(name, "i32")
-        for name in names
-    }  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(names.index(name),): value for name, value in constants.items()},
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(names)
-            if name.endswith("_ptr") or name in DIVISIBLE
-        },
-    )
+
+    def type_of(name: str) -> str:
+        if name in rows:
+            return f"*{dtype}"
+        return POINTERS.get(name, acc) if name.endswith("_ptr") else SCALARS.get(name, "i32")
+
+    def divisible(name: str) -> bool:
+        return name.endswith("_ptr") or name in DIVISIBLE
+
     options = {"num_warps": warps, "launch_pdl": constants.get("OVERLAP", False)}
     if "INFONCE" in names:
         options["enable_fp_fusion"] = False
     if "OVERLAP" in names:
         options["num_stages"] = 1
-    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(capability: int) -> dict[str, Any]:

@@ -7,10 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-import triton
-from assembler import print_reports, usage
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from assembler import compile_kernel, print_reports, usage
 
 from tli_engine.kernels import word_attention, word_attention_backward
 
@@ -59,25 +56,16 @@ def compile_case(
 ) -> Any:
     """Compile as the launcher would on that architecture."""
     types = {"bound_ptr": "*i32", "lse_ptr": "*fp32", "scale": "fp32", "score_scale": "fp32"}
-    signature = {
-        name: "constexpr" if name in constants
-        else types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
-    }  # fmt: skip
-    source = ASTSource(
-        fn=kernel,
-        signature=signature,
-        constexprs={(kernel.arg_names.index(name),): value for name, value in constants.items()},
+
+    def type_of(name: str) -> str:
+        return types.get(name, f"*{dtype}" if name.endswith("_ptr") else "i32")
+
+    def divisible(name: str) -> bool:
         # strides are multiples of 16 in every model, which the launcher tells Triton too
-        attrs={
-            (i,): [["tt.divisibility", 16]]
-            for i, name in enumerate(kernel.arg_names)
-            if name.endswith("_ptr") or name.startswith("stride_")
-        },
-    )
-    return triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps}
-    )
+        return name.endswith("_ptr") or name.startswith("stride_")
+
+    options = {"num_warps": warps}
+    return compile_kernel(kernel, constants, type_of, divisible, capability, options)
 
 
 def report_of(capability: int) -> dict[str, Any]:
