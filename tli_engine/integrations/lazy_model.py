@@ -12,7 +12,6 @@ from importlib.util import find_spec
 from threading import RLock
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from tli_engine.errors import UserError
@@ -20,7 +19,7 @@ from tli_engine.integrations.call_state import CallState
 from tli_engine.integrations.lazy_output import is_compiling, lazy_output
 from tli_engine.integrations.lazy_run import Call, LazyRun, note_steps, run_step
 from tli_engine.integrations.memo import Memo
-from tli_engine.integrations.model_parts import ModelParts, has_global_hooks
+from tli_engine.integrations.model_parts import ModelParts, has_global_hooks, is_transformed
 from tli_engine.integrations.replace import mark
 from tli_engine.integrations.training_graphs import TrainingGraphs
 
@@ -93,7 +92,7 @@ class LazySettings:
             return _REPLACED
         if decoder.__dict__.get("_compiled_call_impl") is not None:
             return "its decoder is compiled as a whole"
-        if torch._C._functorch.peek_interpreter_stack() is not None:
+        if is_transformed():
             return "it is called inside a transform of torch.func"
         if has_global_hooks():
             return "all modules have hooks"

@@ -13,7 +13,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-from tli_engine.integrations.model_parts import has_global_hooks
+from tli_engine.integrations.model_parts import has_global_hooks, is_transformed
 from tli_engine.nf4 import DTYPES
 from tli_engine.ops import dense_lora_linear
 
@@ -44,15 +44,10 @@ class Linear(lora.Linear):  # type: ignore[misc]
         if not args and not kwargs and type(base) is nn.Linear and _takes(x, base.weight):
             update = plain_update(self)
             plain = not is_hooked(base) and not torch.is_autocast_enabled(x.device.type)
-            if update and plain and not _is_transformed():
+            if update and plain and not is_transformed():
                 return dense_lora_linear(x, base.weight, *update, base.bias)
         out: Tensor = super().forward(x, *args, **kwargs)
         return out
-
-
-def _is_transformed() -> bool:
-    """Whether it runs inside a transform of ``torch.func``, which goes through no op with gradients of its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def _takes(x: Tensor, weight: Tensor) -> bool:

@@ -218,6 +218,11 @@ def has_global_hooks() -> bool:
     return any(getattr(torch_module, name) for name in _GLOBAL_HOOKS)
 
 
+def is_transformed() -> bool:
+    """Whether it runs inside a transform of ``torch.func``, which goes through no op with gradients of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def has_modes() -> bool:
     """Whether something sees, or changes, each operation of the calling thread."""
     if torch._C._len_torch_dispatch_stack() > 0:

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from tli_engine.integrations.block_weights import BlockWeights, NotStaticError
 from tli_engine.integrations.lazy_run import Call, RunStep, Step, run_step
+from tli_engine.integrations.model_parts import is_transformed
 from tli_engine.integrations.recording import Lease, Recorder, Recording, Replayed
 from tli_engine.integrations.static_block import StaticBlock, take_apart
 from tli_engine.models.graph_recorder import GraphRecorder
@@ -196,7 +197,7 @@ def _observed(device: torch.device) -> str | None:
         return "under autocast"
     if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return "what is saved for the backward pass has hooks"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
+    if is_transformed():
         return "inside a transform of torch.func"
     if _get_current_dispatch_mode() is not None:
         return "a mode watches what is launched"
