@@ -9,10 +9,10 @@ from torch import Tensor
 from tli_engine import backends
 from tli_engine.ops.counter_dropout import check_seed
 from tli_engine.ops.flat_adamw import check_numbers
+from tli_engine.reference.mixed_adamw import adamw_step_, round_at_random_
 from tli_engine.reference.mixed_adamw import mixed_adamw as _reference
-from tli_engine.reference.mixed_adamw import round_at_random_
 
-__all__ = ["mixed_adamw_", "round_at_random_"]
+__all__ = ["adamw_step_", "mixed_adamw_", "round_at_random_"]
 
 _OP = "tli_engine::mixed_adamw_"
 _DTYPES = (torch.bfloat16, torch.float16)

@@ -24,12 +24,10 @@ def mixed_adamw(
 ) -> None:
     """Update in place; see :func:`tli_engine.ops.mixed_adamw.mixed_adamw_`."""
     dtype = torch.promote_types(parameter.dtype, torch.float32)
-    gradient, mean, square = (t.to(dtype) for t in (grad, exp_avg, exp_avg_sq))
-    value = (parameter if master is None else master).to(dtype)
-    mean = mean.lerp(gradient, 1 - beta1)
-    square = (square * beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    update = mean / (square.sqrt() / math.sqrt(1 - beta2**step) + eps)
-    value = value * (1 - rate * weight_decay) - update * (rate / (1 - beta1**step))
+    held = parameter if master is None else master
+    value, mean, square = (t.to(dtype, copy=True) for t in (held, exp_avg, exp_avg_sq))
+    numbers = (beta1, beta2, eps, weight_decay)
+    adamw_step_(value, grad.to(dtype), mean, square, step, rate, *numbers)
     if master is not None:
         for target, exact in ((master, value), (exp_avg, mean), (exp_avg_sq, square)):
             target.copy_(exact)
@@ -42,6 +40,26 @@ def mixed_adamw(
         (parameter, exp_avg, exp_avg_sq), (value, mean, square), random[:3], strict=True
     ):
         round_at_random_(target, exact, bits & 0xFFFF)
+
+
+def adamw_step_(
+    value: Tensor,
+    gradient: Tensor,
+    mean: Tensor,
+    square: Tensor,
+    step: int,
+    rate: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update a tensor and its two means in their own dtype, that of the gradient."""
+    mean.lerp_(gradient, 1 - beta1)
+    square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    scale = square.sqrt().div_(math.sqrt(1 - beta2**step)).add_(eps)
+    value.mul_(1 - rate * weight_decay)
+    value.addcdiv_(mean, scale, value=-rate / (1 - beta1**step))
 
 
 def round_at_random_(target: Tensor, exact: Tensor, bits: Tensor) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tli_engine.ops.mixed_adamw import mixed_adamw_, round_at_random_
+from tli_engine.ops.mixed_adamw import adamw_step_, mixed_adamw_, round_at_random_
 
 # elements updated at a time on a CPU: fp32 copies of no more than these are held
 CHUNK = 1 << 26
@@ -74,10 +74,15 @@ class StochasticAdamW(torch.optim.Optimizer):
                 seed=seed, step=int(state["step"]), rate=rate, weight_decay=decay,
             )  # fmt: skip
             return
-        t = float(state["step"])
         tensors = (parameter, parameter.grad, state["exp_avg"], state["exp_avg_sq"])
         for p, g, m, v in zip(*(torch.split(x.view(-1), CHUNK) for x in tensors), strict=True):
-            _step_in_fp32(p, g, m, v, t, rate, decay)
+            value, mean, square = (x.to(torch.float32, copy=True) for x in (p, m, v))
+            adamw_step_(
+                value, g.float(), mean, square, int(state["step"]), rate, *_BETAS, _EPS, decay
+            )
+            for target, exact in ((p, value), (m, mean), (v, square)):
+                bits = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=p.device)
+                round_at_random_(target, exact, bits)
 
 
 def in_one_pass(tensor: Tensor) -> bool:
@@ -95,19 +100,3 @@ def _state(optimizer: torch.optim.Optimizer, parameter: Tensor) -> dict[str, Ten
         state["exp_avg_sq"] = torch.zeros_like(parameter)
     state["step"] += 1
     return state
-
-
-def _step_in_fp32(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, t: float, rate: float, decay: float
-) -> None:
-    beta1, beta2 = _BETAS
-    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-    gradient = g.float()
-    mean = m.float().lerp_(gradient, 1 - beta1)
-    square = v.float().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-    scale = square.sqrt().div_(correction2**0.5).add_(_EPS)
-    value = p.float().mul_(1 - rate * decay)
-    value.addcdiv_(mean, scale, value=-rate / correction1)
-    for target, exact in ((p, value), (m, mean), (v, square)):
-        bits = torch.randint(0, 1 << 16, exact.shape, dtype=torch.int32, device=exact.device)
-        round_at_random_(target, exact, bits)
