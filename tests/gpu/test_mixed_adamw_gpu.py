@@ -2,8 +2,9 @@
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from tests.ops.test_mixed_adamw import NUMBERS, copies, make
 from tli_engine import backends
 from tli_engine.config import TrainConfig
 from tli_engine.ops.mixed_adamw import mixed_adamw_
@@ -15,37 +16,15 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
-NUMBERS = {"step": 4, "rate": 1e-2, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+GPU = torch.device("cuda")
 SIZES = [1, 63, 1024, 1025, 20_000_001]
-
-
-def make(P: int, dtype: torch.dtype, master: bool) -> dict[str, Tensor | None]:
-    held = torch.float32 if master else dtype
-    value = torch.randn(P, device="cuda")
-    return {
-        "parameter": value.to(dtype),
-        "grad": torch.randn(P, device="cuda").to(dtype),
-        "exp_avg": (0.1 * torch.randn(P, device="cuda")).to(held),
-        "exp_avg_sq": (0.1 * torch.rand(P, device="cuda")).to(held),
-        "master": value if master else None,
-        "seed": None if master else torch.tensor(2**62 + 77, device="cuda"),
-    }
-
-
-def copies(
-    tensors: dict[str, Tensor | None], dtype: torch.dtype | None = None
-) -> dict[str, Tensor | None]:
-    return {
-        name: t if t is None or name == "seed" else t.to(dtype or t.dtype, copy=True)
-        for name, t in tensors.items()
-    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("P", SIZES)
 def test_a_master_copy(P: int, dtype: torch.dtype) -> None:
     assert backends.explain("mixed_adamw") == ("triton", ())
-    actual = make(P, dtype, master=True)
+    actual = make((P,), dtype, GPU, master=True)
     plain, exact = copies(actual), copies(actual, torch.float64)
     mixed_adamw_(**actual, **NUMBERS)  # type: ignore[arg-type]
     for tensors in (plain, exact):
@@ -58,7 +37,7 @@ def test_a_master_copy(P: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("P", SIZES)
 def test_random_rounding(P: int) -> None:
     torch.manual_seed(P)
-    actual = make(P, torch.bfloat16, master=False)
+    actual = make((P,), torch.bfloat16, GPU, master=False)
     plain, again = copies(actual), copies(actual)
     mixed_adamw_(**actual, **NUMBERS)  # type: ignore[arg-type]
     mixed_adamw_(**again, **NUMBERS)  # type: ignore[arg-type]
@@ -118,6 +97,6 @@ def test_an_update_takes_no_memory() -> None:
 
 @pytest.mark.parametrize("master", [True, False])
 def test_operator_contract(master: bool) -> None:
-    tensors = make(130, torch.bfloat16, master)
+    tensors = make((130,), torch.bfloat16, GPU, master)
     arguments = (*tensors.values(), *NUMBERS.values())
     torch.library.opcheck(torch.ops.tli_engine.mixed_adamw_.default, arguments)

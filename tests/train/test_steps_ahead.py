@@ -5,56 +5,18 @@ from typing import Any
 import pytest
 import torch
 
+from tests.fine_tuning import config_of, trainer_of
 from tli_engine.config import RunConfig
-from tli_engine.data.examples import Example
 from tli_engine.errors import TrainingError
-from tli_engine.models.adapters import adapter_tensors, add_lora
-from tli_engine.models.causal import load_causal
 from tli_engine.models.files import ModelFiles, open_model
-from tli_engine.testing import example_store, save_tiny_model
-from tli_engine.train.sft_loop import SftMetrics, SftTrainer, Validation
-from tli_engine.train.sft_order import SftOrder
-from tli_engine.train.sft_step import SftStep
+from tli_engine.testing import save_tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-EXAMPLES = [
-    Example(tuple(range(7 * i, 7 * i + n)), p)
-    for i, (n, p) in enumerate([(9, 5), (14, 8), (7, 6), (20, 3), (11, 10), (16, 9), (13, 4)])
-]
 
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
     return open_model(str(save_tiny_model(tmp_path_factory.mktemp("models") / "llama", "llama")))
-
-
-def config_of(method: str = "lora", **changes: Any) -> RunConfig:
-    train = {"steps": 6, "batch_size": 1, "learning_rate": 1e-2} | changes.pop("train", {})
-    values: dict[str, Any] = {
-        "model": "m", "objective": "sft", "method": method, "train": train,
-        "data": {"texts": "a.jsonl", "validation": "b.jsonl"},
-        "lora": {"layers": "0-2", "modules": ("q_proj", "down_proj"), "r": 4} | changes.pop("lora", {}),
-        "sft": {"context": 32, "evaluate_steps": 2},
-    }  # fmt: skip
-    return RunConfig.model_validate(values | changes)
-
-
-def trainer_of(
-    files: ModelFiles, config: RunConfig, validate: bool = False
-) -> tuple[SftTrainer, list[SftMetrics]]:
-    model = load_causal(files, dtype=torch.float32, device=torch.device("cpu"))
-    if config.method == "full":
-        model.train_all()
-        tensors = model.trainable()
-    else:
-        add_lora(model.early, config.lora, model.early.depth, config.seed)
-        tensors = adapter_tensors(model.early)
-    store = example_store(EXAMPLES)
-    order = SftOrder(store.lengths, config)
-    engine = SftStep(model, tensors, store, order, config, None)
-    unseen = Validation(example_store(EXAMPLES[:3]), [[[0, 1]], [[2]]]) if validate else None
-    steps: list[SftMetrics] = []
-    return SftTrainer(config, model, engine, order, unseen, steps.append), steps
 
 
 @pytest.mark.parametrize(
