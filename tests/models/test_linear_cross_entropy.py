@@ -99,7 +99,7 @@ def test_errs_no_more_than_plain_pytorch(dtype: torch.dtype, rows: int) -> None:
 
 
 def test_the_heads_gradient_in_parts_of_the_vocabulary(monkeypatch: Any) -> None:
-    *inputs, targets = make(torch.float32)
+    *inputs, targets = make(torch.bfloat16)
     whole = torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs)
     monkeypatch.setattr(module, "_VOCABULARY_ROWS", 16)
     parts = torch.autograd.grad(linear_cross_entropy(*inputs, targets), inputs)
@@ -141,6 +141,8 @@ def test_chunks_hold_as_many_rows_as_fit() -> None:
     assert chunk_rows(128_256) == 512
     assert chunk_rows(262_144) == 256
     assert chunk_rows(10**9) == 64
+    assert chunk_rows(128_256, trained=True) == 2048
+    assert chunk_rows(10**9, trained=True) == 64
 
 
 @pytest.mark.parametrize(

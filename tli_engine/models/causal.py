@@ -221,9 +221,10 @@ class CausalModel(nn.Module):
             states = self.spread.to_come
         softcap = getattr(self.early.config, "final_logit_softcapping", None)
         # their gradient takes the logits' place, but for capped ones
-        logits = chunk_rows(len(head)) * len(head) * (head.element_size() + (12 if softcap else 0))
-        # a gradient's sum in fp32, scaled, rounded
-        weight = head.numel() * (8 + head.element_size()) if head.requires_grad else 0
+        rows_at_once = chunk_rows(len(head), trained=head.requires_grad)
+        logits = rows_at_once * len(head) * (head.element_size() + (12 if softcap else 0))
+        # a gradient's sum in fp32, and rounded
+        weight = head.numel() * (4 + head.element_size()) if head.requires_grad else 0
         rows = 3 * head.shape[1] * head.element_size()
         block, decoded = (0, 0)
         if self.early.fused is not None:

@@ -8,15 +8,16 @@ from torch.autograd.function import once_differentiable
 
 from tli_engine.ops.cross_entropy_rows import cross_entropy_rows_
 
-# logits of a chunk: 256 MiB in fp32
-_LOGITS = 2**26
-# rows of the vocabulary whose gradient is computed at once: what lies between is small
+# logits of a chunk: 256 MiB in fp32; where the weight has a gradient, whose sum in fp32 is read and
+# written anew for each chunk, the chunks are fewer
+_LOGITS, _LOGITS_TRAINED = 2**26, 2**28
+# on a CPU, rows of the vocabulary whose gradient is computed at once: their logits' is copied to fp32
 _VOCABULARY_ROWS = 16384
 
 
-def chunk_rows(vocabulary: int) -> int:
-    """Rows of hidden states whose logits are held at once."""
-    return max(64, _LOGITS // vocabulary // 64 * 64)
+def chunk_rows(vocabulary: int, *, trained: bool = False) -> int:
+    """Rows of hidden states whose logits are held at once; ``trained``: the weight has a gradient."""
+    return max(64, (_LOGITS_TRAINED if trained else _LOGITS) // vocabulary // 64 * 64)
 
 
 def linear_cross_entropy(
@@ -39,7 +40,7 @@ def linear_cross_entropy(
         weight: Output embeddings, ``[V, D]``, in ``hidden``'s dtype.
         targets: ``[M]``, int64.
         softcap: Logits are ``softcap * tanh(logits / softcap)`` first, as in Gemma 2.
-        rows: Rows of logits held at once; by default as many as take 256 MiB.
+        rows: Rows of logits held at once; by default 2²⁶ logits, 2²⁸ if the weight is to have a gradient.
         weights: Factor of each row's cross-entropy, ``[M]``, fp32; all 1 by default. A row of weight 0
             has no part in the loss and in no gradient.
 
@@ -64,7 +65,7 @@ def linear_cross_entropy(
         raise ValueError(f"rows must be positive, got {rows}")
     needed = torch.is_grad_enabled()
     needs = (needed and hidden.requires_grad, needed and weight.requires_grad)
-    rows = chunk_rows(len(weight)) if rows is None else rows
+    rows = chunk_rows(len(weight), trained=needs[1]) if rows is None else rows
     loss: Tensor = _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden, weight, targets, weights, softcap, rows, needs
     )
@@ -112,7 +113,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if dhidden is not None:
             dhidden = dhidden * dloss.to(dhidden.dtype)
         if dweight is not None:
-            dweight = (dweight * dloss).to(ctx.dtype)
+            # rounded as it is written: no second one in fp32
+            rounded = torch.empty_like(dweight, dtype=ctx.dtype)
+            dweight = torch.mul(dweight, dloss, out=rounded)
         return dhidden, dweight, None, None, None, None, None
 
 
@@ -146,12 +149,13 @@ def _chunk(
 
 def _add_product(dweight: Tensor, dlogits: Tensor, hidden: Tensor) -> None:
     """Add ``dlogits.T @ hidden`` to ``dweight``, summed and added in its dtype."""
+    if dweight.dtype == hidden.dtype:
+        dweight.addmm_(dlogits.T, hidden)
+        return
+    if hidden.is_cuda:
+        torch.addmm(dweight, dlogits.T, hidden, out_dtype=dweight.dtype, out=dweight)
+        return
+    wide = hidden.to(dweight.dtype)
     for first in range(0, len(dweight), _VOCABULARY_ROWS):
         part = slice(first, first + _VOCABULARY_ROWS)
-        rows = dlogits[:, part].T
-        if dweight.dtype == hidden.dtype:
-            dweight[part].addmm_(rows, hidden)
-        elif hidden.is_cuda:
-            dweight[part] += torch.mm(rows, hidden, out_dtype=dweight.dtype)
-        else:
-            dweight[part].addmm_(rows.to(dweight.dtype), hidden.to(dweight.dtype))
+        dweight[part].addmm_(dlogits[:, part].T.to(dweight.dtype), wide)

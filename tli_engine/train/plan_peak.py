@@ -28,8 +28,6 @@ CONTEXT = 500 * 2**20
 _WORKSPACES, _WORKSPACES_HOPPER = 2 * 8_519_680, 2 * 32 * 2**20
 # bitsandbytes: from so many elements states are of 8 bits, with an absmax for each 256
 _EIGHT_BIT_FROM, _EIGHT_BIT_BLOCK = 4096, 256
-# rows of the vocabulary whose gradient is computed at once
-_VOCABULARY_ROWS = 16384
 # two pairs compared with one another: cosine, logits either way and their masks, the mean over those that
 # are mismatched, which are listed by two numbers of 64 bits
 _OF_TWO_PAIRS = 36
@@ -220,18 +218,18 @@ class Step:
         """The output layer, all of whose rows are labels at most."""
         outline, config = self._outline, self._outline.config
         vocabulary, hidden, element = config.vocab_size, config.hidden_size, outline.element
-        rows = min(self.tokens, chunk_rows(vocabulary))
+        trained = self._head_gradient() > 0
+        rows = min(self.tokens, chunk_rows(vocabulary, trained=trained))
         capped = bool(getattr(config, "final_logit_softcapping", None))
         logits = rows * vocabulary * (element + 12 * capped)
         working = 3 * self._blocks.input + logits + self._workspaces
-        if not self._head_gradient():
+        if not trained:
             yield Moment(gradients, activations, working)
             return
         summed = 4 * vocabulary * hidden
-        part = 4 * min(vocabulary, _VOCABULARY_ROWS) * hidden
-        yield Moment(gradients, activations, working + summed + part)
+        yield Moment(gradients, activations, working + summed)
         # the sum, times what comes from above, rounded
-        scaled = 2 * summed + vocabulary * hidden * element
+        scaled = summed + vocabulary * hidden * element
         yield Moment(gradients, activations, 3 * self._blocks.input + scaled + self._workspaces)
 
     def _update(self, gradients: int) -> Moment:
