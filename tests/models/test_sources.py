@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tli_engine.errors import UserError
+from tli_engine.models import files as files_module
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.sources import GgufSource
@@ -313,3 +314,34 @@ def test_a_truncated_gguf_file_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF" + b"\0" * 8)
     with pytest.raises(UserError, match=re.escape(str(path))):
         open_model(str(path))
+
+
+def test_a_gguf_file_is_read_once_until_it_changes(
+    tiny: Callable[..., ModelFiles], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, written = tmp_path / "model.gguf", tiny("llama")
+    write_gguf(path, "llama", written, ["norm.weight"])
+    reads: list[str] = []
+
+    def read_config(name: str, path: Path) -> Any:
+        reads.append("config")
+        return written.config
+
+    def read_tokenizer(name: str, folder: Path, **options: str) -> object:
+        reads.append("tokenizer")
+        return object()
+
+    monkeypatch.setattr(files_module, "open_gguf_config", read_config)
+    monkeypatch.setattr(files_module, "_tokenizer", read_tokenizer)
+    first, second = (open_model(str(path)) for _ in range(2))
+    assert first.source is second.source
+    assert first.tokenizer is second.tokenizer
+    assert reads == ["config", "tokenizer"]
+    # what is noted in one is not in the other
+    first.config.num_hidden_layers = 1
+    assert second.config.num_hidden_layers == open_model(str(path)).config.num_hidden_layers > 1
+
+    write_gguf(path, "llama", written, ["norm.weight", "layers.0.mlp.up_proj.weight"])
+    third = open_model(str(path))
+    assert "layers.0.mlp.up_proj.weight" in third.source
+    assert third.tokenizer is not first.tokenizer

@@ -1,10 +1,12 @@
 """A model by name: a folder, a GGUF file, a Hub id or a built-in, opened without its weights."""
 
 import json
+import os
 import struct
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -51,9 +53,19 @@ def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any
     Raises:
         UserError: There is none that can be loaded.
     """
+    if gguf_file:
+        return _gguf_tokenizer(name, folder, gguf_file, _identity(folder / gguf_file))
+    return _tokenizer(name, folder)
+
+
+@lru_cache(maxsize=2)
+def _gguf_tokenizer(name: str, folder: Path, file: str, identity: tuple[int, ...]) -> Any:
+    return _tokenizer(name, folder, gguf_file=file)
+
+
+def _tokenizer(name: str, folder: Path, **options: str) -> Any:
     from transformers import AutoTokenizer
 
-    options = {"gguf_file": gguf_file} if gguf_file else {}
     try:
         return AutoTokenizer.from_pretrained(folder, **_LOCAL, **options)
     except (OSError, ValueError, KeyError) as e:
@@ -134,8 +146,25 @@ def open_config(name: str, folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _open_gguf(name: str, path: Path) -> ModelFiles:
+    config, source = _gguf_parts(name, path, _identity(path))
+    # a model may note in its configuration how it runs
+    return ModelFiles(name, name, path.parent, path.name, deepcopy(config), source)
+
+
+@lru_cache(maxsize=2)
+def _gguf_parts(name: str, path: Path, identity: tuple[int, ...]) -> tuple[Any, GgufSource]:
+    """Configuration and tensors of a file, read once: a large vocabulary takes many seconds."""
     config = open_gguf_config(name, path)
-    return ModelFiles(name, name, path.parent, path.name, config, GgufSource(path, config))
+    return config, GgufSource(path, deepcopy(config))
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from another, and from itself after a change; nothing of one that is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_gguf_config(name: str, path: Path) -> Any:
