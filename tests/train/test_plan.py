@@ -306,6 +306,7 @@ def test_measured_peaks() -> None:
         ("llama-3-8b", "lora_all", ""): (0, False),
         ("llama-3-8b", "lora_all", "12-gib-in-4"): (24, True),
         ("llama-3-8b", "lora_all", "9-gib-in-4"): (31, True),
+        ("llama-3-8b", "lora_all", "11-gib-in-4"): (29, True),
         ("qwen2-1.5b", "lora_early", ""): (0, True),
         ("qwen2-1.5b", "lora_early", "recompute"): (28, True),
         ("qwen2-1.5b", "lora_early", "save"): (0, True),

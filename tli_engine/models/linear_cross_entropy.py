@@ -102,6 +102,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     dhidden[part] *= factor[:, None].to(dhidden.dtype)
             if dweight is not None:
                 _add_product(dweight, dlogits, read)
+            # before the next chunk's logits take their place
+            del dlogits
         ctx.save_for_backward(dhidden, dweight)
         ctx.dtype = weight.dtype
         return loss
