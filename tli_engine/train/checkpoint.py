@@ -162,14 +162,18 @@ def _write_shards(
 
         world.together(guarded)
 
-    first(lambda: _begin(part))
-
     def write() -> None:
         with _whole_or_not(final, keep_part=True):
             save_shards(part, tensors)
 
-    world.together(write)
-    first(lambda: _complete(part, final, state))
+    try:
+        first(lambda: _begin(part))
+        world.together(write)
+        first(lambda: _complete(part, final, state))
+    finally:
+        # of what could not be written: a full disk would be left full
+        if world.is_first:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _part_of(final: Path) -> Path:
@@ -222,7 +226,7 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     """Put a trainer where it was when the checkpoint was written.
 
     Raises:
-        UserError: The checkpoint is of another model or other adapters.
+        UserError: The checkpoint is of another model or other adapters, or cannot be read.
     """
     notes = _state(path)
     best = path.parent.parent / _BEST
@@ -242,6 +246,8 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
 
 
 def _state(folder: Path) -> dict[str, Any]:
