@@ -47,6 +47,8 @@ def resume_training(config: RunConfig, folder: Path) -> int:
     with joined(config.device, config.distributed.timeout) as (world, device):
         _check_same_start(world, folder, resume=True)
         found = _find(world, folder)
+        if world.size == 1:
+            config = _whole(config)
         job = _prepare(config, world, device)
         recorded = config.provenance or {}
         world.together(lambda: _check_recorded(recorded, job.run.provenance, folder))
@@ -56,6 +58,16 @@ def resume_training(config: RunConfig, folder: Path) -> int:
         if found.path is None:
             say(f"{folder}: no whole checkpoint; training from the beginning")
         return _train(job, folder, found)
+
+
+def _whole(config: RunConfig) -> RunConfig:
+    """A run as one process goes on with it, whatever several had shares of."""
+    shared = config.distributed
+    if shared.weights == "replicated" and not shared.offload:
+        return config
+    say("one process: it holds what several had shares of; distributed counts for these alone")
+    whole = shared.model_copy(update={"weights": "replicated", "offload": False})
+    return config.model_copy(update={"distributed": whole})
 
 
 def _check_same_start(world: World, folder: Path | None, *, resume: bool) -> None:
