@@ -3,7 +3,10 @@
 import errno
 import gc
 import json
+import time
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from subjects import (
 )
 from torch import nn
 from torch.distributed.checkpoint import hf_storage
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tli_engine.cli import _train_sft
@@ -351,6 +355,31 @@ def check_shards_that_one_cannot_write_or_read(world: World, folder: Path) -> No
         with pytest.raises(kind) as error:
             world.together(lambda: load_checkpoint(path, tuner.trainer))
     assert not world.is_first or f"{path}: cannot be read: rank 1: " in str(error.value)
+
+
+def check_shards_may_take_longer_than_the_timeout(world: World, folder: Path) -> None:
+    """Of steps: the disk of one rank is slow."""
+    run = folder / "shards" / f"slow-{world.size}"
+    tuner = Tuner(folder, config_of("sft", method="full"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 1)
+    world.sum([0.0])
+    _set_pg_timeout(timedelta(seconds=0.3))
+    with pytest.MonkeyPatch.context() as patch:
+        for of, name in (
+            (hf_storage.HuggingFaceStorageWriter, "write_data"),
+            (hf_storage.HuggingFaceStorageReader, "read_data"),
+        ):
+            work = getattr(of, name)
+
+            def slow(*arguments: Any, work: Callable[..., Any] = work) -> Any:
+                time.sleep(0.8 * (world.rank == 1))
+                return work(*arguments)
+
+            patch.setattr(of, name, slow)
+        path = save_checkpoint(run, tuner.trainer, 2, world)
+        world.together(lambda: load_checkpoint(path, tuner.trainer))
+    _set_pg_timeout(timedelta(seconds=60))
+    assert world.share(problems(path)) == []
 
 
 def check_write_shards(world: World, folder: Path) -> None:

@@ -61,8 +61,10 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     own_part(tensor).copy_(values)
 
 
-def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Write tensors, each rank its shares, as safetensors with the place of each share.
+
+    Ranks wait for one another in ``group``, the default one if None: as long as its timeout says.
 
     ``torch.distributed.checkpoint`` writes them, without its pickled index: :func:`load_shards` finds
     the shares by their headers, for any number of ranks.
@@ -73,7 +75,7 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as e:
         raise _of_a_rank(e.failures) from None
 
@@ -97,8 +99,10 @@ def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def load_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Fill tensors, whole or shared out over any number of ranks, from a folder of safetensors.
+
+    Ranks wait for one another as in :func:`save_shards`.
 
     Raises:
         KeyError: One is not there.
@@ -120,6 +124,6 @@ def load_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
         with warnings.catch_warnings():
             # that it is one process which reads, as is meant
             warnings.filterwarnings("ignore", "torch.distributed is disabled")
-            load(dict(tensors), storage_reader=reader, no_dist=alone)
+            load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
     except CheckpointException as e:
         raise _of_a_rank(e.failures) from None

@@ -47,7 +47,10 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if "WORLD_SIZE" in os.environ:
-        raise UserError("--gpus starts processes, and torchrun has started this one; leave it out")
+        raise UserError(
+            "--gpus starts processes, and torchrun has started this one, as WORLD_SIZE in the "
+            "environment says; leave --gpus out, or unset WORLD_SIZE"
+        )
     if not on_cpu:
         check_gpus(processes, torch.cuda.device_count())
     # many processes' threads would wait for one another

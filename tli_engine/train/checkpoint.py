@@ -33,10 +33,12 @@ class Shards:
     Attributes:
         tensors: By name; loading overwrites them.
         statistics: Of the optimizer, as ``<tensor>/<statistic>``; likewise.
+        group: Where ranks wait for one another, whatever time files take.
     """
 
     tensors: Mapping[str, Tensor]
     statistics: dict[str, Tensor]
+    group: Any = None
 
 
 class Resumable(Protocol):
@@ -134,7 +136,7 @@ def load_best(run: Path, trainer: Resumable) -> Mapping[str, Tensor] | None:
         raise UserError(f"{wrong[0]}; the best checkpoint is lost, the last one is whole")
     if (shards := trainer.shards()) is None:
         return load_file(folder / _FILES[0])
-    load_shards(folder, shards.tensors)
+    load_shards(folder, shards.tensors, shards.group)
     return shards.tensors
 
 
@@ -164,7 +166,8 @@ def _write_shards(
 
     def write() -> None:
         with _whole_or_not(final, keep_part=True):
-            save_shards(part, tensors)
+            # a slow disk is no lost partner
+            save_shards(part, tensors, world.patient)
 
     try:
         first(lambda: _begin(part))
@@ -287,7 +290,7 @@ def _fill(path: Path, shards: Shards) -> None:
         pieces = torch.split(rows, counts) if counts else [rows] * len(targets)
         for target, piece in zip(targets, pieces, strict=True):
             fill(target, piece)
-    load_shards(path, wanted)
+    load_shards(path, wanted, shards.group)
 
 
 def _whole(path: Path, there: Mapping[str, tuple[torch.Size, torch.dtype]], name: str) -> Tensor:
