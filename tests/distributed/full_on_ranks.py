@@ -1,8 +1,12 @@
 """Checks of full fine-tuning that several processes run together; see ``on_ranks.py``."""
 
+import errno
 import gc
 import json
+import time
 import warnings
+from collections.abc import Callable
+from datetime import timedelta
 from itertools import count, product
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,15 @@ from subjects import (
     same_tuning,
 )
 from torch import nn
+from torch.distributed.checkpoint import hf_storage
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.tensor.debug import CommDebugMode
 
 from tli_engine.cli import _train_sft
 from tli_engine.cli._train_sft import SftJob
 from tli_engine.distributed.fully_sharded import is_sharded, whole
 from tli_engine.distributed.world import ALONE, World
+from tli_engine.errors import StoppedElsewhere, UserError
 from tli_engine.models import recompute
 from tli_engine.models.arrangement import Arrangement
 from tli_engine.models.causal import CausalModel
@@ -266,7 +273,10 @@ def check_shards_resume_on_one_and_the_other_way(world: World, folder: Path) -> 
         assert world.share(problems(path)) == []
         assert not any(p.suffix in (".pt", ".distcp") for p in path.iterdir())
         second = Tuner(folder, config, reads)
-        load_checkpoint(path, second.trainer)
+        with warnings.catch_warnings():
+            # that there is one process
+            warnings.simplefilter("error", UserWarning)
+            load_checkpoint(path, second.trainer)
         assert second.trainer.step == 2
         second.run()
         close(figures(second.steps), figures(expected.steps[2:]))
@@ -318,6 +328,58 @@ def check_shards_of_joined_layers(world: World, folder: Path) -> None:
         last = Tuner(folder, config, world)
         load_checkpoint(path, last.trainer)
         close(figures(last.run().steps), figures(expected.steps[len(writers) :]))
+
+
+def check_shards_that_one_cannot_write_or_read(world: World, folder: Path) -> None:
+    """All end, by one line, and nothing is left of what could not be written."""
+    run = folder / "shards" / f"full-disk-{world.size}"
+    tuner = Tuner(folder, config_of("sft", method="full"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 1)
+
+    def fails(*_: Any) -> None:
+        raise OSError(errno.EIO if path else errno.ENOSPC, "no disk")
+
+    kind, path = (UserError if world.is_first else StoppedElsewhere), None
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(hf_storage.HuggingFaceStorageWriter, "write_data", fails)
+        with pytest.raises(kind) as error:
+            save_checkpoint(run, tuner.trainer, 2, world)
+    assert not world.is_first or "cannot be written: rank 1: " in str(error.value)
+    # the first one's look, which it is that cleans up
+    assert world.share([p.name for p in (run / "checkpoints").iterdir()]) == []
+    path = save_checkpoint(run, tuner.trainer, 2, world)
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == 1:
+            patch.setattr(hf_storage.HuggingFaceStorageReader, "read_data", fails)
+        with pytest.raises(kind) as error:
+            world.together(lambda: load_checkpoint(path, tuner.trainer))
+    assert not world.is_first or f"{path}: cannot be read: rank 1: " in str(error.value)
+
+
+def check_shards_may_take_longer_than_the_timeout(world: World, folder: Path) -> None:
+    """Of steps: the disk of one rank is slow."""
+    run = folder / "shards" / f"slow-{world.size}"
+    tuner = Tuner(folder, config_of("sft", method="full"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 1)
+    world.sum([0.0])
+    _set_pg_timeout(timedelta(seconds=0.3))
+    with pytest.MonkeyPatch.context() as patch:
+        for of, name in (
+            (hf_storage.HuggingFaceStorageWriter, "write_data"),
+            (hf_storage.HuggingFaceStorageReader, "read_data"),
+        ):
+            work = getattr(of, name)
+
+            def slow(*arguments: Any, work: Callable[..., Any] = work) -> Any:
+                time.sleep(0.8 * (world.rank == 1))
+                return work(*arguments)
+
+            patch.setattr(of, name, slow)
+        path = save_checkpoint(run, tuner.trainer, 2, world)
+        world.together(lambda: load_checkpoint(path, tuner.trainer))
+    _set_pg_timeout(timedelta(seconds=60))
+    assert world.share(problems(path)) == []
 
 
 def check_write_shards(world: World, folder: Path) -> None:

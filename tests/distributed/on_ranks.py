@@ -7,7 +7,8 @@ in ``full_on_ranks.py``.
 import json
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,23 @@ import torch
 from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_tuning
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.tensor.debug import CommDebugMode
 
 from tli_engine.align.losses import alignment_loss
+from tli_engine.cli import _train
 from tli_engine.distributed.flat_gradients import FlatGradients
 from tli_engine.distributed.gathered import gather_rows, share_of
-from tli_engine.distributed.launch import check_complete, check_same_gpus, joined
+from tli_engine.distributed.launch import (
+    _device_name,
+    check_complete,
+    check_same_gpus,
+    joined,
+)
 from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 from tli_engine.models.adapters import nf4_blocks
+from tli_engine.train.checkpoint import Found
 
 
 def check_words_are_everyones(world: World, folder: Path) -> None:
@@ -67,6 +76,10 @@ def check_words_what_differs_is_named(world: World, folder: Path) -> None:
     if world.is_first:
         assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1" in str(error.value)
     check_same_gpus(world, "H100 80 GiB")
+    with pytest.raises(kind) as error:
+        check_same_gpus(world, "H100 80 GiB" if world.rank else _device_name("cpu"))
+    if world.is_first:
+        assert "the CPU on rank 0, H100 80 GiB on rank 1" in str(error.value)
     with pytest.raises(UserError, match="9 processes were started"):
         check_complete(world, 9)
 
@@ -86,12 +99,26 @@ def check_gradients_are_sums(world: World, folder: Path) -> None:
                 summed.overlap()
             loss = sum((weights[i] * tensors[f"t{i}"]).sum() for i in reached)
             torch.autograd.backward(loss)
+        # on its way before the pass has ended, in everyone's order: the last tensor's comes first
+        sent = [bucket.work is not None for bucket in summed._buckets]
+        assert sent == ([True, True, True] if world.rank else [True, False, False])
         summed.finish()
         for i, t in enumerate(tensors.values()):
             own = weights[i] * (1 + (i in last))
             parts = [torch.empty_like(own) for _ in range(world.size)]
             dist.all_gather(parts, own)
             torch.testing.assert_close(t.grad, torch.stack(parts).sum(0))
+
+
+def check_gradients_of_adapters_are_sent_once(world: World, folder: Path) -> None:
+    tensors = {f"t{i}": nn.Parameter(torch.ones(64, 64)) for i in range(30)}
+    summed = FlatGradients(tensors, world)
+    summed.overlap()
+    with CommDebugMode() as mode:
+        torch.autograd.backward(sum(t.sum() for t in tensors.values()))
+        summed.finish()
+    assert mode.get_total_counts() == 1
+    assert all(t.grad is not None and bool((t.grad == world.size).all()) for t in tensors.values())
 
 
 def check_gradients_of_gathered_negatives_are_exact(world: World, folder: Path) -> None:
@@ -227,6 +254,46 @@ def check_ends_where_one_is_out_of_memory(world: World, folder: Path) -> None:
     assert world.sum([1.0]) == [world.size]
 
 
+def check_ends_before_it_begins(world: World, folder: Path) -> None:
+    """Where machines were to do different things, or the first one's files are not seen."""
+    run, data = folder / "shards" / f"begins-{world.size}", folder / "shards" / "begins.jsonl"
+    world.together(lambda: data.write_text(json.dumps({"text": "a", "summary": "x"}) + "\n"))
+    config = config_of("sft", model=str(folder), data=str(data), sft={"context": 64})
+
+    @contextmanager
+    def here(*_: Any) -> Iterator[tuple[World, str]]:
+        yield world, "cpu"
+
+    def fresh(where: Path) -> int:
+        return _train.run_training(config, "run", where, overwrite=False)
+
+    def ends(work: Callable[[], int], said: str) -> None:
+        with pytest.raises(UserError if world.is_first else StoppedElsewhere) as error:
+            work()
+        assert not world.is_first or said in str(error.value)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_train, "joined", here)
+        ends(
+            lambda: fresh(run / str(world.rank)),
+            "the run folder, or whether to resume, on rank 1 is",
+        )
+        last = world.rank == world.size - 1
+        ends(
+            lambda: _train.resume_training(config, run) if last else fresh(run),
+            f"whether to resume, on rank {world.size - 1} is not that of rank 0",
+        )
+        assert not run.exists()
+        # the file system of another machine
+        patch.setattr(_train, "_begin", lambda *_: None)
+        ends(lambda: fresh(run), "what the first process wrote there is not seen from ")
+        looked: list[Path] = []
+        found = Found(run / "checkpoints" / "step-000001", [])
+        patch.setattr(_train, "find_checkpoint", lambda path: looked.append(path) or found)
+        assert _train._find(world, run) == found
+        assert looked == [run] * world.is_first
+
+
 def main() -> None:
     groups, folder, reports = sys.argv[1].split(","), *map(Path, sys.argv[2:4])
     torch.set_num_threads(1)
@@ -243,6 +310,8 @@ def main() -> None:
                 found[name] = ""
             except BaseException:
                 found[name] = traceback.format_exc()
+                # the others may not come to the report
+                print(found[name], file=sys.stderr, flush=True)
             if world.any(bool(found[name])):
                 # ranks may be apart from here on
                 break

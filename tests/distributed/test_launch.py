@@ -16,6 +16,14 @@ from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
 from tli_engine.train.sft_distribute import check_distributed
 
+ONE_OF_TWO = {
+    "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+SHORT_OF_PATIENCE = [
+    "train", "--recipe", "demo", "--set", "device=cpu", "--set", "distributed.timeout=1",
+]  # fmt: skip
+
 
 def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
@@ -76,10 +84,15 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         ),
         ({"WORLD_SIZE": "two"}, "WORLD_SIZE=two in the environment is no number of processes"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no number of processes"),
+        (ONE_OF_TWO | {"RANK": "2"}, "RANK=2 in the environment is none of 2 processes"),
+        (
+            ONE_OF_TWO | {"MASTER_PORT": "http"},
+            "rank 0 of 2 did not meet the others at 127.0.0.1:http within 1 s (distributed.timeout): ",
+        ),
     ],
-    ids=["alone", "no local rank", "no number", "nobody"],
+    ids=["alone", "no local rank", "no number", "nobody", "no rank of them", "no port"],
 )
-def test_a_part_of_an_environment_is_told(
+def test_an_environment_that_cannot_be_is_told(
     said: dict[str, str],
     message: str,
     tmp_path: Path,
@@ -90,10 +103,27 @@ def test_a_part_of_an_environment_is_told(
         monkeypatch.delenv(name, raising=False)
     for name, value in said.items():
         monkeypatch.setenv(name, value)
-    assert main(["train", "--recipe", "demo", "--run", str(tmp_path / "run")]) == 2
+    assert main([*SHORT_OF_PATIENCE, "--run", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
     assert message in error
     assert len(error.splitlines()) == 1
+
+
+def test_a_process_that_does_not_come_is_told(
+    tmp_path: Path,
+    free_port: Callable[[], int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    port = str(free_port())
+    for name, value in (ONE_OF_TWO | {"MASTER_PORT": port}).items():
+        monkeypatch.setenv(name, value)
+    assert main([*SHORT_OF_PATIENCE, "--run", str(tmp_path / "run")]) == 2
+    error = capfd.readouterr().err
+    assert f"rank 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s" in error
+    assert "1/2 clients joined; start all of them" in error
+    assert len(error.splitlines()) == 1
+    assert not dist.is_initialized()
 
 
 def test_no_nccl_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

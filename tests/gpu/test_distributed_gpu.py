@@ -47,7 +47,7 @@ def one(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
     torch.cuda.set_device(0)
     dist.init_process_group("cpu:gloo,cuda:nccl", store=store, rank=0, world_size=1)
-    yield World(0, 1)
+    yield World(0, 1, dist.new_group(backend="gloo"))
     dist.destroy_process_group()
 
 
@@ -173,9 +173,9 @@ def test_fully_sharded_weights(
     for name, theirs in gradients.items():
         error = (found[name].to(GPU) - theirs.float()).norm() / theirs.float().norm()
         assert error < 0.05, name
-    save_shards(tmp_path, tensors)
+    save_shards(tmp_path, tensors, one.patient)
     read = {name: torch.zeros_like(t.detach()) for name, t in tensors.items()}
-    load_shards(tmp_path, read)
+    load_shards(tmp_path, read, one.patient)
     assert all(torch.equal(whole(read[n]), whole(t.detach())) for n, t in tensors.items())
 
 

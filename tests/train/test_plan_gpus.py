@@ -149,6 +149,20 @@ def test_it_says_how_many_gpus_72b_takes() -> None:
     assert any(n.startswith("fits: ") for n in enough.notes)
 
 
+def test_the_host_reads_the_model_in_each_process_and_writes_shares() -> None:
+    parameters, largest = 8_030_261_248, 128256 * 4096
+    read = 2 * parameters + 2 * largest
+    full = {"method": "full", "train": {"steps": 9, "batch_size": 1}}
+    for gpus, offload, copies in ((2, False, 2), (2, True, 1), (16, False, 2)):
+        distributed = {"distributed": {"offload": offload}}
+        host = planned("llama-3-8b", gpus, **full, **distributed).host_bytes
+        # a share's weights and moments: as the GPU's copy, and as a file
+        written = copies * 12 * parameters // gpus
+        assert host["reading_or_checkpoint"] == min(gpus, 8) * max(read, written)
+    # the last one's are small
+    assert written < read
+
+
 def test_one_gpu_is_planned_as_ever() -> None:
     run, model, target = run_of("llama-3-8b"), survey_of("llama-3-8b"), find_target("h100", "auto")
     assert plan_for(run, model, target, 1) == make_plan(run, model, target)

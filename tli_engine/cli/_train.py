@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import shlex
 import time
 from collections.abc import Callable
@@ -31,18 +32,23 @@ _TOKENS = "tokens_sha256"
 def run_training(config: RunConfig, name: str, folder: Path | None, overwrite: bool) -> int:
     """Train, save the result, measure it; everything is checked before the folder is made."""
     with joined(config.device, config.distributed.timeout) as (world, device):
+        _check_same_start(world, folder, resume=False)
         chosen = Path(world.share(str(folder or default_folder(name))))
         _of_first(world, lambda: check_free(chosen, overwrite))
         job = _prepare(config, world, device)
         _introduce(job)
         _of_first(world, lambda: _begin(job, chosen, overwrite))
+        world.together(lambda: _check_seen(chosen))
         return _train(job, chosen, Found(None, []))
 
 
 def resume_training(config: RunConfig, folder: Path) -> int:
     """Go on from the newest whole checkpoint of a run, or from its beginning."""
     with joined(config.device, config.distributed.timeout) as (world, device):
+        _check_same_start(world, folder, resume=True)
         found = _find(world, folder)
+        if world.size == 1:
+            config = _whole(config)
         job = _prepare(config, world, device)
         recorded = config.provenance or {}
         world.together(lambda: _check_recorded(recorded, job.run.provenance, folder))
@@ -52,6 +58,30 @@ def resume_training(config: RunConfig, folder: Path) -> int:
         if found.path is None:
             say(f"{folder}: no whole checkpoint; training from the beginning")
         return _train(job, folder, found)
+
+
+def _whole(config: RunConfig) -> RunConfig:
+    """A run as one process goes on with it, whatever several had shares of."""
+    shared = config.distributed
+    if shared.weights == "replicated" and not shared.offload:
+        return config
+    say("one process: it holds what several had shares of; distributed counts for these alone")
+    whole = shared.model_copy(update={"weights": "replicated", "offload": False})
+    return config.model_copy(update={"distributed": whole})
+
+
+def _check_same_start(world: World, folder: Path | None, *, resume: bool) -> None:
+    """Refuse a machine that was to begin another run, or to go on with one alone."""
+    world.check_alike("the run folder, or whether to resume,", f"{resume} {folder}")
+
+
+def _check_seen(folder: Path) -> None:
+    """Refuse a folder of the first process that this one's machine does not have."""
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            f"{folder}: what the first process wrote there is not seen from {platform.node()}; choose a "
+            f"run folder that all machines see"
+        )
 
 
 def _check_recorded(recorded: dict[str, Any], found: dict[str, Any], folder: Path) -> None:
@@ -88,7 +118,8 @@ def _find(world: World, folder: Path) -> Found:
             raise UserError(f"{folder}: has finished; measure it with tli-engine evaluate {folder}")
 
     _of_first(world, check)
-    found = find_checkpoint(folder)
+    # it reads all of each file: no work for every process
+    found = find_checkpoint(folder) if world.is_first else Found(None, [])
     for reason in found.skipped:
         warn(f"checkpoint skipped: {reason}")
     path = world.share(None if found.path is None else str(found.path))

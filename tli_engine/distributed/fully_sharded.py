@@ -1,7 +1,9 @@
 """Tensors of which each rank holds a share: what there is of them, filled, written and read."""
 
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,8 +61,10 @@ def fill(tensor: Tensor, values: Tensor) -> None:
     own_part(tensor).copy_(values)
 
 
-def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def save_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Write tensors, each rank its shares, as safetensors with the place of each share.
+
+    Ranks wait for one another in ``group``, the default one if None: as long as its timeout says.
 
     ``torch.distributed.checkpoint`` writes them, without its pickled index: :func:`load_shards` finds
     the shares by their headers, for any number of ranks.
@@ -71,11 +75,15 @@ def save_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
 
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     try:
-        save(dict(tensors), storage_writer=writer)
+        save(dict(tensors), storage_writer=writer, process_group=group)
     except CheckpointException as e:
-        # no Exception, and the same on all ranks
-        rank, reason = min(e.failures.items())
-        raise OSError(f"rank {rank}: {reason[0]}") from None
+        raise _of_a_rank(e.failures) from None
+
+
+def _of_a_rank(failures: Mapping[int, Any]) -> OSError:
+    """What a ``CheckpointException`` says, which is no ``Exception``: the same on all ranks."""
+    rank, reason = min(failures.items())
+    return OSError(f"rank {rank}: {reason[0]}")
 
 
 def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -91,13 +99,17 @@ def stored(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
     }
 
 
-def load_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+def load_shards(folder: Path, tensors: Mapping[str, Tensor], group: Any = None) -> None:
     """Fill tensors, whole or shared out over any number of ranks, from a folder of safetensors.
+
+    Ranks wait for one another as in :func:`save_shards`.
 
     Raises:
         KeyError: One is not there.
         RuntimeError: One has another shape there.
+        OSError: A rank cannot read it; then all of them raise it.
     """
+    from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
@@ -108,4 +120,10 @@ def load_shards(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             raise RuntimeError(f"{name} must be {list(tensor.shape)}, got {list(size)}")
     reader = HuggingFaceStorageReader(str(folder))
     alone = not any(map(is_sharded, tensors.values()))
-    load(dict(tensors), storage_reader=reader, no_dist=alone)
+    try:
+        with warnings.catch_warnings():
+            # that it is one process which reads, as is meant
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            load(dict(tensors), storage_reader=reader, process_group=group, no_dist=alone)
+    except CheckpointException as e:
+        raise _of_a_rank(e.failures) from None

@@ -47,7 +47,10 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
     if "WORLD_SIZE" in os.environ:
-        raise UserError("--gpus starts processes, and torchrun has started this one; leave it out")
+        raise UserError(
+            "--gpus starts processes, and torchrun has started this one, as WORLD_SIZE in the "
+            "environment says; leave --gpus out, or unset WORLD_SIZE"
+        )
     if not on_cpu:
         check_gpus(processes, torch.cuda.device_count())
     # many processes' threads would wait for one another
@@ -98,8 +101,9 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
         The world, and the device to use.
 
     Raises:
-        UserError: Too few GPUs, GPUs of several kinds, no NCCL or gloo, fewer processes than were to
-            start, or an environment that says only a part of what torchrun says.
+        UserError: Too few GPUs, GPUs of several kinds or on some machines alone, no NCCL or gloo, fewer
+            processes than were to start, some that are not there in time, or an environment that says
+            only a part of what torchrun says.
     """
     size = world_size()
     check_promised(size, os.environ.get(PROMISED))
@@ -117,15 +121,10 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
         torch.cuda.set_device(local)
     else:
         device = "cpu"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout)
-    )
-    patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    world = World(dist.get_rank(), dist.get_world_size(), patient)
+    world = _meet("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout)
     os.environ["TLI_ENGINE_RANK"] = str(world.rank)
     check_complete(world, size)
-    if on_gpu:
-        check_same_gpus(world, _gpu_name(local))
+    check_same_gpus(world, _device_name(device))
     yield world, device
     # not in a finally: with a partner lost, this would wait for it
     world.together(lambda: None)
@@ -133,11 +132,35 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     del os.environ["TLI_ENGINE_RANK"]
 
 
+def _meet(backends: str, timeout: float) -> World:
+    """Wait for the other processes, ``timeout`` seconds.
+
+    Raises:
+        UserError: Some of them did not come, or the environment says what cannot be.
+    """
+    try:
+        dist.init_process_group(backends, timeout=timedelta(seconds=timeout))
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as e:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        rank, size, *place = (
+            os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        )
+        reason = str(e).partition("\n")[0].rstrip(".")
+        raise UserError(
+            f"rank {rank} of {size} did not meet the others at {':'.join(place)} within {timeout:g} s "
+            f"(distributed.timeout): {reason}; start all of them, unless one has ended with an error"
+        ) from None
+    return World(dist.get_rank(), dist.get_world_size(), patient)
+
+
 def world_size() -> int:
     """How many processes there are, as torchrun says.
 
     Raises:
-        UserError: It is no number, or says nothing of which of them this is and where the first one is.
+        UserError: It is no number, or what is said of which of them this is and where the first one is
+            is missing, or cannot be.
     """
     said = os.environ.get("WORLD_SIZE") or "1"
     if not said.isdecimal() or int(said) < 1:
@@ -148,6 +171,11 @@ def world_size() -> int:
             f"WORLD_SIZE={said} in the environment says that this is one of {said} processes, and "
             f"{', '.join(missing)} do not say which: start them by torchrun or by --gpus, or unset "
             f"WORLD_SIZE to train in one"
+        )
+    rank = os.environ.get("RANK") or "0"
+    if not rank.isdecimal() or int(rank) >= int(said):
+        raise UserError(
+            f"RANK={rank} in the environment is none of {said} processes, which are counted from 0"
         )
     return int(said)
 
@@ -192,7 +220,10 @@ def check_complete(world: World, size: int) -> None:
 
 
 def check_same_gpus(world: World, name: str) -> None:
-    """Raise ``UserError`` if GPUs differ in kind or memory: all would wait for the slowest."""
+    """Raise ``UserError`` if GPUs differ in kind or memory: all would wait for the slowest.
+
+    A process without a GPU has ``the CPU``, which must be everyone's then.
+    """
     names = world.gather(name)
     if len(set(names)) > 1:
         kinds = ", ".join(f"{n} on rank {names.index(n)}" for n in dict.fromkeys(names))
@@ -205,8 +236,10 @@ def check_same_gpus(world: World, name: str) -> None:
         world.together(refuse)
 
 
-def _gpu_name(number: int) -> str:
-    gpu = torch.cuda.get_device_properties(number)
+def _device_name(device: str) -> str:
+    if device == "cpu":
+        return "the CPU"
+    gpu = torch.cuda.get_device_properties(device)
     return f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB"
 
 

@@ -33,10 +33,12 @@ class Shards:
     Attributes:
         tensors: By name; loading overwrites them.
         statistics: Of the optimizer, as ``<tensor>/<statistic>``; likewise.
+        group: Where ranks wait for one another, whatever time files take.
     """
 
     tensors: Mapping[str, Tensor]
     statistics: dict[str, Tensor]
+    group: Any = None
 
 
 class Resumable(Protocol):
@@ -134,7 +136,7 @@ def load_best(run: Path, trainer: Resumable) -> Mapping[str, Tensor] | None:
         raise UserError(f"{wrong[0]}; the best checkpoint is lost, the last one is whole")
     if (shards := trainer.shards()) is None:
         return load_file(folder / _FILES[0])
-    load_shards(folder, shards.tensors)
+    load_shards(folder, shards.tensors, shards.group)
     return shards.tensors
 
 
@@ -162,14 +164,19 @@ def _write_shards(
 
         world.together(guarded)
 
-    first(lambda: _begin(part))
-
     def write() -> None:
         with _whole_or_not(final, keep_part=True):
-            save_shards(part, tensors)
+            # a slow disk is no lost partner
+            save_shards(part, tensors, world.patient)
 
-    world.together(write)
-    first(lambda: _complete(part, final, state))
+    try:
+        first(lambda: _begin(part))
+        world.together(write)
+        first(lambda: _complete(part, final, state))
+    finally:
+        # of what could not be written: a full disk would be left full
+        if world.is_first:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def _part_of(final: Path) -> Path:
@@ -222,7 +229,7 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     """Put a trainer where it was when the checkpoint was written.
 
     Raises:
-        UserError: The checkpoint is of another model or other adapters.
+        UserError: The checkpoint is of another model or other adapters, or cannot be read.
     """
     notes = _state(path)
     best = path.parent.parent / _BEST
@@ -242,6 +249,8 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
+    except (OSError, SafetensorError) as e:
+        raise UserError(f"{path}: cannot be read: {e}") from None
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -281,7 +290,7 @@ def _fill(path: Path, shards: Shards) -> None:
         pieces = torch.split(rows, counts) if counts else [rows] * len(targets)
         for target, piece in zip(targets, pieces, strict=True):
             fill(target, piece)
-    load_shards(path, wanted)
+    load_shards(path, wanted, shards.group)
 
 
 def _whole(path: Path, there: Mapping[str, tuple[torch.Size, torch.dtype]], name: str) -> Tensor:

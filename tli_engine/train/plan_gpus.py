@@ -146,12 +146,23 @@ def _fully_sharded(
     gathered = "stay gathered until their way back" if found.stay else "are gathered twice"
     notes.append(f"blocks {gathered}")
     plan = replace(plan, notes=notes, recomputed=found.step.recomputed)
+    host = {"process": plan.host_bytes["process"]}
     if made.on_gpu:
         parts["cuda_context"] = CONTEXT
-    else:
-        plan = replace(plan, host_bytes={"process": plan.host_bytes["process"]})
-    host = plan.host_bytes | {f"{name}_of_a_share": size for name, size in found.on_host.items()}
+        host["reading_or_checkpoint"] = _reading_or_checkpoint(run, made, model, gpus)
+    host |= {f"{name}_of_a_share": size for name, size in found.on_host.items()}
     return _of_several(plan, parts, host, target, gpus)
+
+
+def _reading_or_checkpoint(run: RunConfig, made: Outline, model: Survey, gpus: int) -> int:
+    """Bytes of the host's memory that a process takes, never both at the same time."""
+    sizes = [tensor.numel() for tensor in made.trained.values()]
+    count = sum(sizes)
+    # each reads all of the model, a tensor at a time as it is stored
+    reading = made.element * count + model.stored_bytes * max(sizes)
+    # weights and moments of a share, as a file's bytes, and before it as a copy of the GPU's
+    copies = 1 if run.distributed.offload else 2
+    return max(reading, copies * (_SHARE - 4) * -(-count // gpus))
 
 
 def _of_several(

@@ -192,7 +192,7 @@ class SftTrainer:
         if not any(map(is_sharded, self.engine.tensors.values())):
             return None
         updates = self.engine.updates
-        return Shards(self.engine.tensors, updates.live() or updates.blank())
+        return Shards(self.engine.tensors, updates.live() or updates.blank(), self.world.patient)
 
     def notes(self) -> dict[str, Any]:
         """What a checkpoint says besides."""
