@@ -84,6 +84,15 @@ def test_an_arm_may_have_a_length_of_its_own(length: dict[str, int]) -> None:
             "arm tli: .*batch_size must be at least 2",
         ),
         ({"model": None}, "c.yaml: model"),
+        *(
+            ({"compare": {"set": {"joint": change}}}, f"compare.set.joint: {key} must be the same")
+            for key, change in (
+                ("data", {"data": {"texts_limit": 9}}),
+                ("seed", {"seed": 1}),
+                ("align.layer", {"align": {"layer": 1}}),
+                ("sft.context", {"sft": {"context": 64}}),
+            )
+        ),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], reason: str) -> None:

@@ -23,7 +23,7 @@ from tli_engine.evaluate.compare.report import report_html
 from tli_engine.evaluate.text_metrics import score_texts
 from tli_engine.train.run_folder import plain_json
 
-from .conftest import articles_of
+from .conftest import alignment, articles_of
 
 Report = dict[str, Any]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -84,6 +84,50 @@ def test_what_cannot_be_shown_is_said_first(report: Callable[..., Report]) -> No
     assert all("(too small to conclude)" in line for line in lines if "against full" in line)
     assert any("On a CPU, memory" in line for line in lines)
     assert not any("energy." in line for line in lines[:-2] if "took" in line)
+
+
+def test_arms_of_several_machines_are_not_timed_against_each_other(
+    part: Callable[..., Part], report: Callable[..., Report]
+) -> None:
+    found, articles = report(articles=20, seeds=1), articles_of(20)
+    nf4 = {"dtype": "bfloat16", "configs": [{"quantize": "nf4"}]}
+    where = {
+        "full": {},
+        "lora-all": {
+            "device": "cpu",
+            "device_name": "CPU",
+            "made_from": {**nf4, "dtype": "float32"},
+        },
+        "lora-early": {"device_name": "a faster GPU", "made_from": nf4},
+    }
+    parts = [part(arm, 0, articles, **changes) for arm, changes in where.items()]
+    made = gather(CompareConfig(), parts, None, articles, None, resamples=200)
+    lines = conclusions(made | {"data": found["data"]})
+    cost = next(line for line in lines if line.startswith("Training took, of what full took"))
+    assert cost.endswith(
+        "lora-all 2 % of the parameters; lora-early 2 % of the parameters, 0.50 times the peak memory."
+    )
+    alike = next(line for line in lines if line.startswith("The arms were not computed alike"))
+    assert (
+        "full in bfloat16 on GPU; lora-all in float32 with NF4 weights on CPU; lora-early in "
+        "bfloat16 with NF4 weights on a faster GPU." in alike
+    )
+    assert not any("not computed alike" in line for line in conclusions(found))
+
+
+def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report]) -> None:
+    nothing = alignment(0.1)
+    for row in (*nothing["rows"], *nothing["linear_head"]):
+        row["before"] = row["before"] | {"separation": None}
+        row["tests"] = {"mrr": {"ci95": [None, None]}}
+    nothing["layers"] = [{"layer": 0, "before": {"separation": None, "mrr": 1.0}} for _ in range(3)]
+    for row in nothing["layers"]:
+        row["after"] = row["before"]
+    found = report(articles=20, seeds=1, alignment=nothing)
+    found["conclusions"] = conclusions(found)
+    assert any("full 0.500 (no clear change)" in line for line in found["conclusions"])
+    page = report_html(plain_json(found))
+    assert "<td>\u2013 → 0.300</td>" in page
 
 
 def test_one_article_and_nothing_to_test(part: Callable[..., Part]) -> None:

@@ -147,16 +147,25 @@ def _costs(report: Report) -> Iterator[str]:
         share = arm["trainable_parameters"] / reference["trainable_parameters"]
         parts = [
             f"{100 * share:.2g} % of the parameters",
-            f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
         ]
-        if arm["side_by_side"] == reference["side_by_side"] == 1:
+        if arm["devices"] == reference["devices"]:
+            parts.append(f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory")
+        timed_alike = arm["timed_devices"] == reference["timed_devices"]
+        if timed_alike and arm["side_by_side"] == reference["side_by_side"] == 1:
             parts.append(f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time")
-        if arm["energy_joules"] and reference["energy_joules"]:
+        if timed_alike and arm["energy_joules"] and reference["energy_joules"]:
             ratio = arm["energy_joules"] / reference["energy_joules"]
             parts.append(f"{ratio:.2f} times the energy")
         said.append(f"{name} {', '.join(parts)}")
     if said:
         yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
+    kinds = {arm["name"]: " and ".join(arm["computed"]) for arm in report["arms"]}
+    if len({*kinds.values()}) > 1:
+        how = "; ".join(f"{name} in {kind}" for name, kind in kinds.items())
+        yield (
+            f"The arms were not computed alike, which may be part of any difference: {how}. Times and "
+            "energy are compared of arms that were timed on the same kind of device alone."
+        )
     shared = [arm["name"] for arm in report["arms"] if arm["side_by_side"] > 1]
     if shared:
         yield (
@@ -179,7 +188,9 @@ def _alignment(report: Report) -> Iterator[str]:
             r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
         )
         intervals = row["mrr_change_ci95"]
-        up, down = (all(sign * end > 0 for ends in intervals for end in ends) for sign in (1, -1))
+        # of a single pair there is none
+        ends = [end for interval in intervals for end in interval]
+        up, down = (None not in ends and all(sign * e > 0 for e in ends) for sign in (1, -1))
         verdict = "up" if up else "down" if down else "no clear change"
         after = row["after"]["mrr"]
         said.append(f"{arm['name']} {after:.3f} ({verdict})")

@@ -1,5 +1,6 @@
 """From the figures of each run to the report's: means over seeds, intervals, tests."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -112,9 +113,20 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "timed_seeds": [r["seed"] for r in timed],
         "side_by_side": max(r["side_by_side"] for r in timed),
         "devices": sorted({r["device"] for r in results}),
+        "timed_devices": sorted({r["device_name"] for r in timed}),
+        "computed": sorted({_computed(r) for r in results}),
         "warnings": sorted({line for r in results for line in r["warnings"]}),
         "curves": [_curve(part) for part in parts],
     }
+
+
+def _computed(result: Mapping[str, Any]) -> str:
+    made = result.get("made_from")
+    # an earlier version did not record it
+    how = "a type that was not recorded" if made is None else made["dtype"]
+    if made is not None and made["configs"][-1]["quantize"] == "nf4":
+        how += " with NF4 weights"
+    return f"{how} on {result['device_name']}"
 
 
 def _pooled(scores: Sequence[Score], resamples: int) -> dict[str, Any]:
@@ -210,5 +222,6 @@ def _tests(reference: str, scores: Mapping[str, _Scores], resamples: int) -> lis
     return tests
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def _mean(values: Sequence[float | None]) -> float:
+    # JSON has null for NaN: of a single pair there are no random ones
+    return float(np.mean([math.nan if v is None else v for v in values]))
