@@ -118,6 +118,24 @@ def test_bits_per_byte_of_a_run_on_summaries(
     assert bits["before"] != bits["after"]
 
 
+def test_a_summary_ends_where_the_models_authors_end_a_text(
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    path = base / "generation_config.json"
+    assert cli("train", sft_config(model=str(base), train={"steps": 1}), "--run", "run").status == 0
+    free, _ = evaluated(cli, Path("run"))
+    assert free["predictions"]["decoding"]["ends"] == [1]
+    assert free["generation"]["tokens"] == 12
+    # one of three bytes is what is written
+    path.write_text(json.dumps({"eos_token_id": [1, *range(2, 258, 3), *range(3, 258, 3)]}))
+    found, _ = evaluated(cli, Path("run"))
+    assert len(found["predictions"]["decoding"]["ends"]) == 172
+    assert found["generation"]["tokens"] < 12
+    path.write_text("[1")
+    assert "generation_config.json: not a generation's configuration" in refused(cli, "run")
+
+
 def refused(cli: Cli, *arguments: object) -> str:
     """The one line of a command that ends with status 2."""
     result = cli("evaluate", *arguments)

@@ -18,7 +18,8 @@ class GenerateOptions:
 
     Attributes:
         max_new_tokens: Of each text, the end included.
-        end: Token that ends a text.
+        end: Token that ends a text, and fills up those that have ended.
+        other_ends: Tokens that end one, too; as ``end`` they are no part of it.
         batch_size: Texts at a time; longest prompts come first.
         beams: Above 1, the continuation of the highest mean log-probability is searched among so many
             open ones a text, each a row of the batch; as transformers' ``num_beams``.
@@ -40,6 +41,12 @@ class GenerateOptions:
     top_p: float = 1.0
     seed: int = 0
     cuda_graph: bool = True
+    other_ends: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a text, each once, in their order."""
+        return tuple(sorted({self.end, *self.other_ends}))
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "beams"):
@@ -125,13 +132,13 @@ def _continue(
             prompts,
             beams=options.beams,
             new_tokens=options.max_new_tokens,
-            end=options.end,
+            ends=(options.end, *options.other_ends),
             look_every=decoder.look_every,
         )
     else:
         tokens, scores = _continue_one_each(decoder, prompts, draws, options)
     return [
-        Generated(_until(row, options.end), score, options.end in row)
+        _generated(row, score, options.ends)
         for row, score in zip(tokens.tolist(), scores.tolist(), strict=True)
     ]
 
@@ -146,14 +153,14 @@ def _continue_one_each(
     logits = decoder.begin(prompts, options.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
     scores = torch.zeros(len(prompts), device=logits.device)
-    draws = draws.to(logits.device)
+    draws, ends = draws.to(logits.device), torch.tensor(options.ends, device=logits.device)
     steps: list[Tensor] = []
     for step in range(options.max_new_tokens):
         tokens = choose(logits, options.temperature, options.top_p, draws[:, step])
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         scores += chosen.masked_fill(ended, 0)
         tokens = tokens.masked_fill(ended, options.end)
-        ended |= tokens == options.end
+        ended |= torch.isin(tokens, ends)
         steps.append(tokens)
         last = step + 1 == options.max_new_tokens
         if last or ((step + 1) % decoder.look_every == 0 and ended.all()):
@@ -188,5 +195,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     return chosen
 
 
-def _until(tokens: list[int], end: int) -> tuple[int, ...]:
-    return tuple(tokens[: tokens.index(end)] if end in tokens else tokens)
+def _generated(tokens: list[int], score: float, ends: tuple[int, ...]) -> Generated:
+    until = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return Generated(tuple(tokens[:until]), score, until is not None)
