@@ -28,6 +28,14 @@ MODELS = [
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
         id="qwen2-windows",
     ),
+    pytest.param(
+        "llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+        id="llama-dynamic",
+    ),
 ]
 Load = Callable[..., CausalModel]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from tli_engine.models.beams import beam_search
 from tli_engine.models.causal import CausalModel, without_dropout
-from tli_engine.models.decoder import Decoder
+from tli_engine.models.decoder import Decoder, waits_for_lengths
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class GenerateOptions:
         max_new_tokens: Of each text, the end included.
         end: Token that ends a text, and fills up those that have ended.
         other_ends: Tokens that end one, too; as ``end`` they are no part of it.
-        batch_size: Texts at a time; longest prompts come first.
+        batch_size: Texts at a time; longest prompts come first. A model whose rotary embeddings follow
+            the longest text (``dynamic``, ``longrope``) continues one at a time.
         beams: Above 1, the continuation of the highest mean log-probability is searched among so many
             open ones a text, each a row of the batch; as transformers' ``num_beams``.
         temperature: 0 takes the likeliest token; else tokens are drawn, 1 from the model's own
@@ -109,9 +110,10 @@ def generate(
     size = (len(prompts), options.max_new_tokens)
     draws = torch.rand(size, generator=generator, dtype=torch.float64)
     tokens, start = 0, time.perf_counter()
+    at_once = 1 if waits_for_lengths(model) else options.batch_size
     with without_dropout(model):
-        for first in range(0, len(order), options.batch_size):
-            numbers = order[first : first + options.batch_size]
+        for first in range(0, len(order), at_once):
+            numbers = order[first : first + at_once]
             batch = _continue(decoder, [prompts[i] for i in numbers], draws[numbers], options)
             found |= dict(zip(numbers, batch, strict=True))
             tokens += sum(len(text.tokens) + text.ended for text in batch)
