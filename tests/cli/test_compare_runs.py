@@ -120,3 +120,6 @@ def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_pa
     result = cli("compare", config, "--out", "other")
     assert result.status == 2
     assert "is no comparison's folder" in result.err
+    # one that was killed as it began is its own
+    (tmp_path / "other/thesis.txt").rename(tmp_path / "other/.compare.yaml.part")
+    assert cli("compare", config, "--out", "other", "--only", "base").status == 0

@@ -23,7 +23,7 @@ from tli_engine.evaluate.summaries import (
     spacing_warning,
 )
 from tli_engine.train.metrics import read_metrics
-from tli_engine.train.run_folder import check_writable, plain_json, write_json, write_text
+from tli_engine.train.run_folder import check_writable, part_of, plain_json, write_json, write_text
 
 _SETTINGS = "compare.yaml"
 # may differ between calls: they say how much is compared and how it is scored, not what
@@ -93,7 +93,9 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     path = out / _SETTINGS
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
-    others = [p for p in out.iterdir() if p not in (path, out / LOGS)] if out.is_dir() else []
+    # of a comparison that was killed as it began
+    own = (path, out / LOGS, out / part_of(_SETTINGS))
+    others = [p for p in out.iterdir() if p not in own] if out.is_dir() else []
     if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
     key = difference(values, read_yaml(path), growing=_GROWING) if others else None
