@@ -179,7 +179,8 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     assert shares(1.0, 0.8) == pytest.approx([0.2 / 0.95, 0.5 / 0.95, 0, 0.25 / 0.95], abs=2e-3)
     squares = p.square() / p.square().sum()
     assert shares(0.5, 1.0) == pytest.approx(squares.tolist(), abs=2e-3)
-    assert shares(1.0, 1e-6) == shares(0.0, 1.0) == [0, 1, 0, 0]
+    assert shares(1.0, 1e-6) == shares(0.0, 1.0) == shares(1e-300, 1.0) == [0, 1, 0, 0]
+    assert shares(float("inf"), 1.0) == pytest.approx([0.25] * 4, abs=2e-3)
 
 
 def test_prompts_are_run_in_parts(causal: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -206,6 +207,8 @@ def test_wrong_options_are_named(causal: Load) -> None:
         GenerateOptions(8, 257, batch_size=0)
     with pytest.raises(ValueError, match=r"temperature must be 0 or more, got -1"):
         GenerateOptions(8, 257, temperature=-1.0)
+    with pytest.raises(ValueError, match=r"temperature must be 0 or more, got nan"):
+        GenerateOptions(8, 257, temperature=float("nan"))
     with pytest.raises(ValueError, match=r"top_p must be above 0, 1 at most, got 1\.5"):
         GenerateOptions(8, 257, top_p=1.5)
     with pytest.raises(ValueError, match="beams and temperature exclude each other"):

@@ -11,6 +11,9 @@ from tli_engine.models.beams import beam_search
 from tli_engine.models.causal import CausalModel, without_dropout
 from tli_engine.models.decoder import Decoder, waits_for_lengths
 
+# fp32 has no lower number of full precision
+_TINY = torch.finfo(torch.float32).tiny
+
 
 @dataclass(frozen=True)
 class GenerateOptions:
@@ -53,7 +56,8 @@ class GenerateOptions:
         for name in ("max_new_tokens", "batch_size", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
+        # NaN is neither
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0, 1 at most, got {self.top_p}")
@@ -185,9 +189,9 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     """
     if temperature == 0:
         return logits.argmax(-1)
-    likeliest, tokens = (
-        (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    )
+    # however low it is, the likeliest is at 0
+    apart = (logits - logits.amax(-1, keepdim=True)) / max(temperature, _TINY)
+    likeliest, tokens = apart.softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = likeliest.double().cumsum(-1)
     # the first of all is kept always
     kept = (total - likeliest < top_p).sum(-1, keepdim=True)
