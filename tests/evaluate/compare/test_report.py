@@ -43,6 +43,23 @@ def test_seeds_are_pooled_and_paired(part: Callable[..., Part]) -> None:
     scores = [score_texts(p.predictions, [a.summary for a in articles]).rougeL.score for p in parts]
     assert full["text"]["rougeL"]["by_seed"] == scores[:2]
     assert full["text"]["rougeL"]["score"] == pytest.approx(sum(scores[:2]) / 2)
+    # an arm with all its seeds and a baseline are on the same articles
+    lead = score_texts([a.text for a in articles], [a.summary for a in articles]).rougeL
+    apart = next(t for t in found["against_baselines"] if t["against"] == "lead-3")
+    assert apart["arm"] == "full"
+    assert apart["difference"] == pytest.approx(sum(scores[:2]) / 2 - lead.score)
+    noise = (apart["ci95"][1] - apart["ci95"][0]) / 3.92
+    differences = (
+        np.mean(
+            [
+                score_texts(p.predictions, [a.summary for a in articles]).rougeL.per_text
+                for p in parts[:2]
+            ],
+            axis=0,
+        )
+        - lead.per_text
+    )
+    assert noise == pytest.approx(differences.std() / 30**0.5, rel=0.2)
     # only seed 1 is of both
     (test,) = (t for t in found["tests"] if t["metric"] == "rougeL")
     assert test["seeds"] == [1]
@@ -68,7 +85,11 @@ def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     retrieval = next(line for line in lines if line.startswith("Retrieval of 40 unseen pairs"))
     assert "0.400 before training; after it: full 0.500 (up)" in retrieval
     assert retrieval.endswith("A linear head on the frozen model, fitted in seconds, has 0.700.")
-    assert any("Another article's summary" in line and "above it" in line for line in lines)
+    other = next(line for line in lines if line.startswith("Another article's summary"))
+    assert re.search(
+        r"full \(\+\d+\.\d\), .* and tli-then-lora-early \(\+\d+\.\d\) above it; joint \(-\d+\.\d\) below it\.$",
+        other,
+    )
     assert "they do not say how other seeds" in lines[-1]
     assert not any("CPU" in line for line in lines)
     assert conclusions(found, ["full:3"])[0].startswith("Not finished")

@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tli_engine.evaluate.compare.gather import QUALITY
 from tli_engine.evaluate.summaries import METRICS
 
 # fewer than these show no more than a tendency
@@ -117,20 +118,20 @@ def _figure(test: Mapping[str, Any], arm: Report, reference: Report) -> str:
 
 def _baselines(report: Report) -> Iterator[str]:
     """Which arms are worth more than what costs nothing."""
-    metric = "rougeL"
+    hedge = " (too small to conclude)" if too_small(report) else ""
     for name, scores in report["baselines"].items():
-        floor = scores[metric]["score"]
+        floor = scores[QUALITY]["score"]
         places: dict[str, list[str]] = {"above it": [], "below it": [], _LEVEL: []}
-        for arm in report["arms"]:
-            low, high = arm["text"][metric]["ci95"]
-            place = "above it" if low > floor else "below it" if high < floor else _LEVEL
-            places[place].append(arm["name"])
-        said = [f"{_listed(names)} {place}" for place, names in places.items() if names]
-        if said:
-            yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}."
+        for found in (f for f in report["against_baselines"] if f["against"] == name):
+            low, high = found["ci95"]
+            # NaN is neither
+            place = "above it" if low > 0 else "below it" if high < 0 else _LEVEL
+            places[place].append(f"{found['arm']} ({found['difference']:+.1f})")
+        said = [f"{_listed(arms)} {place}" for place, arms in places.items() if arms]
+        yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}{hedge}."
 
 
-_LEVEL = "within their own interval of it"
+_LEVEL = "not to be told from it"
 _BASELINES = {
     "zero-shot": "The base model, untrained",
     "lead-1": "An article's first sentence",
