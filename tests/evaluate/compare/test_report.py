@@ -13,13 +13,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
 
 from tli_engine.evaluate.compare.charts import Series, chart
 from tli_engine.evaluate.compare.conclusions import conclusions, too_small
 from tli_engine.evaluate.compare.config import CompareConfig
 from tli_engine.evaluate.compare.gather import Part, gather
-from tli_engine.evaluate.compare.report import report_html
+from tli_engine.evaluate.compare.report import report_card, report_html
 from tli_engine.evaluate.text_metrics import score_texts
 from tli_engine.train.run_folder import plain_json
 
@@ -34,9 +35,11 @@ def test_seeds_are_pooled_and_paired(part: Callable[..., Part]) -> None:
     parts = [part("full", s, articles) for s in (0, 1)] + [
         part("joint", s, articles) for s in (1, 2)
     ]
+    parts[1].predictions[4] = " \n"
     found = gather(CompareConfig(), parts, None, articles, None, resamples=200)
     assert [arm["name"] for arm in found["arms"]] == ["full", "joint"]
     full = found["arms"][0]
+    assert full["empty_summaries"] == 1
     assert full["seeds"] == [0, 1]
     assert full["wall_seconds"] == 60.5
     assert full["loss"]["by_seed"] == [2.0, 2.1]
@@ -79,6 +82,13 @@ def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     assert "though seeds overlap" not in lines[0] + lines[1]
     level = next(line for line in lines if "which is not the same as equal" in line)
     assert level.startswith("lora-all and tli-then-lora-early against full: not to be told apart")
+    unclear = [t for t in found["tests"] if t["arm"] in ("lora-all", "tli-then-lora-early")]
+    farthest = max(abs(end) for t in unclear for end in t["ci95"])
+    assert f"their intervals hold differences of up to {farthest:.1f} points" in level
+    assert not any("empty" in line for line in lines)
+    found["arms"][1]["empty_summaries"] = 7
+    (line,) = (line for line in conclusions(found) if "empty" in line)
+    assert line.endswith("whatever was learnt: lora-all 7 of 600.")
     cost = next(line for line in lines if line.startswith("Training took, of what full took"))
     assert "lora-early 2 % of the parameters, 0.50 times the peak memory" in cost
     assert "1.00 times the energy" in cost
@@ -208,6 +218,10 @@ def test_the_page_escapes_and_warns(report: Callable[..., Report]) -> None:
     assert "<tiny>" not in page
     assert "the best step was chosen on" in " ".join(page.split())
     assert 'class="conclusions small"' in page
+    # the header is YAML, whatever the model's folder is called
+    found["data"]["base_model"] = 'a: "<b>" # c'
+    header = yaml.safe_load(report_card(plain_json(found)).split("---\n")[1])
+    assert header["base_model"] == 'a: "<b>" # c'
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")

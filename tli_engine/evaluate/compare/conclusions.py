@@ -27,6 +27,7 @@ def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
         lines.append(
             f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
         )
+    lines += _empty(report)
     lines += _against(report)
     lines += _baselines(report)
     lines += _costs(report)
@@ -59,6 +60,17 @@ def _size(report: Report, unfinished: bool) -> Iterator[str]:
         yield "Not finished: what follows is of the runs that are done."
 
 
+def _empty(report: Report) -> Iterator[str]:
+    articles = report["data"]["counts"]["test"]
+    said = [
+        f"{arm['name']} {arm['empty_summaries']} of {articles * len(arm['seeds'])}"
+        for arm in report["arms"]
+        if arm["empty_summaries"]
+    ]
+    if said:
+        yield f"Some summaries are empty, which scores 0 whatever was learnt: {_listed(said)}."
+
+
 def _against(report: Report) -> Iterator[str]:
     """Each arm against the reference, by every metric; those that nothing tells apart in one line."""
     reference = report["reference"]
@@ -78,7 +90,7 @@ def _against(report: Report) -> Iterator[str]:
         undecided = [METRICS[t["metric"]] for t in tests if not _is_shown(t)]
         if not parts:
             level.append(name)
-            widest = max(widest, *(_half_width(t) for t in tests))
+            widest = max(widest, *(_farthest(t) for t in tests))
             continue
         if undecided:
             parts.append(f"not to be told apart by {_listed(undecided)}")
@@ -86,13 +98,13 @@ def _against(report: Report) -> Iterator[str]:
     if level:
         yield (
             f"{_listed(level)} against {reference}: not to be told apart by any metric, which is not "
-            f"the same as equal: intervals of the differences reach ±{widest:.1f} points{hedge}."
+            f"the same as equal: their intervals hold differences of up to {widest:.1f} points{hedge}."
         )
 
 
-def _half_width(test: Mapping[str, Any]) -> float:
+def _farthest(test: Mapping[str, Any]) -> float:
     low, high = test["ci95"]
-    return 0.0 if math.isnan(low) else (high - low) / 2
+    return abs(test["difference"]) if math.isnan(low) else max(abs(low), abs(high))
 
 
 def _is_shown(test: Mapping[str, Any]) -> bool:

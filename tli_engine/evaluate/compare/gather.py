@@ -106,6 +106,8 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "seeds": [part.seed for part in parts],
         "trainable_parameters": results[0]["trainable_parameters"],
         "text": {m: _pooled([s[m] for s in scores.values()], resamples) for m in METRICS},
+        # such texts score 0 by every metric
+        "empty_summaries": sum(not text.strip() for p in parts for text in p.predictions),
         "loss": _losses(results),
         "alignment": _alignment([r["alignment"] for r in results]),
         "tokens_per_s": _mean([r["tokens_per_s"] for r in timed]),
