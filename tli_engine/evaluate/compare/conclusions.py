@@ -103,8 +103,8 @@ def _against(report: Report) -> Iterator[str]:
 
 
 def _farthest(test: Mapping[str, Any]) -> float:
-    low, high = test["ci95"]
-    return abs(test["difference"]) if math.isnan(low) else max(abs(low), abs(high))
+    low, high = map(float, test["ci95"])
+    return abs(float(test["difference"])) if math.isnan(low) else max(abs(low), abs(high))
 
 
 def _is_shown(test: Mapping[str, Any]) -> bool:
