@@ -159,6 +159,11 @@ def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report])
     assert any("full 0.500 (no clear change)" in line for line in found["conclusions"])
     page = report_html(plain_json(found))
     assert "<td>\u2013 → 0.300</td>" in page
+    # the change's interval below, where there is one
+    assert "0.400 → 0.500<small>\u2013</small></td>" in page
+    assert "0.400 → 0.500<small>0.050 to 0.150</small></td>" in report_html(
+        plain_json(report(articles=20, seeds=1) | {"conclusions": ["-"]})
+    )
 
 
 def test_one_article_and_nothing_to_test(part: Callable[..., Part]) -> None:

@@ -153,11 +153,7 @@ def _losses(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds; of the change in MRR each seed's interval too."""
-    rows = []
-    for same in zip(*(f["rows"] for f in found), strict=True):
-        row = _mean_row(same)
-        row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
-        rows.append(row)
+    rows = [_mean_row(same) for same in zip(*(f["rows"] for f in found), strict=True)]
     layers = [
         {
             "layer": same[0]["layer"],
@@ -183,6 +179,7 @@ def _mean_row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "separation": _mean([r[stage]["separation"] for r in same]),
             "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
         }
+    row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
     return row
 
 

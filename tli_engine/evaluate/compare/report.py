@@ -131,8 +131,8 @@ def _score(value: float | None, digits: int = 2) -> str:
     return _NONE if value is None else f"{value:z.{digits}f}"
 
 
-def _interval(ends: list[float | None]) -> str:
-    return _NONE if None in ends else f"{ends[0]:z.2f} to {ends[1]:z.2f}"
+def _interval(ends: list[float | None], digits: int = 2) -> str:
+    return _NONE if None in ends else f"{ends[0]:z.{digits}f} to {ends[1]:z.{digits}f}"
 
 
 def _p(value: float | None) -> str:
