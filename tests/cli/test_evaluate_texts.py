@@ -210,6 +210,8 @@ def test_words_of_a_language_without_spaces(cli: Cli, sft_config: Callable[..., 
     for options, tokenizer in (((), "13a"), (("--language", "zh-CN"), "zh")):
         found, result = evaluated(cli, Path("run"), *options)
         assert f"|tok:{tokenizer}|" in found["text"]["bleu"]["signature"]
+        for names, metric in (("BLEU", "bleu"), ("ROUGE-1, ROUGE-2, ROUGE-L", "rouge1")):
+            assert f"  {names}: {found['text'][metric]['signature']}\n" in result.out
         assert ("the texts have hardly any spaces" in result.err) == (tokenizer == "13a")
     assert cli("train", path, "--run", "named", "--set", "data.language=thai").status == 0
     found, result = evaluated(cli, Path("named"))
