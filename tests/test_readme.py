@@ -1,11 +1,19 @@
-"""The README's figures are those of the committed results, and its links lead somewhere."""
+"""The README's figures are those of the committed results; links lead somewhere, commands can be given."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
 
 from bench.readme import FILLED, README, fill
+from tli_engine.cli import group
+from tli_engine.cli.train import read_values
+from tli_engine.config import resolve_config
+from tli_engine.evaluate.compare.config import split_config
+
+DOCUMENTS = (README, *sorted((README.parent / "docs").rglob("*.md")))
 
 
 @pytest.mark.parametrize("document", FILLED, ids=lambda path: path.name)
@@ -15,6 +23,38 @@ def test_tables_and_output_are_the_committed_ones(document: Path) -> None:
 
 
 def test_links_resolve() -> None:
-    for document in (README, *(README.parent / "docs").glob("*.md")):
+    for document in DOCUMENTS:
         for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (Path(document).parent / target).exists(), f"{document}: {target}"
+
+
+def commands(document: Path) -> list[list[str]]:
+    """What stands after ``tli-engine`` in blocks of a shell's lines; variables have a value."""
+    text = document.read_text(encoding="utf-8").replace("\\\n", " ")
+    blocks = re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    lines = [line for block in blocks for line in block.splitlines()]
+    given = [
+        re.sub(r"\$\w+", "some/thing", line) for line in lines if line.startswith("tli-engine ")
+    ]
+    return [shlex.split(line, comments=True)[1:] for line in given]
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_commands_can_be_given(document: Path) -> None:
+    """Options are known, and so are the recipes and keys that they name."""
+    for name, *arguments in commands(document):
+        command = group.get_command(click.Context(group), name)
+        assert command is not None, name
+        found = command.make_context(name, list(arguments)).params
+        if found.get("recipe"):
+            kind = "compare" if name == "compare" else "run"
+            values, where = read_values(None, found["recipe"], found["overrides"], kind)  # type: ignore[arg-type]
+            (split_config if name == "compare" else resolve_config)(values, where)  # type: ignore[operator]
+
+
+def test_every_published_figure_has_a_command() -> None:
+    document = README.parent / "docs" / "reproduce.md"
+    text = document.read_text(encoding="utf-8")
+    for figure in ("0.3153", "0.9808", "0.99998", "0.9876", "0.3211", "0.4113", "0.3143", "0.4033"):
+        assert f"| {figure} |" in text
+    assert {name for name, *_ in commands(document)} == {"scan", "train", "evaluate"}

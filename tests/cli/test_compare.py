@@ -11,28 +11,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.comparison import ARTICLES, in_this_process, without_plots, write_comparison
 from tests.interrupt import at_step
 from tli_engine.cli import _compare, main
 from tli_engine.evaluate.compare.config import ARMS
 from tli_engine.train.metrics import MetricsLog
 
 Cli = Callable[..., Any]
-
-ARTICLES = [
-    ("Mvua kubwa imenyesha mjini leo asubuhi. Barabara zimejaa maji.", "Mvua mjini"),
-    ("Timu ya taifa imeshinda mchezo wake wa kwanza.", "Timu yashinda"),
-    ("Bei ya mahindi imepanda tena sokoni.", "Mahindi yapanda"),
-    ("Shule zitafunguliwa wiki ijayo kote nchini.", "Shule kufunguliwa"),
-    ("Daraja jipya limefunguliwa juu ya mto.", "Daraja lafunguliwa"),
-    ("Wakulima wanasubiri mvua za masika.", "Wakulima wasubiri"),
-]
-
-
-def in_this_process(comparison: Any, parts: list[str], jobs: int) -> dict[str, int]:
-    """What runs parts, without the seconds that a process of its own takes to begin."""
-    given = ["compare", str(comparison.out / "compare.yaml"), "--out", str(comparison.out)]
-    given += ["--side-by-side", str(jobs)]
-    return {part: main([*given, "--only", part]) for part in parts}
 
 
 @pytest.fixture(autouse=True)
@@ -41,41 +26,9 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_compare, "_in_processes", in_this_process)
 
 
-def without_plots(patch: pytest.MonkeyPatch) -> None:
-    """Drawing is most of the time that a tiny model takes."""
-    nothing = "tli_engine.cli._train_sft.plot_losses", "tli_engine.cli._train_align.plot_training"
-    for name in (*nothing, "tli_engine.cli._evaluate.plot_histograms"):
-        # the path comes last
-        patch.setattr(name, lambda *values: values[-1].write_bytes(b""))
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
-    folder = tmp_path_factory.mktemp("compare")
-    for name, rows in (("train", ARTICLES[:3]), ("unseen", ARTICLES[3:4]), ("test", ARTICLES[4:])):
-        lines = [json.dumps({"text": text, "summary": summary}) for text, summary in rows]
-        (folder / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    names = {"texts": "train", "validation": "unseen", "test": "test"}
-    values = {
-        "model": str(tiny_model),
-        "device": "cpu",
-        "data": {k: str(folder / f"{v}.jsonl") for k, v in names.items()}
-        | {"pairs": str(pairs_file)},
-        "prompt": {"instruction": "Fupisha: {text}"},
-        "lora": {"layers": "0-1", "r": 4, "alpha": 8},
-        "sft": {"context": 96, "evaluate_steps": 2},
-        "train": {"steps": 3, "batch_size": 1, "learning_rate": 1e-2, "checkpoint_steps": 2},
-        "compare": {
-            "seeds": [5],
-            "max_new_tokens": 4,
-            "set": {
-                "full": {"train": {"learning_rate": 1e-3}},
-                "tli": {"train": {"epochs": 1, "batch_size": 4}},
-            },
-        },
-    }
-    (folder / "compare.yaml").write_text(yaml.safe_dump(values), encoding="utf-8")
-    return folder / "compare.yaml"
+    return write_comparison(tmp_path_factory.mktemp("compare"), tiny_model, pairs_file)
 
 
 @pytest.fixture(scope="module")
@@ -240,30 +193,58 @@ def test_an_interrupted_run_goes_on_elsewhere(
         assert found[0] == found[1], name
 
 
-def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) -> None:
-    options = ("--set", "compare.keep_weights=false")
-    assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
-    assert not (tmp_path / "a/report.json").exists()
-    left = {p.name for p in (tmp_path / "a/lora-early-5").iterdir()}
-    assert {"adapter", "checkpoints", "best"} & left == set()
-    assert left >= {"result.json", "predictions.jsonl", "metrics.jsonl", "config.yaml"}
-    assert cli("compare", config, "--out", "a", "--only", "lora-early:5", *options).status == 0
-    assert cli("compare", config, "--out", "a", "--gather", *options).status == 0
-    report = json.loads((tmp_path / "a/report.json").read_text())
-    assert [arm["name"] for arm in report["arms"]] == ["lora-early"]
-    # on another machine files lie elsewhere
-    moved = tmp_path / "moved"
-    shutil.copytree(config.parent, moved)
-    text = (moved / "compare.yaml").read_text().replace(str(config.parent), str(moved))
-    (moved / "compare.yaml").write_text(text)
-    assert cli("compare", moved / "compare.yaml", "--out", "a", "--gather", *options).status == 0
-    # other articles are not these
-    result = json.loads((tmp_path / "a/lora-early-5/result.json").read_text())
-    result["test"]["sha256"] = "0"
-    (tmp_path / "a/lora-early-5/result.json").write_text(json.dumps(result))
-    result = cli("compare", config, "--out", "a", "--gather", *options)
-    assert result.status == 2
-    assert "tested on other articles" in result.err
+@pytest.mark.parametrize(
+    ("path", "value", "reason"),
+    [
+        ("made_from configs 0 train learning_rate", 0.5, "made with another train.learning_rate"),
+        ("made_from configs -1 lora r", 2, "made with another lora.r"),
+        ("made_from texts train", "0", "was trained on other articles than there are now"),
+        ("made_from texts validation", "0", "was chosen by other articles than there are now"),
+        ("made_from pairs control", "0", "was measured on other word pairs than there are now"),
+        ("made_from base_sha256", "0", "were made from another base model's weights"),
+        ("made_from tokens_sha256", {}, "were made from another tokenizer"),
+        ("predictions decoding beams", 3, "was written with beams 3; make it again"),
+        ("test", {}, "result.json: cannot be read: KeyError('sha256')"),
+    ],
+    ids=lambda value: str(value).rpartition(" ")[2],
+)
+def test_a_run_made_otherwise_is_not_compared(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path, path: str, value: Any, reason: str
+) -> None:
+    """As one from another machine may be, whose configuration or files were others."""
+    folder = tmp_path / "out" / "tli-then-lora-early-5"
+    for one in compared.glob("*/result.json"):
+        (tmp_path / "out" / one.parent.name).mkdir(parents=True)
+        for name in ("result.json", "predictions.jsonl", "metrics.jsonl"):
+            if (one.parent / name).is_file():
+                shutil.copy(one.parent / name, tmp_path / "out" / one.parent.name)
+    shutil.copy(compared / "compare.yaml", tmp_path / "out")
+    result = json.loads((folder / "result.json").read_text())
+    *keys, last = path.split()
+    within = result
+    for key in keys:
+        within = within[int(key) if isinstance(within, list) else key]
+    assert within[last] != value
+    within[last] = value
+    (folder / "result.json").write_text(json.dumps(result))
+    found = cli("compare", config, "--out", "out", "--gather")
+    assert found.status == 2
+    assert reason in found.err
+    assert "tli-then-lora-early-5" in found.err
+
+
+def test_articles_that_changed_between_two_runs_are_found_before_the_second(
+    cli: Cli, config: Path, out: Path, tmp_path: Path
+) -> None:
+    there = Path(shutil.copytree(config.parent, tmp_path / "there")) / config.name
+    there.write_text(there.read_text().replace(str(config.parent), str(there.parent)))
+    articles = there.with_name("train.jsonl")
+    articles.write_text(articles.read_text(encoding="utf-8").splitlines()[0] + "\n")
+    for only in ((), ("--only", "joint:6")):
+        result = cli("compare", there, "--out", out, "--set", "compare.seeds=[5, 6]", *only)
+        assert result.status == 2
+        assert "was trained on other articles than there are now" in result.err
+    assert not (out / "joint-6").exists()
 
 
 def test_summaries_written_since_are_not_taken(
@@ -309,48 +290,6 @@ def test_runs_of_several_machines_make_the_report_of_one(
         assert str(config.parent) not in (gathered / name).read_text()
 
 
-def test_several_that_are_asked_for_run_apart(
-    cli: Cli, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """In one process the second one's peak of memory would be the first one's."""
-    ran: list[list[str]] = []
-    monkeypatch.setattr(
-        _compare,
-        "_in_processes",
-        lambda c, parts, jobs: ran.append(parts) or dict.fromkeys(parts, 0),
-    )
-    wanted = [word for part in ("full:5", "base") for word in ("--only", part)]
-    assert cli("compare", config, "--out", "o", *wanted).status == 0
-    assert ran == [["full:5"], ["base"]]
-    assert not (tmp_path / "o/report.json").exists()
-
-
-def test_side_by_side(cli: Cli, config: Path, tmp_path: Path) -> None:
-    arms = ("--set", "compare.arms=[full, lora-early]")
-    wanted = [word for part in ("full:5", "lora-early:5") for word in ("--only", part)]
-    assert cli("compare", config, "--out", "s", *arms, "--jobs", "2", *wanted).status == 0
-    # nothing is gathered where only some were asked for
-    assert not (tmp_path / "s/report.json").exists()
-    assert cli("compare", config, "--out", "s", *arms, "--gather").status == 0
-    report = json.loads((tmp_path / "s/report.json").read_text())
-    for arm in report["arms"]:
-        assert (arm["side_by_side"], arm["timed_seeds"], arm["energy_joules"]) == (2, [5], None)
-    (line,) = (c for c in report["conclusions"] if "side by side" in c)
-    assert line.startswith("full and lora-early ran")
-
-
-def test_a_budget_of_time(cli: Cli, config: Path, tmp_path: Path) -> None:
-    changes = ("compare.arms=[tli-then-lora-early]", "compare.seconds=0.0001")
-    options = [word for change in changes for word in ("--set", change)]
-    result = cli("compare", config, "--out", "b", *options)
-    assert result.status == 0, result.err
-    steps = (tmp_path / "b/tli-then-lora-early-5/metrics.jsonl").read_text().splitlines()
-    assert len(steps) == 1
-    assert "validation_loss" in json.loads(steps[0])
-    report = json.loads((tmp_path / "b/report.json").read_text())
-    assert any("0.0001 s of training" in line for line in report["conclusions"])
-
-
 @pytest.mark.parametrize(
     ("arguments", "reason"),
     [
@@ -377,21 +316,3 @@ def test_what_cannot_be(
     result = cli("compare", config, "--out", out, *arguments)
     assert result.status == 2
     assert reason in result.err
-
-
-def test_no_room_for_articles_is_found_before_training(
-    cli: Cli, config: Path, tmp_path: Path
-) -> None:
-    options = ("--set", "compare.max_new_tokens=90", "--only", "full:5")
-    result = cli("compare", config, "--out", "new", *options)
-    assert result.status == 2
-    assert "90 new tokens and 10 of the prompt leave no room for the article" in result.err
-    assert not (tmp_path / "new/full-5").exists()
-
-
-def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_path: Path) -> None:
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/thesis.txt").write_text("")
-    result = cli("compare", config, "--out", "other")
-    assert result.status == 2
-    assert "is no comparison's folder" in result.err

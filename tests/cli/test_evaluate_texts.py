@@ -118,6 +118,24 @@ def test_bits_per_byte_of_a_run_on_summaries(
     assert bits["before"] != bits["after"]
 
 
+def test_a_summary_ends_where_the_models_authors_end_a_text(
+    cli: Cli, sft_config: Callable[..., Path], tiny_model: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    path = base / "generation_config.json"
+    assert cli("train", sft_config(model=str(base), train={"steps": 1}), "--run", "run").status == 0
+    free, _ = evaluated(cli, Path("run"))
+    assert free["predictions"]["decoding"]["ends"] == [1]
+    assert free["generation"]["tokens"] == 12
+    # one of three bytes is what is written
+    path.write_text(json.dumps({"eos_token_id": [1, *range(2, 258, 3), *range(3, 258, 3)]}))
+    found, _ = evaluated(cli, Path("run"))
+    assert len(found["predictions"]["decoding"]["ends"]) == 172
+    assert found["generation"]["tokens"] < 12
+    path.write_text("[1")
+    assert "generation_config.json: not a generation's configuration" in refused(cli, "run")
+
+
 def refused(cli: Cli, *arguments: object) -> str:
     """The one line of a command that ends with status 2."""
     result = cli("evaluate", *arguments)
@@ -136,6 +154,9 @@ def refused(cli: Cli, *arguments: object) -> str:
         (("--seed", "0"), "--seed: nothing is drawn without --temperature"),
         (("--top-p", "0.9", "--beams", "2"), "--top-p: beams draw nothing"),
         (("--seed", "1", "--beams", "2"), "--seed: beams draw nothing"),
+        (("--temperature", "nan"), "--temperature: must be a number, got nan"),
+        (("--temperature", "1", "--top-p", "nan"), "--top-p: must be a number, got nan"),
+        (("--temperature", "1", "--seed", str(2**63)), "Invalid value for '--seed'"),
         (("--text", "none.txt"), "none.txt: cannot be read"),
         (("--max-new-tokens", "75"), "in a context of 80; lower --max-new-tokens"),
     ],
@@ -189,6 +210,8 @@ def test_words_of_a_language_without_spaces(cli: Cli, sft_config: Callable[..., 
     for options, tokenizer in (((), "13a"), (("--language", "zh-CN"), "zh")):
         found, result = evaluated(cli, Path("run"), *options)
         assert f"|tok:{tokenizer}|" in found["text"]["bleu"]["signature"]
+        for names, metric in (("BLEU", "bleu"), ("ROUGE-1, ROUGE-2, ROUGE-L", "rouge1")):
+            assert f"  {names}: {found['text'][metric]['signature']}\n" in result.out
         assert ("the texts have hardly any spaces" in result.err) == (tokenizer == "13a")
     assert cli("train", path, "--run", "named", "--set", "data.language=thai").status == 0
     found, result = evaluated(cli, Path("named"))

@@ -107,3 +107,7 @@ def test_of_several_gpus_the_bytes_are_those_of_each(cli: Cli, config_file: Path
     assert "each GPU" in shown.out
     status, _, err = cli("plan", config_file, "--device", "h100", "--gpus", 0)
     assert (status, "--gpus" in err) == (2, True)
+    for memory in ("nan", "inf", "80"):
+        result = cli("plan", config_file, "--device", "h100", "--memory", memory)
+        assert (result.status, result.out) == (2, "")
+        assert result.err.endswith(f"--memory {memory}: h100 has 79.2 GiB\n")

@@ -1,6 +1,7 @@
 """Fine-tuning that is interrupted, through the command line: it goes on as if it had not been."""
 
 import json
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -120,10 +121,14 @@ def test_an_interrupted_measurement_is_made_once(
     assert evaluation("run") == evaluation("whole")
 
 
+@pytest.mark.parametrize("missing", ["nothing", "state.json", "."])
 def test_a_best_of_an_end_that_was_lost_is_not_an_earlier_one(
-    cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+    missing: str, cli: Cli, sft_config: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A run goes on from before its best weights so far, and its time ends before it has them again."""
+    """A run goes on from before its best weights so far, and its time ends before it has them again.
+
+    They may be lost altogether, where it was killed as they took the place of earlier ones.
+    """
     path = sft_config(sft={"evaluate_steps": 1}, train={"steps": 6, "checkpoint_steps": 2})
     losses = [3.0, 2.5, 2.0, 2.2, 1.0]
     monkeypatch.setattr(SftTrainer, "validate", lambda self, *args: losses[self.step])
@@ -137,6 +142,10 @@ def test_a_best_of_an_end_that_was_lost_is_not_an_earlier_one(
     with monkeypatch.context() as patch:
         patch.setattr(MetricsLog, "append", crashing)
         assert cli("train", path, "--run", "run").status == 1
+    if missing == ".":
+        shutil.rmtree("run/best")
+    else:
+        Path("run/best", missing).unlink(missing_ok=True)
     monkeypatch.setattr(SftTrainer, "is_spent", property(lambda self: self.step >= 3))
     assert cli("train", "--resume", "--run", "run").status == 0
     # those of step 2 are lost

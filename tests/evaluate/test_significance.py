@@ -13,7 +13,7 @@ from scipy import stats
 from tli_engine.errors import UserError
 from tli_engine.evaluate import significance
 from tli_engine.evaluate.significance import approximate_randomization, holm, paired_bootstrap
-from tli_engine.evaluate.text_metrics import Score, TextScores, score_sums, score_texts
+from tli_engine.evaluate.text_metrics import Score, TextScores, pool, score_sums, score_texts
 
 WORDS = [f"neno{i}" for i in range(40)]
 
@@ -151,6 +151,9 @@ def test_messages() -> None:
     for test in (paired_bootstrap, approximate_randomization):
         with pytest.raises(UserError, match="bleu of 2 texts and of 1; only systems on the same"):
             test(scores.bleu, fewer)  # type: ignore[operator]
+        if test is approximate_randomization:
+            with pytest.raises(UserError, match="bleu of 2 runs and of 1: their texts cannot be"):
+                test(pool([scores.bleu] * 2), scores.bleu)
         with pytest.raises(UserError, match=r"scored differently: rouge1 .* and rougeLsum"):
             test(scores.rouge1, scores.rougeLsum)  # type: ignore[operator]
 

@@ -1,5 +1,6 @@
 """Baselines: the first sentences in several scripts, and the summary of another article."""
 
+import time
 from collections import Counter
 
 import pytest
@@ -40,6 +41,13 @@ def test_sentences(sentences: list[str]) -> None:
 def test_no_sentences(text: str) -> None:
     assert split_sentences(text) == []
     assert lead(text, 3) == ""
+
+
+@pytest.mark.parametrize("text", ["." * 30_000 + "x", '."' * 15_000 + "x", '!")' * 10_000 + "x"])
+def test_a_run_of_stops_is_looked_at_once(text: str) -> None:
+    start = time.perf_counter()
+    assert split_sentences(text) == [text]
+    assert time.perf_counter() - start < 2
 
 
 def test_no_letter_is_lost() -> None:

@@ -177,6 +177,12 @@ def test_pooled_runs_are_one_corpus() -> None:
     # the same text twice tells no more than once
     twice = pool([runs[0].bleu, runs[0].bleu])
     assert twice.ci95 == pytest.approx(alone.ci95)
+    # nor does what neither of them matches, which is smoothed
+    rare = score_texts(["a b c d e", "f g h"], ["a b x d e", "f y h"]).bleu
+    assert rare.statistics[:, 4:6].sum() == 0
+    again = pool([rare, pool([rare, rare])])
+    assert (again.score, *again.ci95) == pytest.approx((rare.score, *rare.ci95))
+    assert again.runs == 3
 
 
 def test_a_thousand_texts_take_seconds() -> None:

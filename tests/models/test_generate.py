@@ -1,6 +1,7 @@
 """Greedy continuations are transformers' own, text by text, whatever else is in the batch."""
 
 from collections.abc import Callable
+from itertools import takewhile
 from typing import Any
 
 import pytest
@@ -27,6 +28,14 @@ MODELS = [
         {"use_sliding_window": True, "sliding_window": 12, "max_window_layers": 2},
         id="qwen2-windows",
     ),
+    pytest.param(
+        "llama",
+        {
+            "max_position_embeddings": 16,
+            "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0},
+        },
+        id="llama-dynamic",
+    ),
 ]
 Load = Callable[..., CausalModel]
 
@@ -36,16 +45,16 @@ def some_prompts(*lengths: int) -> list[tuple[int, ...]]:
     return [tuple(torch.randint(0, 256, (n,), generator=generator).tolist()) for n in lengths]
 
 
-def by_transformers(theirs: Any, prompts: list[tuple[int, ...]], end: int, **how: Any) -> Any:
-    """Each prompt alone, cut before the end."""
+def by_transformers(theirs: Any, prompts: list[tuple[int, ...]], *ends: int, **how: Any) -> Any:
+    """Each prompt alone, cut before the first end."""
     found = []
     for prompt in prompts:
         ids = torch.tensor([prompt])
-        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end, **how}
+        options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": list(ends), **how}
         mask = torch.ones_like(ids)
         out = theirs.generate(ids, attention_mask=mask, pad_token_id=258, **options)
         tokens = out[0, len(prompt) :].tolist()
-        found.append(tuple(tokens[: tokens.index(end)] if end in tokens else tokens))
+        found.append(tuple(takewhile(lambda token: token not in ends, tokens)))
     return found
 
 
@@ -67,12 +76,17 @@ def test_greedy_tokens_are_those_of_transformers(
     prompts = some_prompts(*LENGTHS)
     free = by_transformers(theirs, prompts, 257)
     end = an_end(free)
-    expected = by_transformers(theirs, prompts, end)
-    assert len(expected[0]) < NEW
+    # one of two ends is the first text's, the other one another's
+    one = by_transformers(theirs, prompts, end)
+    other = next(t for text in one[1:] for t in text[3:] if t not in one[0])
+    expected = by_transformers(theirs, prompts, end, other)
+    assert len(expected[0]) == len(one[0]) < NEW
+    assert expected != one
     for fused in (False, True):
         if fused:
             model.fuse()
-        found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=3))
+        options = GenerateOptions(NEW, end, batch_size=3, other_ends=(other,))
+        found = generate(model, prompts, options)
         assert tokens_of(found) == expected
         assert [text.ended for text in found] == [len(text) < NEW for text in expected]
 
@@ -81,14 +95,22 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_beams_are_those_of_transformers(family: str, causal: Load, full: Any) -> None:
     model, theirs = causal(family), full(family)
     prompts = some_prompts(*LENGTHS)
-    end = an_end(by_transformers(theirs, prompts, 257, num_beams=3))
-    expected = by_transformers(theirs, prompts, end, num_beams=3)
+    free = by_transformers(theirs, prompts, 257, num_beams=3)
+    ends = [an_end(free), *{text[5] for text in free[1:]}]
+    expected = by_transformers(theirs, prompts, *ends, num_beams=3)
     assert len({len(text) for text in expected}) > 1
+    assert expected != by_transformers(theirs, prompts, ends[0], num_beams=3)
+    how: Any = {"batch_size": 2, "beams": 3, "other_ends": tuple(ends[1:])}
     for fused in (False, True):
         if fused:
             model.fuse()
-        found = generate(model, prompts, GenerateOptions(NEW, end, batch_size=2, beams=3))
+        found = generate(model, prompts, GenerateOptions(NEW, ends[0], **how))
         assert tokens_of(found) == expected
+    # of so many ends the likeliest tokens of all beams may be some
+    ends = [token for token in range(256) if token % 4]
+    how["other_ends"] = tuple(ends[1:])
+    found = generate(model, prompts, GenerateOptions(NEW, ends[0], **how))
+    assert tokens_of(found) == by_transformers(theirs, prompts, *ends, num_beams=3)
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["modules", "fused"])
@@ -162,7 +184,8 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
     assert shares(1.0, 0.8) == pytest.approx([0.2 / 0.95, 0.5 / 0.95, 0, 0.25 / 0.95], abs=2e-3)
     squares = p.square() / p.square().sum()
     assert shares(0.5, 1.0) == pytest.approx(squares.tolist(), abs=2e-3)
-    assert shares(1.0, 1e-6) == shares(0.0, 1.0) == [0, 1, 0, 0]
+    assert shares(1.0, 1e-6) == shares(0.0, 1.0) == shares(1e-300, 1.0) == [0, 1, 0, 0]
+    assert shares(float("inf"), 1.0) == pytest.approx([0.25] * 4, abs=2e-3)
 
 
 def test_prompts_are_run_in_parts(causal: Load, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +212,8 @@ def test_wrong_options_are_named(causal: Load) -> None:
         GenerateOptions(8, 257, batch_size=0)
     with pytest.raises(ValueError, match=r"temperature must be 0 or more, got -1"):
         GenerateOptions(8, 257, temperature=-1.0)
+    with pytest.raises(ValueError, match=r"temperature must be 0 or more, got nan"):
+        GenerateOptions(8, 257, temperature=float("nan"))
     with pytest.raises(ValueError, match=r"top_p must be above 0, 1 at most, got 1\.5"):
         GenerateOptions(8, 257, top_p=1.5)
     with pytest.raises(ValueError, match="beams and temperature exclude each other"):

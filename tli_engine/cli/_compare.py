@@ -1,12 +1,12 @@
 """The work of ``tli-engine compare``: one run after the other, then the report."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._compare_made import MADE_FROM, check_alike, difference
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
-from tli_engine.cli._compare_run import BASE, RESULT, Comparison, run_part
+from tli_engine.cli._compare_run import BASE, Comparison, check_part, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
@@ -23,7 +23,7 @@ from tli_engine.evaluate.summaries import (
     spacing_warning,
 )
 from tli_engine.train.metrics import read_metrics
-from tli_engine.train.run_folder import check_writable, plain_json, write_json, write_text
+from tli_engine.train.run_folder import check_writable, part_of, plain_json, write_json, write_text
 
 _SETTINGS = "compare.yaml"
 # may differ between calls: they say how much is compared and how it is scored, not what
@@ -65,7 +65,8 @@ def _run(comparison: Comparison, parts: Sequence[str], jobs: int) -> list[str] |
     waiting = []
     for part in parts:
         if comparison.is_done(part):
-            say(f"{part}: is done")
+            # held against what is there now, before hours of the others
+            run_part(comparison, part)
         else:
             waiting.append(part)
     failed = []
@@ -92,10 +93,12 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     path = out / _SETTINGS
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
-    others = [p for p in out.iterdir() if p not in (path, out / LOGS)] if out.is_dir() else []
+    # of a comparison that was killed as it began
+    own = (path, out / LOGS, out / part_of(_SETTINGS))
+    others = [p for p in out.iterdir() if p not in own] if out.is_dir() else []
     if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
-    key = _difference(values, read_yaml(path)) if others else None
+    key = difference(values, read_yaml(path), growing=_GROWING) if others else None
     if key is not None:
         raise UserError(f"{out}: was begun with another {key}; choose another --out")
     check_writable(out)
@@ -104,28 +107,6 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     # runs that begin at the same time all find it as it is
     if not path.is_file() or path.read_text(encoding="utf-8") != text:
         write_text(path, text)
-
-
-def _difference(values: Any, recorded: Any, key: str = "") -> str | None:
-    """The first key whose values differ, if one does that must not."""
-    if not isinstance(values, dict) or not isinstance(recorded, dict):
-        return None if key in _GROWING or _is_same(values, recorded) else key
-    for name in sorted(values.keys() | recorded.keys()):
-        inner = f"{key}.{name}" if key else name
-        found = _difference(values.get(name), recorded.get(name), inner)
-        if found is not None:
-            return found
-    return None
-
-
-def _is_same(value: Any, recorded: Any) -> bool:
-    """Whether two values are equal, or name a file that lies elsewhere on another machine."""
-    if isinstance(value, str) and isinstance(recorded, str):
-        paths = Path(value), Path(recorded)
-        # of a model that is not here the name is as it was given
-        if any(path.is_absolute() for path in paths):
-            return paths[0].name == paths[1].name
-    return bool(value == recorded)
 
 
 def _report(comparison: Comparison) -> None:
@@ -146,10 +127,15 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     texts = comparison.test_texts()
     digest = texts.digest()
     parts = {
-        part: _read_part(comparison, part, digest)
-        for part in comparison.parts
-        if comparison.is_done(part)
+        part: _read_part(comparison, part) for part in comparison.parts if comparison.is_done(part)
     }
+    check_alike(
+        {
+            comparison.folder(name): part.result[MADE_FROM]
+            for name, part in parts.items()
+            if MADE_FROM in part.result
+        }
+    )
     base = parts.pop(BASE, None)
     if not parts:
         raise UserError(f"{comparison.out}: no run has its figures yet")
@@ -174,7 +160,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         "seconds": settings.seconds,
         "devices": sorted({part.result["device_name"] for part in parts.values()}),
     }
-    report["versions"] = some["versions"]
+    report["versions"] = _versions([part.result for part in parts.values()])
     missing = [p for p in comparison.parts if not comparison.is_done(p)]
     report["conclusions"] = conclusions(report, missing)
     return report
@@ -185,16 +171,17 @@ def _shown_name(name: str | None) -> str | None:
     return Path(name).name if name and Path(name).is_absolute() else name
 
 
-def _read_part(comparison: Comparison, part: str, digest: str) -> Part:
-    folder = comparison.folder(part)
-    try:
-        result = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as e:
-        raise UserError(f"{folder / RESULT}: cannot be read: {e}") from None
-    if result["test"]["sha256"] != digest:
-        raise UserError(
-            f"{folder}: was tested on other articles than {comparison.test_texts().name} holds now"
-        )
+def _versions(results: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Of each package, all that parts were made with."""
+    found: dict[str, list[str]] = {}
+    for result in results:
+        for name, version in result["versions"].items():
+            found.setdefault(name, []).append(version)
+    return {name: " and ".join(sorted({*all_of_it})) for name, all_of_it in found.items()}
+
+
+def _read_part(comparison: Comparison, part: str) -> Part:
+    folder, result = comparison.folder(part), check_part(comparison, part)
     arm, _, seed = part.rpartition(":")
     # tli-engine evaluate may have written others since
     own = result.get("predictions", {}).get("sha256")

@@ -4,11 +4,21 @@ import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from tli_engine.cli._compare_made import (
+    MADE_FROM,
+    Present,
+    check_begun,
+    check_made,
+    made_from,
+    made_from_base,
+    pair_digests,
+)
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli._train import resume_training, run_training
 from tli_engine.cli.console import progress, say
@@ -19,7 +29,7 @@ from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
 from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
-from tli_engine.models.device import choose_device
+from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.train.energy import energy_joules
 from tli_engine.train.manifest import problems
@@ -71,6 +81,21 @@ class Comparison:
             update={"train": config.train.model_copy(update={"seconds": left})}
         )
 
+    def runs(self, part: str) -> list[str]:
+        """Names of the runs of a part, each trained on from the one before; none of the base."""
+        arm = part.rpartition(":")[0]
+        return [ALIGN, arm] if arm == "tli-then-lora-early" else [arm] if arm else []
+
+    @cached_property
+    def present(self) -> Present:
+        """The files that there are now."""
+        return Present(self.shared)
+
+    @cached_property
+    def test_digest(self) -> str:
+        """SHA-256 of the articles that are summarised."""
+        return self.test_texts().digest()
+
     def is_done(self, part: str) -> bool:
         """Whether a part has its figures."""
         return (self.folder(part) / RESULT).is_file()
@@ -88,19 +113,49 @@ class Comparison:
         return texts.first(self.settings.articles)
 
 
+def check_part(comparison: Comparison, part: str) -> dict[str, Any]:
+    """The figures of a part that is done.
+
+    Raises:
+        UserError: They cannot be read, or it was not made and tested as it would be now.
+    """
+    folder = comparison.folder(part)
+    try:
+        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
+        tested_on = result["test"]["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise UserError(f"{folder / RESULT}: cannot be read: {e!r}") from None
+    if tested_on != comparison.test_digest:
+        name = comparison.test_texts().name
+        raise UserError(f"{folder}: was tested on other articles than {name} holds now")
+    written = result.get("predictions", {}).get("decoding", {})
+    for key in ("max_new_tokens", "beams"):
+        if written.get(key) not in (None, getattr(comparison.settings, key)):
+            raise UserError(f"{folder}: was written with {key} {written[key]}; make it again")
+    seed = int(part.rpartition(":")[2]) if part != BASE else 0
+    configs = [comparison.config(name, seed) for name in comparison.runs(part)]
+    check_made(folder, result, configs or [comparison.shared], comparison.present)
+    return result
+
+
 def run_part(comparison: Comparison, part: str) -> int:
     """Make a part's figures, unless they are there; return an exit status."""
     folder = comparison.folder(part)
     if comparison.is_done(part):
+        check_part(comparison, part)
+        # it may have been killed before that
+        _drop_weights(comparison, part)
         say(f"{folder}: is done")
         return 0
-    # a missing file is found before hours of training
+    # a missing file, or one that is not what the others had, is found before hours of training
     texts = comparison.test_texts()
+    for other in filter(comparison.is_done, comparison.parts):
+        check_part(comparison, other)
     if part == BASE:
         _measure_base(comparison, texts)
         return 0
     arm, _, seed = part.rpartition(":")
-    return _run_arm(comparison, arm, int(seed), texts)
+    return _run_arm(comparison, arm, int(seed), comparison.runs(part), texts)
 
 
 def _measure_base(comparison: Comparison, texts: Texts) -> None:
@@ -108,16 +163,20 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     files = open_model(config.model)
     summariser = _summariser(comparison, config, files, texts)
     model = load_whole(files, config)
+    dtype = str(choose_dtype(config.dtype, model.early.device)).removeprefix("torch.")
+    made = made_from_base(config, dtype, model.early.base_digest())
     fuse_for_texts(model, config)
     written = summariser.write(model, "base model")
     folder.mkdir(parents=True, exist_ok=True)
     figures = {"test": texts.identity(), "generation": written.to_json(), "versions": versions()}
     figures["predictions"] = _keep_predictions(folder, written.summaries, texts, summariser)
+    figures[MADE_FROM] = made
     write_json(folder / RESULT, figures)
 
 
-def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
-    names = [ALIGN, arm] if arm == "tli-then-lora-early" else [arm]
+def _run_arm(
+    comparison: Comparison, arm: str, seed: int, names: Sequence[str], texts: Texts
+) -> int:
     folders = [comparison.out / f"{name}-{seed}" for name in names]
     # what leaves no room for an article is found before hours of training, too
     last = comparison.config(names[-1], seed)
@@ -137,21 +196,31 @@ def _run_arm(comparison: Comparison, arm: str, seed: int, texts: Texts) -> int:
     joules = after - energy if own and after is not None and energy is not None else None
     figures = {"arm": arm, "seed": seed, "energy_joules": joules}
     figures["side_by_side"] = comparison.side_by_side
+    figures[MADE_FROM] = made_from(folders, pair_digests(config))
     figures |= _training_figures(folders) | _measure(config, folders[-1], texts, summariser)
     write_json(folders[-1] / RESULT, figures)
-    if not comparison.settings.keep_weights:
-        for folder in folders:
-            for name in ("adapter", "model", "checkpoints", "best"):
-                shutil.rmtree(folder / name, ignore_errors=True)
+    _drop_weights(comparison, f"{arm}:{seed}")
     return 0
+
+
+def _drop_weights(comparison: Comparison, part: str) -> None:
+    """Remove what a part that is done was measured by, unless it is to stay."""
+    if comparison.settings.keep_weights:
+        return
+    seed = part.rpartition(":")[2]
+    for run in comparison.runs(part):
+        for name in ("adapter", "model", "checkpoints", "best"):
+            shutil.rmtree(comparison.folder(f"{run}:{seed}") / name, ignore_errors=True)
 
 
 def _train(config: RunConfig, folder: Path) -> int:
     path = folder / "config.yaml"
     if not path.is_file():
         return run_training(config, folder.name, folder, overwrite=False)
+    recorded = read_yaml(path)
+    check_begun(folder, recorded, config)
     if problems(folder):
-        begun = resolve_config(read_yaml(path), str(path))
+        begun = resolve_config(recorded, str(path))
         # files may lie elsewhere than where the run was begun
         here = {name: getattr(config, name) for name in ("model", "data", "lora")}
         return resume_training(begun.model_copy(update=here), folder)

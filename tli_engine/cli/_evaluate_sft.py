@@ -182,6 +182,11 @@ def _show(scores: dict[str, Any]) -> None:
         )
         table.add_row(name, *cells)
     show(table)
+    alike: dict[str, list[str]] = {}
+    for metric, name in METRICS.items():
+        alike.setdefault(next(iter(scores.values()))[metric]["signature"], []).append(name)
+    for signature, names in alike.items():
+        print(f"  {', '.join(names)}: {signature}")
 
 
 def _record(folder: Path, found: dict[str, Any]) -> None:

@@ -78,7 +78,9 @@ class Summariser:
             UserError: So many new tokens leave no room for an article.
         """
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
-        options = GenerateOptions(max_new_tokens, examples.end, **how)
+        # one that was not trained ends as its authors made it end
+        others = tuple(end for end in base.ends if end != examples.end)
+        options = GenerateOptions(max_new_tokens, examples.end, other_ends=others, **how)
         prompts = [examples.prompt_ids(article, max_new_tokens) for article in articles]
         return cls(prompts, base.tokenizer, examples, options)
 

@@ -86,7 +86,11 @@ class Writing:
     help="Draw among the likeliest tokens that together have this probability.",
 )
 @click.option(
-    "--seed", type=click.IntRange(0), default=0, show_default=True, help="Of what is drawn."
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Of what is drawn.",
 )
 @click.option(
     "--language",
@@ -129,6 +133,10 @@ def command(
     strengths, given = _strengths(strength), _given(click.get_current_context())
     if beams > 1 and temperature > 0:
         raise ConfigError("--beams and --temperature do not go together: beams draw nothing")
+    for name, value in (("--temperature", temperature), ("--top-p", top_p)):
+        # click takes it to be in any range
+        if math.isnan(value):
+            raise ConfigError(f"{name}: must be a number, got nan")
     for option in given:
         if option in ("--top-p", "--seed") and temperature == 0:
             why = "beams draw nothing" if beams > 1 else "nothing is drawn without --temperature"

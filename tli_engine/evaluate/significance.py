@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tli_engine.errors import UserError
 from tli_engine.evaluate.text_metrics import (
     BLOCK,
     RESAMPLES,
@@ -55,7 +56,10 @@ def paired_bootstrap(
         return PairedBootstrap(difference, (nan, nan), nan)
     both = np.hstack([system.statistics, baseline.statistics])
     sums = np.split(resample_sums(both, resamples, seed), 2, axis=1)
-    drawn = score_sums(system.metric, sums[0]) - score_sums(system.metric, sums[1])
+    ours, theirs = (
+        score_sums(s.metric, d, s.runs) for s, d in zip((system, baseline), sums, strict=True)
+    )
+    drawn = ours - theirs
     low, high = np.quantile(drawn, (0.025, 0.975))
     p = _share_as_far(drawn - drawn.mean(), difference)
     return PairedBootstrap(difference, (float(low), float(high)), p)
@@ -69,9 +73,13 @@ def approximate_randomization(
     (Riezler and Maxwell 2005.) Equal systems have p = 1; NaN of fewer than two texts.
 
     Raises:
-        UserError: The systems were not scored alike, or not on as many texts.
+        UserError: The systems were not scored alike, or not on as many texts or runs.
     """
     require_alike(system, baseline)
+    if system.runs != baseline.runs:
+        raise UserError(
+            f"{system.metric} of {system.runs} runs and of {baseline.runs}: their texts cannot be swapped"
+        )
     count = len(system.statistics)
     if count < 2:
         return float("nan")
@@ -84,7 +92,9 @@ def approximate_randomization(
         rows = min(block, trials - start)
         signs = 2.0 * generator.integers(0, 2, (rows, count), dtype=np.int8) - 1
         moved = signs @ apart
-        first, second = (score_sums(system.metric, (total + m) / 2) for m in (moved, -moved))
+        first, second = (
+            score_sums(system.metric, (total + m) / 2, system.runs) for m in (moved, -moved)
+        )
         drawn[start : start + rows] = first - second
     return _share_as_far(drawn, system.score - baseline.score)
 

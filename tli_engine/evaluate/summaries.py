@@ -126,7 +126,8 @@ def predictions_record(
     return {
         "sha256": sha256(text.encode()).hexdigest(),
         "articles": texts.identity(),
-        "decoding": {name: getattr(options, name) for name in _DECODING} | {"strength": strength},
+        "decoding": {name: getattr(options, name) for name in _DECODING}
+        | {"ends": list(options.ends), "strength": strength},
     }
 
 

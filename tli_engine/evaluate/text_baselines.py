@@ -5,11 +5,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
-_CLOSERS = "[\"'”’»)\\]）】」』]*"  # noqa: RUF001
+_CLOSERS = "[\"'”’»)\\]）】」』]*+"  # noqa: RUF001
 # a stop that a space follows, or one of those that need none: Ethiopic (two old word-spaces
 # too), Arabic script's, Devanagari's, Chinese and Japanese ones
 _END = re.compile(
-    rf"[.!?…]+{_CLOSERS}(?=\s|$)|(?:[።፧፨؟۔।॥。！？｡．]|፡፡)+[.!?…]*{_CLOSERS}|\n+",  # noqa: RUF001
+    # a run is looked at once: from its first one, all of it
+    rf"(?<![.!?…])[.!?…]++{_CLOSERS}(?=\s|$)|(?:[።፧፨؟۔।॥。！？｡．]|፡፡)+[.!?…]*{_CLOSERS}|\n+",  # noqa: RUF001
 )
 # the next character on the line
 _NEXT = re.compile(r"[^\S\n]*(.?)")

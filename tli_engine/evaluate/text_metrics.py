@@ -1,7 +1,7 @@
 """BLEU, chrF++ and ROUGE of generated texts, each with an interval and a signature."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -44,6 +44,7 @@ class Score:
         signature: Figures with the same one can be compared.
         statistics: Counts of each text, ``[N, K]``; their sum over any texts gives those texts'
             score, by :func:`score_sums`.
+        runs: How many are pooled in it.
     """
 
     metric: Metric
@@ -52,6 +53,7 @@ class Score:
     ci95: tuple[float, float]
     signature: str
     statistics: Array = field(repr=False)
+    runs: int = 1
 
     def report(self) -> dict[str, object]:
         """Score, interval and signature, for JSON."""
@@ -129,9 +131,11 @@ def pool(runs: Sequence[Score], *, resamples: int = RESAMPLES, seed: int = 0) ->
         require_alike(runs[0], run)
     first = runs[0]
     summed = np.sum([run.statistics for run in runs], axis=0)
-    score = _scores({first.metric: (summed, first.signature)}, resamples, seed)[0]
-    mean = np.mean([run.per_text for run in runs], axis=0)
-    return Score(score.metric, score.score, mean, score.ci95, score.signature, summed)
+    count = sum(run.runs for run in runs)
+    counted: dict[Metric, _Counted] = {first.metric: (summed, first.signature)}
+    score = _scores(counted, resamples, seed, count)[0]
+    mean = np.average([run.per_text for run in runs], axis=0, weights=[run.runs for run in runs])
+    return replace(score, per_text=mean)
 
 
 def require_alike(first: Score, second: Score) -> None:
@@ -148,10 +152,10 @@ def require_alike(first: Score, second: Score) -> None:
         )
 
 
-def score_sums(metric: Metric, sums: Array) -> Array:
-    """Scores of texts from their summed statistics, ``[..., K]`` to ``[...]``."""
+def score_sums(metric: Metric, sums: Array, runs: int = 1) -> Array:
+    """Scores of texts from their summed statistics over so many runs, ``[..., K]`` to ``[...]``."""
     if metric == "bleu":
-        return _bleu(sums)
+        return _bleu(sums, runs=runs)
     if metric == "chrf":
         return _chrf(sums)
     score: Array = 100 * sums[..., 0] / sums[..., 1]
@@ -176,7 +180,9 @@ def resample_sums(statistics: Array, resamples: int, seed: int) -> Array:
     return sums
 
 
-def _scores(counted: dict[Metric, _Counted], resamples: int, seed: int) -> list[Score]:
+def _scores(
+    counted: dict[Metric, _Counted], resamples: int, seed: int, runs: int = 1
+) -> list[Score]:
     """Figures of statistics and signatures; all share the resamples."""
     statistics = [s for s, _ in counted.values()]
     drawn = resample_sums(np.hstack(statistics), resamples, seed)
@@ -187,10 +193,10 @@ def _scores(counted: dict[Metric, _Counted], resamples: int, seed: int) -> list[
     ):
         low = high = float("nan")
         if len(s) > 1:
-            low, high = map(float, np.quantile(score_sums(metric, sums), (0.025, 0.975)))
+            low, high = map(float, np.quantile(score_sums(metric, sums, runs), (0.025, 0.975)))
         per_text = _bleu(s, effective_order=True) if metric == "bleu" else score_sums(metric, s)
-        score = float(score_sums(metric, s.sum(0)))
-        scores.append(Score(metric, score, per_text, (low, high), signature, s))
+        score = float(score_sums(metric, s.sum(0), runs))
+        scores.append(Score(metric, score, per_text, (low, high), signature, s, runs))
     return scores
 
 
@@ -225,14 +231,17 @@ def _rouge(
     }
 
 
-def _bleu(sums: Array, effective_order: bool = False) -> Array:
-    """BLEU of lengths, matched and counted n-grams, ``[..., 2 + 4 + 4]``, smoothed as sacreBLEU's ``exp``."""
+def _bleu(sums: Array, effective_order: bool = False, runs: int = 1) -> Array:
+    """BLEU of lengths, matched and counted n-grams, ``[..., 2 + 4 + 4]``, smoothed as sacreBLEU's ``exp``.
+
+    What no n-gram of several runs matches is smoothed as of one: else more runs would have a lower score.
+    """
     length, expected = sums[..., 0], sums[..., 1]
     matched, total = np.split(sums[..., 2:], [_BLEU_ORDERS], axis=-1)
     # orders beyond the first that no text is long enough for are not looked at
     counted = np.logical_and.accumulate(total > 0, axis=-1)
     missed = counted & (matched == 0)
-    smoothed = np.where(missed, 0.5 ** np.cumsum(missed, axis=-1), matched)
+    smoothed = np.where(missed, runs * 0.5 ** np.cumsum(missed, axis=-1), matched)
     precision = np.where(counted, smoothed, 1.0) / np.where(counted, total, 1.0)
     orders = counted.sum(-1) if effective_order else np.full(length.shape, _BLEU_ORDERS)
     mean = np.log(precision).sum(-1) / np.maximum(orders, 1)

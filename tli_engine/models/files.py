@@ -46,6 +46,24 @@ class ModelFiles:
         """The model's tokenizer."""
         return load_tokenizer(self.name, self.folder, self.gguf_file)
 
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Tokens at which the model's authors end a text: ``eos_token_id`` of its configurations.
+
+        Raises:
+            UserError: ``generation_config.json`` is not JSON.
+        """
+        path = self.folder / "generation_config.json"
+        try:
+            # beside a GGUF file it may be another model's
+            there = self.gguf_file is None and path.is_file()
+            generation = json.loads(path.read_text(encoding="utf-8")) if there else {}
+            stated = [getattr(self.config, "eos_token_id", None), generation.get("eos_token_id")]
+        except (OSError, ValueError, AttributeError) as e:
+            raise UserError(f"{path}: not a generation's configuration: {e}") from None
+        tokens = [t for s in stated for t in (s if isinstance(s, list) else [s]) if t is not None]
+        return tuple(sorted({int(token) for token in tokens}))
+
 
 def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any:
     """The tokenizer in a model's folder, or in its GGUF file.

@@ -9,7 +9,10 @@ from torch import Tensor
 
 from tli_engine.models.beams import beam_search
 from tli_engine.models.causal import CausalModel, without_dropout
-from tli_engine.models.decoder import Decoder
+from tli_engine.models.decoder import Decoder, waits_for_lengths
+
+# fp32 has no lower number of full precision
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -18,8 +21,10 @@ class GenerateOptions:
 
     Attributes:
         max_new_tokens: Of each text, the end included.
-        end: Token that ends a text.
-        batch_size: Texts at a time; longest prompts come first.
+        end: Token that ends a text, and fills up those that have ended.
+        other_ends: Tokens that end one, too; as ``end`` they are no part of it.
+        batch_size: Texts at a time; longest prompts come first. A model whose rotary embeddings follow
+            the longest text (``dynamic``, ``longrope``) continues one at a time.
         beams: Above 1, the continuation of the highest mean log-probability is searched among so many
             open ones a text, each a row of the batch; as transformers' ``num_beams``.
         temperature: 0 takes the likeliest token; else tokens are drawn, 1 from the model's own
@@ -40,12 +45,19 @@ class GenerateOptions:
     top_p: float = 1.0
     seed: int = 0
     cuda_graph: bool = True
+    other_ends: tuple[int, ...] = ()
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """Every token that ends a text, each once, in their order."""
+        return tuple(sorted({self.end, *self.other_ends}))
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "batch_size", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.temperature < 0:
+        # NaN is neither
+        if not self.temperature >= 0:
             raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be above 0, 1 at most, got {self.top_p}")
@@ -102,9 +114,10 @@ def generate(
     size = (len(prompts), options.max_new_tokens)
     draws = torch.rand(size, generator=generator, dtype=torch.float64)
     tokens, start = 0, time.perf_counter()
+    at_once = 1 if waits_for_lengths(model) else options.batch_size
     with without_dropout(model):
-        for first in range(0, len(order), options.batch_size):
-            numbers = order[first : first + options.batch_size]
+        for first in range(0, len(order), at_once):
+            numbers = order[first : first + at_once]
             batch = _continue(decoder, [prompts[i] for i in numbers], draws[numbers], options)
             found |= dict(zip(numbers, batch, strict=True))
             tokens += sum(len(text.tokens) + text.ended for text in batch)
@@ -125,13 +138,13 @@ def _continue(
             prompts,
             beams=options.beams,
             new_tokens=options.max_new_tokens,
-            end=options.end,
+            ends=(options.end, *options.other_ends),
             look_every=decoder.look_every,
         )
     else:
         tokens, scores = _continue_one_each(decoder, prompts, draws, options)
     return [
-        Generated(_until(row, options.end), score, options.end in row)
+        _generated(row, score, options.ends)
         for row, score in zip(tokens.tolist(), scores.tolist(), strict=True)
     ]
 
@@ -146,14 +159,14 @@ def _continue_one_each(
     logits = decoder.begin(prompts, options.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
     scores = torch.zeros(len(prompts), device=logits.device)
-    draws = draws.to(logits.device)
+    draws, ends = draws.to(logits.device), torch.tensor(options.ends, device=logits.device)
     steps: list[Tensor] = []
     for step in range(options.max_new_tokens):
         tokens = choose(logits, options.temperature, options.top_p, draws[:, step])
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         scores += chosen.masked_fill(ended, 0)
         tokens = tokens.masked_fill(ended, options.end)
-        ended |= tokens == options.end
+        ended |= torch.isin(tokens, ends)
         steps.append(tokens)
         last = step + 1 == options.max_new_tokens
         if last or ((step + 1) % decoder.look_every == 0 and ended.all()):
@@ -176,9 +189,9 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     """
     if temperature == 0:
         return logits.argmax(-1)
-    likeliest, tokens = (
-        (logits / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
-    )
+    # however low it is, the likeliest is at 0
+    apart = (logits - logits.amax(-1, keepdim=True)) / max(temperature, _TINY)
+    likeliest, tokens = apart.softmax(-1).sort(dim=-1, descending=True, stable=True)
     total = likeliest.double().cumsum(-1)
     # the first of all is kept always
     kept = (total - likeliest < top_p).sum(-1, keepdim=True)
@@ -188,5 +201,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     return chosen
 
 
-def _until(tokens: list[int], end: int) -> tuple[int, ...]:
-    return tuple(tokens[: tokens.index(end)] if end in tokens else tokens)
+def _generated(tokens: list[int], score: float, ends: tuple[int, ...]) -> Generated:
+    until = next((i for i, token in enumerate(tokens) if token in ends), None)
+    return Generated(tuple(tokens[:until]), score, until is not None)

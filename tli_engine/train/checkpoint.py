@@ -233,7 +233,8 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
     """
     notes = _state(path)
     best = path.parent.parent / _BEST
-    found = _state(best)["step"] if best.is_dir() else None
+    # a kill as one took another's place leaves neither whole
+    found = None if problems(best) else _state(best)["step"]
     if "loss" in (noted := notes.get("best", {})) and noted["step"] != found:
         # a later one, of an end of the run that was lost, took its place: the next is the best
         notes["best"] = {name: noted[name] for name in ("before",) if name in noted}

@@ -254,10 +254,14 @@ def limited(target: Target, gib: float | None) -> Target:
     """A target of which the process takes so much.
 
     Raises:
-        UserError: It is a CPU.
+        UserError: It is a CPU, or has less.
     """
     if gib is None:
         return target
     if target.memory is None:
         raise UserError("--memory goes with a GPU; name one with --device")
+    # NaN is not less
+    if not gib * GIB <= target.memory:
+        whole = target.memory / GIB
+        raise UserError(f"--memory {gib:g}: {target.name} has {whole:.1f} GiB")
     return replace(target, memory=int(gib * GIB), limited=True)

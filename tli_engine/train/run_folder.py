@@ -34,7 +34,7 @@ def check_free(folder: Path, overwrite: bool, option: str = ", or --overwrite") 
     """
     check_writable(folder)
     # of a run that was killed as it began
-    begun = folder / _part_of(_CONFIG)
+    begun = folder / part_of(_CONFIG)
     if folder.is_dir() and any(path != begun for path in folder.iterdir()):
         if not overwrite:
             raise UserError(f"{folder}: is not empty; choose another folder{option}")
@@ -87,14 +87,14 @@ def create(folder: Path, overwrite: bool, option: str = ", or --overwrite") -> N
         raise UserError(f"{folder}: cannot be made: {e.strerror}; choose another folder") from None
 
 
-def _part_of(name: str) -> str:
+def part_of(name: str) -> str:
     """What a file is called until it is whole."""
     return f".{name}.part"
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    part = path.with_name(_part_of(path.name))
+    part = path.with_name(part_of(path.name))
     try:
         with part.open("w", encoding="utf-8") as f:
             f.write(text)

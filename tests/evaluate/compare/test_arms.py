@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from tli_engine.config import read_recipe, recipe_names
+from tli_engine.data.texts import read_texts
 from tli_engine.errors import ConfigError
+from tli_engine.evaluate.compare.conclusions import ENOUGH_ARTICLES, ENOUGH_SEEDS
 from tli_engine.evaluate.compare.config import ARMS, arm_config, split_config
 from tli_engine.train.energy import energy_joules, read_energy
 
@@ -26,6 +28,11 @@ def test_comparisons_are_no_runs() -> None:
     shared, settings = split_config(read_recipe("compare-demo", "compare"), "recipe")
     assert settings.arms == ("full", "lora-early", "tli-then-lora-early")
     assert shared.data.texts == "builtin:sw-demo"
+    # its report opens with what it is too small for
+    tested = read_texts(shared.data, "test")
+    assert tested is not None
+    assert len(tested) < ENOUGH_ARTICLES
+    assert len(settings.seeds) < ENOUGH_SEEDS
 
 
 def test_arms_differ_in_what_they_are_called_after() -> None:
@@ -84,6 +91,15 @@ def test_an_arm_may_have_a_length_of_its_own(length: dict[str, int]) -> None:
             "arm tli: .*batch_size must be at least 2",
         ),
         ({"model": None}, "c.yaml: model"),
+        *(
+            ({"compare": {"set": {"joint": change}}}, f"compare.set.joint: {key} must be the same")
+            for key, change in (
+                ("data", {"data": {"texts_limit": 9}}),
+                ("seed", {"seed": 1}),
+                ("align.layer", {"align": {"layer": 1}}),
+                ("sft.context", {"sft": {"context": 64}}),
+            )
+        ),
     ],
 )
 def test_what_is_wrong_is_named(changes: dict[str, Any], reason: str) -> None:

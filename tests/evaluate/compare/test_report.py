@@ -13,17 +13,18 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from matplotlib.image import imread
 
 from tli_engine.evaluate.compare.charts import Series, chart
 from tli_engine.evaluate.compare.conclusions import conclusions, too_small
 from tli_engine.evaluate.compare.config import CompareConfig
 from tli_engine.evaluate.compare.gather import Part, gather
-from tli_engine.evaluate.compare.report import report_html
+from tli_engine.evaluate.compare.report import report_card, report_html
 from tli_engine.evaluate.text_metrics import score_texts
 from tli_engine.train.run_folder import plain_json
 
-from .conftest import articles_of
+from .conftest import alignment, articles_of
 
 Report = dict[str, Any]
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -34,15 +35,34 @@ def test_seeds_are_pooled_and_paired(part: Callable[..., Part]) -> None:
     parts = [part("full", s, articles) for s in (0, 1)] + [
         part("joint", s, articles) for s in (1, 2)
     ]
+    parts[3].predictions[4] = " \n"
     found = gather(CompareConfig(), parts, None, articles, None, resamples=200)
     assert [arm["name"] for arm in found["arms"]] == ["full", "joint"]
     full = found["arms"][0]
+    assert [arm["empty_summaries"] for arm in found["arms"]] == [0, 1]
     assert full["seeds"] == [0, 1]
     assert full["wall_seconds"] == 60.5
     assert full["loss"]["by_seed"] == [2.0, 2.1]
     scores = [score_texts(p.predictions, [a.summary for a in articles]).rougeL.score for p in parts]
     assert full["text"]["rougeL"]["by_seed"] == scores[:2]
     assert full["text"]["rougeL"]["score"] == pytest.approx(sum(scores[:2]) / 2)
+    # an arm with all its seeds and a baseline are on the same articles
+    lead = score_texts([a.text for a in articles], [a.summary for a in articles]).rougeL
+    apart = next(t for t in found["against_baselines"] if t["against"] == "lead-3")
+    assert apart["arm"] == "full"
+    assert apart["difference"] == pytest.approx(sum(scores[:2]) / 2 - lead.score)
+    noise = (apart["ci95"][1] - apart["ci95"][0]) / 3.92
+    differences = (
+        np.mean(
+            [
+                score_texts(p.predictions, [a.summary for a in articles]).rougeL.per_text
+                for p in parts[:2]
+            ],
+            axis=0,
+        )
+        - lead.per_text
+    )
+    assert noise == pytest.approx(differences.std() / 30**0.5, rel=0.2)
     # only seed 1 is of both
     (test,) = (t for t in found["tests"] if t["metric"] == "rougeL")
     assert test["seeds"] == [1]
@@ -62,13 +82,24 @@ def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     assert "though seeds overlap" not in lines[0] + lines[1]
     level = next(line for line in lines if "which is not the same as equal" in line)
     assert level.startswith("lora-all and tli-then-lora-early against full: not to be told apart")
+    unclear = [t for t in found["tests"] if t["arm"] in ("lora-all", "tli-then-lora-early")]
+    farthest = max(abs(end) for t in unclear for end in t["ci95"])
+    assert f"their intervals hold differences of up to {farthest:.1f} points" in level
+    assert not any("empty" in line for line in lines)
+    found["arms"][1]["empty_summaries"] = 7
+    (empty,) = (line for line in conclusions(found) if "empty" in line)
+    assert empty.endswith("whatever was learnt: lora-all 7 of 600.")
     cost = next(line for line in lines if line.startswith("Training took, of what full took"))
     assert "lora-early 2 % of the parameters, 0.50 times the peak memory" in cost
     assert "1.00 times the energy" in cost
     retrieval = next(line for line in lines if line.startswith("Retrieval of 40 unseen pairs"))
     assert "0.400 before training; after it: full 0.500 (up)" in retrieval
     assert retrieval.endswith("A linear head on the frozen model, fitted in seconds, has 0.700.")
-    assert any("Another article's summary" in line and "above it" in line for line in lines)
+    other = next(line for line in lines if line.startswith("Another article's summary"))
+    assert re.search(
+        r"full \(\+\d+\.\d\), .* and tli-then-lora-early \(\+\d+\.\d\) above it; joint \(-\d+\.\d\) below it\.$",
+        other,
+    )
     assert "they do not say how other seeds" in lines[-1]
     assert not any("CPU" in line for line in lines)
     assert conclusions(found, ["full:3"])[0].startswith("Not finished")
@@ -84,6 +115,55 @@ def test_what_cannot_be_shown_is_said_first(report: Callable[..., Report]) -> No
     assert all("(too small to conclude)" in line for line in lines if "against full" in line)
     assert any("On a CPU, memory" in line for line in lines)
     assert not any("energy." in line for line in lines[:-2] if "took" in line)
+
+
+def test_arms_of_several_machines_are_not_timed_against_each_other(
+    part: Callable[..., Part], report: Callable[..., Report]
+) -> None:
+    found, articles = report(articles=20, seeds=1), articles_of(20)
+    nf4 = {"dtype": "bfloat16", "configs": [{"quantize": "nf4"}]}
+    where = {
+        "full": {},
+        "lora-all": {
+            "device": "cpu",
+            "device_name": "CPU",
+            "made_from": {**nf4, "dtype": "float32"},
+        },
+        "lora-early": {"device_name": "a faster GPU", "made_from": nf4},
+    }
+    parts = [part(arm, 0, articles, **changes) for arm, changes in where.items()]
+    made = gather(CompareConfig(), parts, None, articles, None, resamples=200)
+    lines = conclusions(made | {"data": found["data"]})
+    cost = next(line for line in lines if line.startswith("Training took, of what full took"))
+    assert cost.endswith(
+        "lora-all 2 % of the parameters; lora-early 2 % of the parameters, 0.50 times the peak memory."
+    )
+    alike = next(line for line in lines if line.startswith("The arms were not computed alike"))
+    assert (
+        "full in bfloat16 on GPU; lora-all in float32 with NF4 weights on CPU; lora-early in "
+        "bfloat16 with NF4 weights on a faster GPU." in alike
+    )
+    assert not any("not computed alike" in line for line in conclusions(found))
+
+
+def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report]) -> None:
+    nothing = alignment(0.1)
+    for row in (*nothing["rows"], *nothing["linear_head"]):
+        row["before"] = row["before"] | {"separation": None}
+        row["tests"] = {"mrr": {"ci95": [None, None]}}
+    nothing["layers"] = [{"layer": 0, "before": {"separation": None, "mrr": 1.0}} for _ in range(3)]
+    for row in nothing["layers"]:
+        row["after"] = row["before"]
+    found = report(articles=20, seeds=1, alignment=nothing)
+    found["conclusions"] = conclusions(found)
+    assert any("full 0.500 (no clear change)" in line for line in found["conclusions"])
+    page = report_html(plain_json(found))
+    assert "<td>\u2013 → 0.300</td>" in page
+    # the change's interval below, where there is one
+    assert "0.400 → 0.500<small>\u2013</small></td>" in page
+    assert "0.400 → 0.500<small>0.050 to 0.150</small></td>" in report_html(
+        plain_json(report(articles=20, seeds=1) | {"conclusions": ["-"]})
+    )
 
 
 def test_one_article_and_nothing_to_test(part: Callable[..., Part]) -> None:
@@ -143,6 +223,10 @@ def test_the_page_escapes_and_warns(report: Callable[..., Report]) -> None:
     assert "<tiny>" not in page
     assert "the best step was chosen on" in " ".join(page.split())
     assert 'class="conclusions small"' in page
+    # the header is YAML, whatever the model's folder is called
+    found["data"]["base_model"] = 'a: "<b>" # c'
+    header = yaml.safe_load(report_card(plain_json(found)).split("---\n")[1])
+    assert header["base_model"] == 'a: "<b>" # c'
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (apt-get install chromium)")

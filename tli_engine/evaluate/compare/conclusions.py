@@ -4,6 +4,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tli_engine.evaluate.compare.gather import QUALITY
 from tli_engine.evaluate.summaries import METRICS
 
 # fewer than these show no more than a tendency
@@ -26,6 +27,7 @@ def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
         lines.append(
             f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
         )
+    lines += _empty(report)
     lines += _against(report)
     lines += _baselines(report)
     lines += _costs(report)
@@ -58,6 +60,17 @@ def _size(report: Report, unfinished: bool) -> Iterator[str]:
         yield "Not finished: what follows is of the runs that are done."
 
 
+def _empty(report: Report) -> Iterator[str]:
+    articles = report["data"]["counts"]["test"]
+    said = [
+        f"{arm['name']} {arm['empty_summaries']} of {articles * len(arm['seeds'])}"
+        for arm in report["arms"]
+        if arm["empty_summaries"]
+    ]
+    if said:
+        yield f"Some summaries are empty, which scores 0 whatever was learnt: {_listed(said)}."
+
+
 def _against(report: Report) -> Iterator[str]:
     """Each arm against the reference, by every metric; those that nothing tells apart in one line."""
     reference = report["reference"]
@@ -77,7 +90,7 @@ def _against(report: Report) -> Iterator[str]:
         undecided = [METRICS[t["metric"]] for t in tests if not _is_shown(t)]
         if not parts:
             level.append(name)
-            widest = max(widest, *(_half_width(t) for t in tests))
+            widest = max(widest, *(_farthest(t) for t in tests))
             continue
         if undecided:
             parts.append(f"not to be told apart by {_listed(undecided)}")
@@ -85,13 +98,13 @@ def _against(report: Report) -> Iterator[str]:
     if level:
         yield (
             f"{_listed(level)} against {reference}: not to be told apart by any metric, which is not "
-            f"the same as equal: intervals of the differences reach ±{widest:.1f} points{hedge}."
+            f"the same as equal: their intervals hold differences of up to {widest:.1f} points{hedge}."
         )
 
 
-def _half_width(test: Mapping[str, Any]) -> float:
-    low, high = test["ci95"]
-    return 0.0 if math.isnan(low) else (high - low) / 2
+def _farthest(test: Mapping[str, Any]) -> float:
+    low, high = map(float, test["ci95"])
+    return abs(float(test["difference"])) if math.isnan(low) else max(abs(low), abs(high))
 
 
 def _is_shown(test: Mapping[str, Any]) -> bool:
@@ -117,20 +130,20 @@ def _figure(test: Mapping[str, Any], arm: Report, reference: Report) -> str:
 
 def _baselines(report: Report) -> Iterator[str]:
     """Which arms are worth more than what costs nothing."""
-    metric = "rougeL"
+    hedge = " (too small to conclude)" if too_small(report) else ""
     for name, scores in report["baselines"].items():
-        floor = scores[metric]["score"]
+        floor = scores[QUALITY]["score"]
         places: dict[str, list[str]] = {"above it": [], "below it": [], _LEVEL: []}
-        for arm in report["arms"]:
-            low, high = arm["text"][metric]["ci95"]
-            place = "above it" if low > floor else "below it" if high < floor else _LEVEL
-            places[place].append(arm["name"])
-        said = [f"{_listed(names)} {place}" for place, names in places.items() if names]
-        if said:
-            yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}."
+        for found in (f for f in report["against_baselines"] if f["against"] == name):
+            low, high = found["ci95"]
+            # NaN is neither
+            place = "above it" if low > 0 else "below it" if high < 0 else _LEVEL
+            places[place].append(f"{found['arm']} ({found['difference']:+.1f})")
+        said = [f"{_listed(arms)} {place}" for place, arms in places.items() if arms]
+        yield f"{_BASELINES[name]} ({name}): ROUGE-L {floor:.1f}; {'; '.join(said)}{hedge}."
 
 
-_LEVEL = "within their own interval of it"
+_LEVEL = "not to be told from it"
 _BASELINES = {
     "zero-shot": "The base model, untrained",
     "lead-1": "An article's first sentence",
@@ -147,16 +160,25 @@ def _costs(report: Report) -> Iterator[str]:
         share = arm["trainable_parameters"] / reference["trainable_parameters"]
         parts = [
             f"{100 * share:.2g} % of the parameters",
-            f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory",
         ]
-        if arm["side_by_side"] == reference["side_by_side"] == 1:
+        if arm["devices"] == reference["devices"]:
+            parts.append(f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory")
+        timed_alike = arm["timed_devices"] == reference["timed_devices"]
+        if timed_alike and arm["side_by_side"] == reference["side_by_side"] == 1:
             parts.append(f"{arm['wall_seconds'] / reference['wall_seconds']:.2f} times the time")
-        if arm["energy_joules"] and reference["energy_joules"]:
+        if timed_alike and arm["energy_joules"] and reference["energy_joules"]:
             ratio = arm["energy_joules"] / reference["energy_joules"]
             parts.append(f"{ratio:.2f} times the energy")
         said.append(f"{name} {', '.join(parts)}")
     if said:
         yield f"Training took, of what {report['reference']} took: {'; '.join(said)}."
+    kinds = {arm["name"]: " and ".join(arm["computed"]) for arm in report["arms"]}
+    if len({*kinds.values()}) > 1:
+        how = "; ".join(f"{name} in {kind}" for name, kind in kinds.items())
+        yield (
+            f"The arms were not computed alike, which may be part of any difference: {how}. Times and "
+            "energy are compared of arms that were timed on the same kind of device alone."
+        )
     shared = [arm["name"] for arm in report["arms"] if arm["side_by_side"] > 1]
     if shared:
         yield (
@@ -179,7 +201,9 @@ def _alignment(report: Report) -> Iterator[str]:
             r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
         )
         intervals = row["mrr_change_ci95"]
-        up, down = (all(sign * end > 0 for ends in intervals for end in ends) for sign in (1, -1))
+        # of a single pair there is none
+        ends = [end for interval in intervals for end in interval]
+        up, down = (None not in ends and all(sign * e > 0 for e in ends) for sign in (1, -1))
         verdict = "up" if up else "down" if down else "no clear change"
         after = row["after"]["mrr"]
         said.append(f"{arm['name']} {after:.3f} ({verdict})")

@@ -1,5 +1,6 @@
 """The ``compare`` section of a configuration, and the run that each arm and seed is."""
 
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -36,6 +37,19 @@ _DIFFERENCES: dict[str, dict[str, Any]] = {
         "train": TrainConfig().model_dump(mode="json", include=set(OF_TEXTS)),
     },
 }
+
+
+# what all arms are on, and measured by
+_SHARED = (
+    "model",
+    "seed",
+    "data",
+    "words",
+    "prompt",
+    "sft.context",
+    "align.layer",
+    "align.pooling",
+)
 
 
 class CompareConfig(BaseModel):
@@ -95,8 +109,17 @@ def split_config(values: dict[str, Any], where: str) -> tuple[RunConfig, Compare
     first = [ALIGN] if "tli-then-lora-early" in compare.arms else []
     # what is said of an arm that is not compared this time is looked at, too
     for arm in dict.fromkeys((*compare.arms, *first, *compare.set)):
-        arm_config(shared, compare, arm, compare.seeds[0], Path())
+        run = arm_config(shared, compare, arm, compare.seeds[0], Path())
+        _require_alike(arm, run, shared.model_copy(update={"seed": compare.seeds[0]}))
     return shared, compare
+
+
+def _require_alike(arm: str, run: RunConfig, shared: RunConfig) -> None:
+    """Raise ``ConfigError`` if an arm is not on what all are on, or is not measured as all are."""
+    for key in _SHARED:
+        own, others = (reduce(getattr, key.split("."), config) for config in (run, shared))
+        if own != others:
+            raise ConfigError(f"compare.set.{arm}: {key} must be the same for all arms")
 
 
 def arm_config(

@@ -1,5 +1,6 @@
 """From the figures of each run to the report's: means over seeds, intervals, tests."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,10 @@ from tli_engine.evaluate.significance import (
 )
 from tli_engine.evaluate.summaries import METRICS
 from tli_engine.evaluate.text_baselines import baseline_texts
-from tli_engine.evaluate.text_metrics import RESAMPLES, Score, pool, score_texts
+from tli_engine.evaluate.text_metrics import RESAMPLES, Metric, Score, pool, score_texts
 
+# the metric by which arms are held against baselines, and of the charts
+QUALITY: Metric = "rougeL"
 # points of a curve in the report at the most
 _POINTS = 120
 
@@ -73,6 +76,7 @@ def gather(
     others = baseline_texts([article.text for article in articles], references)
     if base is not None:
         others = {"zero-shot": base.predictions} | others
+    baselines = {name: score(texts) for name, texts in others.items()}
     arms = [
         _arm(arm, [p for p in parts if p.arm == arm], scores[arm], resamples)
         for arm in settings.arms
@@ -82,9 +86,10 @@ def gather(
         "reference": settings.reference,
         "arms": arms,
         "baselines": {
-            name: {m: s.report() for m, s in score(texts).items()} for name, texts in others.items()
+            name: {m: s.report() for m, s in found.items()} for name, found in baselines.items()
         },
         "tests": _tests(settings.reference, scores, resamples),
+        "against_baselines": _against_baselines(scores, baselines, resamples),
     }
 
 
@@ -101,6 +106,8 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "seeds": [part.seed for part in parts],
         "trainable_parameters": results[0]["trainable_parameters"],
         "text": {m: _pooled([s[m] for s in scores.values()], resamples) for m in METRICS},
+        # such texts score 0 by every metric
+        "empty_summaries": sum(not text.strip() for p in parts for text in p.predictions),
         "loss": _losses(results),
         "alignment": _alignment([r["alignment"] for r in results]),
         "tokens_per_s": _mean([r["tokens_per_s"] for r in timed]),
@@ -112,9 +119,20 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
         "timed_seeds": [r["seed"] for r in timed],
         "side_by_side": max(r["side_by_side"] for r in timed),
         "devices": sorted({r["device"] for r in results}),
+        "timed_devices": sorted({r["device_name"] for r in timed}),
+        "computed": sorted({_computed(r) for r in results}),
         "warnings": sorted({line for r in results for line in r["warnings"]}),
         "curves": [_curve(part) for part in parts],
     }
+
+
+def _computed(result: Mapping[str, Any]) -> str:
+    made = result.get("made_from")
+    # an earlier version did not record it
+    how = "a type that was not recorded" if made is None else made["dtype"]
+    if made is not None and made["configs"][-1]["quantize"] == "nf4":
+        how += " with NF4 weights"
+    return f"{how} on {result['device_name']}"
 
 
 def _pooled(scores: Sequence[Score], resamples: int) -> dict[str, Any]:
@@ -135,11 +153,7 @@ def _losses(results: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
 
 def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Means over seeds; of the change in MRR each seed's interval too."""
-    rows = []
-    for same in zip(*(f["rows"] for f in found), strict=True):
-        row = _mean_row(same)
-        row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
-        rows.append(row)
+    rows = [_mean_row(same) for same in zip(*(f["rows"] for f in found), strict=True)]
     layers = [
         {
             "layer": same[0]["layer"],
@@ -165,6 +179,7 @@ def _mean_row(same: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             "separation": _mean([r[stage]["separation"] for r in same]),
             "mrr": _mean([(r[stage]["mrr"] + r[stage]["reverse"]["mrr"]) / 2 for r in same]),
         }
+    row["mrr_change_ci95"] = [r["tests"]["mrr"]["ci95"] for r in same]
     return row
 
 
@@ -210,5 +225,20 @@ def _tests(reference: str, scores: Mapping[str, _Scores], resamples: int) -> lis
     return tests
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(values))
+def _against_baselines(
+    scores: Mapping[str, _Scores], baselines: Mapping[str, dict[str, Score]], resamples: int
+) -> list[dict[str, Any]]:
+    """Every arm's ROUGE-L less each baseline's, on the same resamples of articles."""
+    found = []
+    for arm, by_seed in scores.items():
+        ours = pool([score[QUALITY] for score in by_seed.values()], resamples=resamples)
+        for name, theirs in baselines.items():
+            apart = paired_bootstrap(ours, theirs[QUALITY], resamples=resamples)
+            figures = {"difference": apart.difference, "ci95": list(apart.ci95)}
+            found.append({"arm": arm, "against": name, "metric": QUALITY, **figures})
+    return found
+
+
+def _mean(values: Sequence[float | None]) -> float:
+    # JSON has null for NaN: of a single pair there are no random ones
+    return float(np.mean([math.nan if v is None else v for v in values]))

@@ -9,12 +9,11 @@ from jinja2 import Environment, StrictUndefined
 from tli_engine.evaluate.compare.charts import Series, chart
 from tli_engine.evaluate.compare.conclusions import too_small
 from tli_engine.evaluate.compare.config import ARMS
+from tli_engine.evaluate.compare.gather import QUALITY
 from tli_engine.evaluate.summaries import METRICS
 
 Report = Mapping[str, Any]
 
-# the metric of the charts
-_QUALITY = "rougeL"
 # colour of what is of no arm
 _NEUTRAL = 5
 # an en dash
@@ -55,7 +54,7 @@ def _render(template: str, report: Report, escape: bool) -> str:
 
 def _charts(report: Report) -> list[dict[str, str]]:
     arms = report["arms"]
-    quality = METRICS[_QUALITY]
+    quality = METRICS[QUALITY]
     split = "unseen pairs" if _is_unseen(report) else "pairs"
     return [
         {
@@ -97,7 +96,7 @@ def _against(arms: list[Report], cost: str, scale: float) -> list[Series]:
     """Each arm's score with its interval, and those of its seeds."""
     series = []
     for arm in arms:
-        text, x, colour = arm["text"][_QUALITY], arm[cost] * scale, ARMS.index(arm["name"])
+        text, x, colour = arm["text"][QUALITY], arm[cost] * scale, ARMS.index(arm["name"])
         label = f"{arm['name']}: {text['score']:.2f}"
         points = [(x, score) for score in text["by_seed"]]
         low_high = [tuple(text["ci95"])]
@@ -132,8 +131,8 @@ def _score(value: float | None, digits: int = 2) -> str:
     return _NONE if value is None else f"{value:z.{digits}f}"
 
 
-def _interval(ends: list[float | None]) -> str:
-    return _NONE if None in ends else f"{ends[0]:z.2f} to {ends[1]:z.2f}"
+def _interval(ends: list[float | None], digits: int = 2) -> str:
+    return _NONE if None in ends else f"{ends[0]:z.{digits}f} to {ends[1]:z.{digits}f}"
 
 
 def _p(value: float | None) -> str:
