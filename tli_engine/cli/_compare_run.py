@@ -266,6 +266,7 @@ def _measure(
             device = model.early.device
         # the next stage may be another model
         del model
+    both = vectors["before"], vectors["after"]
     return {
         "method": config.method,
         "objective": config.objective,
@@ -277,7 +278,7 @@ def _measure(
         "test": texts.identity(),
         "generation": written.to_json(),
         "predictions": _keep_predictions(folder, written.summaries, texts, summariser),
-        "alignment": alignment_figures(splits, vectors["before"], vectors["after"], config),
+        "alignment": alignment_figures(splits, *both, config, device),
         "versions": versions(),
     }
 

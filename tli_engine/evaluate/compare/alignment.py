@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tli_engine.align.encode import encode
@@ -34,19 +35,30 @@ def alignment_figures(
     before: Sequence[dict[int, Tensor]],
     after: Sequence[dict[int, Tensor]],
     config: RunConfig,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What a run did: rows as in ``evaluation.json``, and the curve over the layers, for JSON.
 
     ``linear_head`` is the baseline, rows of the frozen model and of a linear map of its vectors.
+
+    Args:
+        splits: Word pairs.
+        before: Vectors of each split by layer, as :func:`encode_splits` gives them.
+        after: Likewise.
+        config: The run.
+        device: Where vectors are compared.
     """
     layer = config.align.layer
     vectors = [
-        Vectors(s, b[layer], a[layer]) for s, b, a in zip(splits, before, after, strict=True)
+        Vectors(s, b[layer].to(device), a[layer].to(device))
+        for s, b, a in zip(splits, before, after, strict=True)
     ]
     shown = config.align.pooling, config.words.presentation
     rows = alignment_rows(vectors, layer, *shown)
     heads = linear_head_rows(vectors, layer, *shown)
-    last = {k: Vectors(splits[-1], b, after[-1][k]) for k, b in before[-1].items()}
+    last = {
+        k: Vectors(splits[-1], b.to(device), after[-1][k].to(device)) for k, b in before[-1].items()
+    }
     curve = [
         {
             "layer": k,
