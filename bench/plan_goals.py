@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from bench.bench_scaling import CASES as SHARED_OUT
 from bench.goals import rows_of
 from bench.models import config_of
 from bench.plan_cases import CASES as PLANNED
@@ -14,6 +15,7 @@ from bench.train_cases import CASES, Case, Provider, optimizer_of, providers_of
 from tli_engine.models.survey import Survey
 from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_devices import NAMES, Target, find_target
+from tli_engine.train.plan_gpus import plan_for
 
 Row = dict[str, Any]
 _TRAINED = {"lora_early": "blocks 0-2", "lora_all": "all blocks", "full": "all weights"}
@@ -47,6 +49,29 @@ def planned_cases(folder: Path) -> Iterator[tuple[Row, Plan]]:
             yield row, make_plan(plan_config(case), survey, limited(device, case.gib))
 
 
+def planned_shares(folder: Path) -> Iterator[tuple[Row, Plan]]:
+    """The measured steps of several GPUs, and what the planner says today of each GPU."""
+    device = device_of(folder)
+    for row in rows_of(folder, "scaling"):
+        shape, case = row["shape"], SHARED_OUT[row["case"]]
+        if shape["gpus"] == 1:
+            continue
+        nf4 = case.method == "lora"
+        values = {
+            "objective": "sft",
+            "method": case.method,
+            "quantize": "nf4" if nf4 else "none",
+            "double_quant": nf4,
+            "lora": {"layers": "all"},
+            "sft": {"context": shape["length"]},
+            "train": {"batch_size": shape["rows"], "accumulate": shape["gpus"]},
+            "distributed": {"weights": case.weights},
+        }
+        run = plan_config(PlanCase(row["case"], row["model"], values))
+        model = Survey(row["model"], config_of(row["model"]), None)
+        yield row, plan_for(run, model, device, shape["gpus"])
+
+
 def device_of(folder: Path) -> Target:
     """The GPU that a folder of results is of, as the planner knows it."""
     names = (n for n in NAMES if find_target(n, "auto").results == folder.name)
@@ -69,9 +94,23 @@ def cases_table(folder: Path) -> str:
     return _table("model | run", ((r["case"], r, p) for r, p in planned_cases(folder)))
 
 
+def shares_table(folder: Path) -> str:
+    """Peaks of each of several GPUs: the planner's beside the measured ones."""
+    found = ((_shared_out(row), row, plan) for row, plan in planned_shares(folder))
+    return _table("model | trained | GPUs", found)
+
+
+def _shared_out(row: Row) -> str:
+    case, shape = SHARED_OUT[row["case"]], row["shape"]
+    trained = _TRAINED["full" if case.method == "full" else "lora_all"]
+    shares = ", NF4 in shares" if case.weights == "sharded" else ""
+    rows = f"{shape['rows']} x {shape['length']:,} tokens"
+    return f"{trained}{shares}, {rows} | {shape['gpus']}"
+
+
 def errors_table(folder: Path) -> str:
     """How far off the planner is today, of all measured peaks."""
-    found = [*planned_cases(folder), *planned_peaks(folder)]
+    found = [*planned_cases(folder), *planned_peaks(folder), *planned_shares(folder)]
     errors = [abs(allocated_mib(plan) / row["peak_mib"] - 1) for row, plan in found]
     median, worst = statistics.median(errors), max(errors)
     cells = [

@@ -335,6 +335,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "planned_errors": partial(plan_goals.errors_table, _H200),
     "planned_cases": partial(plan_goals.cases_table, _H200),
     "planned_peaks": partial(plan_goals.peaks_table, _H200),
+    "planned_shares": partial(plan_goals.shares_table, _H200),
 }
 
 

@@ -1,6 +1,6 @@
 """What a run takes of each of several GPUs, and how many of which kind full fine-tuning takes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -77,7 +77,7 @@ class FullBytes:
     """Bytes of full fine-tuning on each of several GPUs.
 
     Attributes:
-        on_gpu: By component.
+        on_gpu: By component, at the fullest moment.
         on_host: Of shares that the host holds for it.
         step: A step's moments.
         stay: Whether blocks stay gathered until their way back.
@@ -104,34 +104,64 @@ def full_bytes(made: Outline, gpus: int, offload: bool) -> FullBytes:
             sizes[int(name.split(".")[1])] += tensor.numel()
         else:
             rest += tensor.numel()
-    count, largest, e = sum(sizes) + rest, max(sizes), made.element
+    count, e = sum(sizes) + rest, made.element
     shares = {
         "weights": -(-4 * count // gpus),
         "gradients": -(-4 * count // gpus),
         "optimizer": -(-(_SHARE - 8) * count // gpus),
     }
-    held_shares = {} if offload else shares
+    held = {} if offload else shares
     to_come = bytes_to_come(sizes, rest, e, gpus, offload=offload)
-    before = held_shares.get("weights", 0) + e * rest
+    before = held.get("weights", 0) + e * rest
     step = Step(made, made.run.train.batch_size * made.run.sft.context, before, 0, to_come)
     stay = step.left is None or e * sum(sizes) <= step.left
-    # all blocks, or one and the next; the gradient of one, which is summed in fp32
-    block = (e * sum(sizes) if stay else 2 * e * largest) + (e + 4) * largest
-    loss, back = (
-        max(m.activations + m.working for m in moments)
-        for moments in (step.of_loss(), step.of_way_back())
-    )
-    held = {
-        "gathered_blocks": block,
-        "gathered_embeddings": e * rest,
-        # a gradient of the rest is there from the loss on; at the end it is summed in fp32, and
-        # nothing is gathered
-        "activations_and_working": max(loss, back + e * rest, (4 + e) * rest - block - e * rest),
-    }
+    moments = _moments_of_shares(step, sizes, rest, e, None if offload else gpus, stay)
+    if made.run.train.accumulate > 1 and not offload:
+        # those of the packs before are there
+        moments = (m | {"gradients": shares["gradients"]} for m in moments)
+    fullest = held | max(moments, key=lambda moment: sum(moment.values()))
     if offload:
         # what a share of the block in use takes on its way
-        held["shares_on_their_way"] = -(-8 * (largest + rest) // gpus)
-    return FullBytes(held_shares | held, shares if offload else {}, step, stay)
+        fullest["shares_on_their_way"] = -(-8 * (max(sizes) + rest) // gpus)
+    return FullBytes(fullest, shares if offload else {}, step, stay)
+
+
+def _moments_of_shares(
+    step: Step, sizes: Sequence[int], rest: int, e: int, gpus: int | None, stay: bool
+) -> Iterator[dict[str, int]]:
+    """What changes on a GPU from moment to moment, by component.
+
+    Args:
+        step: Its activations, and what it works with.
+        sizes: Weights of each block.
+        rest: Weights that are in no block.
+        e: Bytes of a gathered weight, and of its gradient.
+        gpus: Over which gradients are summed and shared out; ``None``: they go to the host.
+        stay: Whether blocks stay gathered until their way back.
+    """
+
+    def moment(done: int, gathered: int, embeddings: int, working: int) -> dict[str, int]:
+        share = {} if gpus is None else {"gradients": -(-4 * done // gpus)}
+        return share | {
+            "gathered_blocks": gathered,
+            "gathered_embeddings": embeddings,
+            "activations_and_working": working,
+        }
+
+    largest = max(sizes)
+    # all blocks, or one and the next
+    blocks = e * sum(sizes) if stay else 2 * e * largest
+    for m in step.of_loss():
+        yield moment(0, blocks, e * rest, m.activations + m.working)
+    # as they come, the last block first; not the update, at which less is held than before it
+    for i, m in zip(reversed(range(len(sizes))), step.of_way_back(), strict=False):
+        blocks = e * sum(sizes[: i + 1]) if stay else 2 * e * largest
+        # the gradient of one is summed in fp32, that of the rest is there from the loss on
+        blocks += (e + 4) * largest
+        working = m.activations + m.working + e * rest
+        yield moment(sum(sizes[i + 1 :]), blocks, e * rest, working)
+    # in the end that is summed in fp32, and nothing is gathered
+    yield moment(sum(sizes) + rest, 0, 0, (4 + e) * rest)
 
 
 def _fully_sharded(
@@ -207,8 +237,9 @@ def _with_counts(plan: Plan, run: RunConfig, model: Survey) -> Plan:
 def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
     """The fewest GPUs, two or more, that hold full fine-tuning in shares, for each large kind."""
     shared = run.distributed.model_copy(update={"offload": False})
-    # a row a GPU: what a batch takes is for the user to choose
+    # a row a GPU, once: what a batch takes is for the user to choose
     plain = {"optimizer": "adamw", "rounding": "master", "in_backward": False, "batch_size": 1}
+    plain["accumulate"] = 1
     changed = {"distributed": shared, "train": run.train.model_copy(update=plain)}
     if run.sft.activations == "auto":
         changed["sft"] = run.sft.model_copy(update={"activations": "recompute"})
