@@ -248,8 +248,8 @@ def generation_table() -> str:
 def scaling_table() -> str:
     """Fine-tuning on one GPU and on two."""
     lines = [
-        "| model | trained | GPUs | tokens/s | a step | of linear | peak of each GPU |",
-        "|---|---|---:|---:|---:|---:|---:|",
+        "| model | trained | tokens a GPU and step | GPUs | tokens/s | a step | of linear | peak of each GPU |",
+        "|---|---|---:|---:|---:|---:|---:|---:|",
     ]
     trained = {
         "lora": "adapters on all blocks, NF4",
@@ -259,11 +259,12 @@ def scaling_table() -> str:
     }
     for row in _gpu_rows("scaling", _H200):
         notes, gpus = row["notes"], row["shape"]["gpus"]
+        tokens = row["shape"]["rows"] * row["shape"]["length"]
         # on two GPUs alone
         alone = row["case"] in ("full_8b", "qlora_sharded")
         lines.append(
-            f"| {row['model']} | {trained[row['case']]} | {gpus} | {notes['tokens_per_s']:,.0f} | "
-            f"{row['ms']:.0f} ms | {'' if alone else format(notes['efficiency'], '.2f')} | "
+            f"| {row['model']} | {trained[row['case']]} | {tokens:,} | {gpus} | "
+            f"{notes['tokens_per_s']:,.0f} | {row['ms']:.0f} ms | {'' if alone else format(notes['efficiency'], '.2f')} | "
             f"{row['peak_mib'] / 1024:.1f} GiB |"
         )
     return "\n".join(lines)
