@@ -15,6 +15,7 @@ from tests.comparison import ARTICLES, in_this_process, without_plots, write_com
 from tests.interrupt import at_step
 from tli_engine.cli import _compare, main
 from tli_engine.evaluate.compare.config import ARMS
+from tli_engine.train.manifest import sha256
 from tli_engine.train.metrics import MetricsLog
 
 Cli = Callable[..., Any]
@@ -205,6 +206,11 @@ def test_an_interrupted_run_goes_on_elsewhere(
         ("made_from tokens_sha256", {}, "were made from another tokenizer"),
         ("predictions decoding beams", 3, "was written with beams 3; make it again"),
         ("test", {}, "result.json: cannot be read: KeyError('sha256')"),
+        ("predictions", [], "result.json: cannot be read: AttributeError"),
+        ("made_from", {}, "result.json: cannot be read: made_from: configs: is required"),
+        ("made_from dtype", None, "result.json: cannot be read: made_from: dtype: "),
+        ("made_from configs", [{}], "result.json: cannot be read: made_from: 1 of 2 configs"),
+        ("made_from configs 0 lora", 4, "tli-then-lora-early-5: lora: must be a section"),
     ],
     ids=lambda value: str(value).rpartition(" ")[2],
 )
@@ -231,6 +237,68 @@ def test_a_run_made_otherwise_is_not_compared(
     assert found.status == 2
     assert reason in found.err
     assert "tli-then-lora-early-5" in found.err
+
+
+@pytest.mark.parametrize(("key", "value"), [("train.learning_rate", 0.5), ("dtype", "bfloat16")])
+def test_a_run_begun_otherwise_does_not_go_on(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path, key: str, value: Any
+) -> None:
+    """As one that was interrupted on another machine may be."""
+    folder = tmp_path / "out" / "lora-early-5"
+    folder.mkdir(parents=True)
+    settings = yaml.safe_load((compared / "compare.yaml").read_text()) | {"dtype": "float32"}
+    (folder.parent / "compare.yaml").write_text(yaml.safe_dump(settings))
+    recorded = yaml.safe_load((compared / "lora-early-5/config.yaml").read_text())
+    section, _, last = key.rpartition(".")
+    within = recorded[section] if section else recorded
+    assert within[last] != value
+    within[last] = value
+    (folder / "config.yaml").write_text(yaml.safe_dump(recorded))
+    only = ("--set", "dtype=float32", "--only", "lora-early:5")
+    result = cli("compare", config, "--out", "out", *only)
+    assert result.status == 2
+    assert f"lora-early-5: was made with another {key}; move it away" in result.err
+    assert [path.name for path in folder.iterdir()] == ["config.yaml"]
+
+
+def test_pairs_that_changed_before_a_run_was_measured(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path, pairs_file: Path
+) -> None:
+    shutil.copytree(compared / "joint-5", tmp_path / "out/joint-5")
+    shutil.copy(compared / "compare.yaml", tmp_path / "out")
+    (tmp_path / "out/joint-5/result.json").unlink()
+    pairs = tmp_path / pairs_file.name
+    pairs.write_text(pairs_file.read_text().replace("maji,water", "mto,river"))
+    only = ("--set", f"data.pairs={pairs}", "--only", "joint:5")
+    result = cli("compare", config, "--out", "out", *only)
+    assert result.status == 2
+    assert "joint-5: was trained on other word pairs than there are now" in result.err
+    assert not (tmp_path / "out/joint-5/result.json").exists()
+
+
+def test_runs_that_went_on_from_two_adapters_are_not_compared(
+    cli: Cli, config: Path, compared: Path, tmp_path: Path
+) -> None:
+    """On two machines, where one path may lead to either."""
+    adapter = compared / "joint-5/adapter"
+    begun = ("compare", config, "--out", "out", "--set", f"lora.init={adapter}")
+    assert cli(*begun, "--only", "lora-early:5").status == 0
+    other = Path(shutil.copytree(tmp_path / "out/lora-early-5", tmp_path / "out/lora-early-6"))
+    result = json.loads((other / "result.json").read_text())
+    made = result["made_from"]
+    assert made["lora_init_sha256"] == sha256(adapter / "adapter_model.safetensors")
+    made["configs"][0] |= {"seed": 6}
+    made["configs"][0]["lora"] |= {"init": "/elsewhere/adapter"}
+    gather = (*begun, "--gather", "--set", "compare.seeds=[5, 6]")
+    for digest, status in ((made["lora_init_sha256"], 0), ("0", 2)):
+        made["lora_init_sha256"] = digest
+        (other / "result.json").write_text(json.dumps(result | {"seed": 6}))
+        gathered = cli(*gather)
+        assert gathered.status == status
+    assert "were made from another adapter (lora.init); make both again from one" in gathered.err
+    # an arm's own adapter, of TLI first, is another for each seed
+    own = json.loads((compared / "tli-then-lora-early-5/result.json").read_text())
+    assert own["made_from"]["lora_init_sha256"] is None
 
 
 def test_articles_that_changed_between_two_runs_are_found_before_the_second(

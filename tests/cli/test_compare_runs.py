@@ -7,9 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tests.comparison import in_this_process, without_plots, write_comparison
 from tli_engine.cli import _compare
+from tli_engine.cli._compare_made import held_in_nf4
+from tli_engine.config import resolve_config
+from tli_engine.models.files import open_model
 
 Cli = Callable[..., Any]
 
@@ -42,11 +46,17 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     del result["made_from"]
     result["versions"]["torch"] = "1.0"
     path.write_text(json.dumps(result))
+    # which is said where they are gathered, not by each run as well
+    base = cli("compare", config, "--out", "a", "--only", "base", *options)
+    assert base.status == 0
+    assert "earlier version" not in base.err
     gathered = cli("compare", config, "--out", "a", "--gather", *options)
     assert gathered.status == 0
-    assert "lora-early-5: an earlier version made it, which did not record" in gathered.err
+    assert gathered.err.count("lora-early-5: an earlier version made it, which did not record") == 1
     report = json.loads((tmp_path / "a/report.json").read_text())
     assert [arm["name"] for arm in report["arms"]] == ["lora-early"]
+    # the base model's summaries are scored, too
+    assert report["versions"]["torch"] == f"1.0 and {torch.__version__}"
     # on another machine files lie elsewhere
     moved = tmp_path / "moved"
     shutil.copytree(config.parent, moved)
@@ -60,6 +70,22 @@ def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) ->
     result = cli("compare", config, "--out", "a", "--gather", *options)
     assert result.status == 2
     assert "tested on other articles" in result.err
+
+
+@pytest.mark.parametrize(
+    ("stored", "quantize", "held"),
+    [(True, "auto", True), (True, "none", False), (False, "auto", False), (False, "nf4", True)],
+)
+def test_weights_in_nf4_are_known_however_they_came_to_be(
+    tiny_model: Path, tmp_path: Path, stored: bool, quantize: str, held: bool
+) -> None:
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    values = json.loads((folder / "config.json").read_text())
+    kind = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    values |= {"quantization_config": kind} if stored else {}
+    (folder / "config.json").write_text(json.dumps(values))
+    run = resolve_config({"model": "tiny", "quantize": quantize}, "test")
+    assert held_in_nf4(run, open_model(str(folder))) is held
 
 
 def test_several_that_are_asked_for_run_apart(

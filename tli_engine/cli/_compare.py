@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tli_engine.cli._compare_made import MADE_FROM, check_alike, difference
+from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
-from tli_engine.cli._compare_run import BASE, Comparison, check_part, run_part
+from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
@@ -129,13 +129,8 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     parts = {
         part: _read_part(comparison, part) for part in comparison.parts if comparison.is_done(part)
     }
-    check_alike(
-        {
-            comparison.folder(name): part.result[MADE_FROM]
-            for name, part in parts.items()
-            if MADE_FROM in part.result
-        }
-    )
+    _check_alike(comparison, parts)
+    made_with = _versions([part.result for part in parts.values()])
     base = parts.pop(BASE, None)
     if not parts:
         raise UserError(f"{comparison.out}: no run has its figures yet")
@@ -160,10 +155,23 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         "seconds": settings.seconds,
         "devices": sorted({part.result["device_name"] for part in parts.values()}),
     }
-    report["versions"] = _versions([part.result for part in parts.values()])
+    report["versions"] = made_with
     missing = [p for p in comparison.parts if not comparison.is_done(p)]
     report["conclusions"] = conclusions(report, missing)
     return report
+
+
+def _check_alike(comparison: Comparison, parts: Mapping[str, Part]) -> None:
+    """Hold parts against each other; say which ones cannot be, once."""
+    made = {}
+    for name, part in parts.items():
+        folder, configs = comparison.folder(name), comparison.configs(name)
+        found = read_made(folder / RESULT, part.result, len(configs))
+        if found is None:
+            warn(f"{folder}: an earlier version made it, which did not record from what")
+        else:
+            made[folder] = found, configs
+    check_alike(made)
 
 
 def _shown_name(name: str | None) -> str | None:

@@ -4,27 +4,63 @@ import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from tli_engine.cli.console import warn
-from tli_engine.config import RunConfig, read_yaml, resolve_config
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from tli_engine.config import RunConfig, explain, read_yaml, resolve_config
 from tli_engine.data.splits import read_run_pairs
 from tli_engine.data.texts import read_texts
 from tli_engine.errors import UserError
+from tli_engine.evaluate.compare.gather import MADE_FROM
+from tli_engine.models.files import ModelFiles, open_config
 
-# in a part's figures
-MADE_FROM = "made_from"
 # where a run was made, and what of its configuration follows from that
 _PLACE = ("device", "dtype", "provenance")
+# what is left of compare.seconds; how summaries are scored; both are the comparison's to say
+_GIVEN = ("train.seconds", "data.language")
 _WHAT = {"train": "trained on other articles", "validation": "chosen by other articles"}
+_BEGINNING = {
+    "base_sha256": "base model's weights",
+    "tokens_sha256": "tokenizer",
+    "lora_init_sha256": "adapter (lora.init)",
+}
 
 
-def made_from(folders: Sequence[Path], pairs: Mapping[str, str]) -> dict[str, Any]:
+class MadeFrom(BaseModel):
+    """What ``result.json`` says of a part's making.
+
+    Attributes:
+        configs: Of its runs, each trained on from the one before, without where they were made.
+        dtype: That they were computed in.
+        nf4: Whether the base model's weights were held in NF4.
+        base_sha256: Of the base model's weights, as they were held.
+        tokens_sha256: By split, of the articles' tokens; None of the part that trains nothing.
+        lora_init_sha256: Of the adapter that the first run went on from, if it did.
+        texts: SHA-256 by split of the articles that it was trained on and chosen by.
+        pairs: SHA-256 by split of the word pairs that it was measured on, if it was.
+    """
+
+    model_config = ConfigDict(frozen=True)
+
+    configs: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    dtype: str
+    nf4: bool
+    base_sha256: str
+    # earlier versions, which may have trained it, did not record it
+    tokens_sha256: dict[str, str] | None = None
+    lora_init_sha256: str | None = None
+    texts: dict[Literal["train", "validation"], str] = {}
+    pairs: dict[str, str] | None = None
+
+
+def made_from(folders: Sequence[Path], pairs: Mapping[str, str], *, nf4: bool) -> dict[str, Any]:
     """Of a part's runs, the last one the part's own: what ``result.json`` says of their making.
 
     Args:
         folders: Of the runs.
         pairs: Digests of the word pairs that the part was measured on.
+        nf4: As :func:`held_in_nf4`.
 
     Raises:
         UserError: A run was trained on other pairs.
@@ -35,21 +71,57 @@ def made_from(folders: Sequence[Path], pairs: Mapping[str, str]) -> dict[str, An
         if trained and trained != dict(pairs):
             raise UserError(f"{folder}: was trained on other word pairs than there are now")
     last = recorded[-1]["provenance"]
-    return {
-        "configs": [_without_place(values) for values in recorded],
-        "dtype": recorded[-1]["dtype"],
-        "base_sha256": last["base_sha256"],
-        # earlier versions, which may have trained it, did not record it
-        "tokens_sha256": last.get("tokens_sha256"),
-        "texts": {split: t["sha256"] for split, t in last["texts"].items()},
-        "pairs": dict(pairs),
-    }
+    made = MadeFrom(
+        configs=[_without_place(values) for values in recorded],
+        dtype=recorded[-1]["dtype"],
+        nf4=nf4,
+        base_sha256=last["base_sha256"],
+        tokens_sha256=last.get("tokens_sha256"),
+        # a later run's is the one before's adapter
+        lora_init_sha256=recorded[0]["provenance"].get("lora_init_sha256"),
+        texts={split: t["sha256"] for split, t in last["texts"].items()},
+        pairs=dict(pairs),
+    )
+    return made.model_dump(mode="json")
 
 
-def made_from_base(config: RunConfig, dtype: str, base_sha256: str) -> dict[str, Any]:
+def made_from_base(config: RunConfig, dtype: str, base_sha256: str, *, nf4: bool) -> dict[str, Any]:
     """Of the part that trains nothing."""
     configs = [_without_place(config.model_dump(mode="json"))]
-    return {"configs": configs, "dtype": dtype, "base_sha256": base_sha256}
+    made = MadeFrom(configs=configs, dtype=dtype, nf4=nf4, base_sha256=base_sha256)
+    return made.model_dump(mode="json")
+
+
+def held_in_nf4(config: RunConfig, files: ModelFiles) -> bool:
+    """Whether a run holds the weights of its base model, which is opened, in NF4."""
+    if config.quantize != "auto" or files.gguf_file is not None:
+        return config.quantize == "nf4"
+    _, stored = open_config(files.name, files.folder)
+    return stored is not None
+
+
+def read_made(path: Path, result: Mapping[str, Any], runs: int) -> MadeFrom | None:
+    """What a part's figures say of its making; ``None`` if an earlier version made it.
+
+    Args:
+        path: Of the figures.
+        result: The figures.
+        runs: That the part is made of.
+
+    Raises:
+        UserError: They are damaged.
+    """
+    if MADE_FROM not in result:
+        return None
+    try:
+        made = MadeFrom.model_validate(result[MADE_FROM])
+    except ValidationError as e:
+        line = explain(e.errors()[0], MadeFrom)
+        raise UserError(f"{path}: cannot be read: {MADE_FROM}: {line}") from None
+    if len(made.configs) != runs:
+        found = len(made.configs)
+        raise UserError(f"{path}: cannot be read: {MADE_FROM}: {found} of {runs} configs")
+    return made
 
 
 def pair_digests(config: RunConfig) -> dict[str, str]:
@@ -76,29 +148,25 @@ class Present:
 
 
 def check_made(
-    folder: Path, result: Mapping[str, Any], configs: Sequence[RunConfig], present: Present
+    folder: Path, made: MadeFrom, configs: Sequence[RunConfig], present: Present
 ) -> None:
     """Refuse a part that was made with another configuration, or of other articles or pairs.
 
     Args:
         folder: Of the part.
-        result: Its figures.
+        made: What its figures say of that.
         configs: Of its runs, as they would be now.
         present: The files that there are now.
 
     Raises:
         UserError: It was; the key or the file is named.
     """
-    made = result.get(MADE_FROM)
-    if made is None:
-        warn(f"{folder}: an earlier version made it, which did not record from what")
-        return
-    for recorded, config in zip(made["configs"], configs, strict=True):
-        check_begun(folder, recorded | {"dtype": made["dtype"]}, config)
-    for split, digest in made.get("texts", {}).items():
+    for recorded, config in zip(made.configs, configs, strict=True):
+        check_begun(folder, recorded | {"dtype": made.dtype}, config)
+    for split, digest in made.texts.items():
         if present.texts.get(split) != digest:
             raise UserError(f"{folder}: was {_WHAT[split]} than there are now")
-    if made.get("pairs", present.pairs) != present.pairs:
+    if made.pairs is not None and made.pairs != present.pairs:
         raise UserError(f"{folder}: was measured on other word pairs than there are now")
 
 
@@ -117,37 +185,34 @@ def check_begun(folder: Path, recorded: Mapping[str, Any], config: RunConfig) ->
         raise UserError(f"{folder}: was made with another {key}; move it away to make it again")
 
 
-# what is left of compare.seconds; how summaries are scored; both are the comparison's to say
-_GIVEN = ("train.seconds", "data.language")
-
-
-def check_alike(made: Mapping[Path, Mapping[str, Any]]) -> None:
-    """Refuse parts that began with other weights or tokens although they were configured alike.
+def check_alike(parts: Mapping[Path, tuple[MadeFrom, Sequence[RunConfig]]]) -> None:
+    """Refuse parts that began with other weights, tokens or adapters although configured alike.
 
     Args:
-        made: What each part's figures say, by its folder.
+        parts: By a part's folder what its figures say, and its runs' configurations as they would be
+            now: in two places one adapter's path is two, and two adapters' may end alike.
 
     Raises:
         UserError: Two did; they are named.
     """
     first: dict[str, tuple[Path, Any]] = {}
-    for folder, found in made.items():
-        config = found["configs"][-1]
-        held = [found["dtype"], config["quantize"], config["double_quant"]]
-        read = [config["prompt"], config["sft"]["context"]]
-        for what, like in (("base", held), ("tokens", read)):
-            digest = found.get(f"{what}_sha256")
+    for folder, (made, configs) in parts.items():
+        config = configs[-1]
+        alike = {
+            "base_sha256": [made.dtype, config.quantize, config.double_quant],
+            "tokens_sha256": [config.prompt.model_dump(mode="json"), config.sft.context],
+            "lora_init_sha256": [configs[0].lora.init],
+        }
+        for what, like in alike.items():
+            digest = getattr(made, what)
             if digest is None:
                 continue
             other, expected = first.setdefault(json.dumps([what, like]), (folder, digest))
             if digest != expected:
                 raise UserError(
-                    f"{folder} and {other} were made from another {_MODEL[what]}; make both again "
-                    "from one"
+                    f"{folder} and {other} were made from another {_BEGINNING[what]}; make both "
+                    "again from one"
                 )
-
-
-_MODEL = {"base": "base model's weights", "tokens": "tokenizer"}
 
 
 def difference(

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 
 from tli_engine.cli._compare_made import (
-    MADE_FROM,
     Present,
     check_begun,
     check_made,
+    held_in_nf4,
     made_from,
     made_from_base,
     pair_digests,
+    read_made,
 )
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli._train import resume_training, run_training
@@ -28,6 +29,7 @@ from tli_engine.data.texts import Texts, has_articles, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
+from tli_engine.evaluate.compare.gather import MADE_FROM
 from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
@@ -86,6 +88,16 @@ class Comparison:
         arm = part.rpartition(":")[0]
         return [ALIGN, arm] if arm == "tli-then-lora-early" else [arm] if arm else []
 
+    def folders(self, part: str) -> list[Path]:
+        """Of the runs of a part; the last one is the part's own."""
+        seed = part.rpartition(":")[2]
+        return [self.folder(f"{name}:{seed}") for name in self.runs(part)]
+
+    def configs(self, part: str) -> list[RunConfig]:
+        """Of the runs of a part; of the base, what all share."""
+        seed = part.rpartition(":")[2]
+        return [self.config(name, int(seed)) for name in self.runs(part)] or [self.shared]
+
     @cached_property
     def present(self) -> Present:
         """The files that there are now."""
@@ -123,18 +135,19 @@ def check_part(comparison: Comparison, part: str) -> dict[str, Any]:
     try:
         result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         tested_on = result["test"]["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        written = dict(result.get("predictions", {}).get("decoding", {}))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise UserError(f"{folder / RESULT}: cannot be read: {e!r}") from None
     if tested_on != comparison.test_digest:
         name = comparison.test_texts().name
         raise UserError(f"{folder}: was tested on other articles than {name} holds now")
-    written = result.get("predictions", {}).get("decoding", {})
     for key in ("max_new_tokens", "beams"):
         if written.get(key) not in (None, getattr(comparison.settings, key)):
             raise UserError(f"{folder}: was written with {key} {written[key]}; make it again")
-    seed = int(part.rpartition(":")[2]) if part != BASE else 0
-    configs = [comparison.config(name, seed) for name in comparison.runs(part)]
-    check_made(folder, result, configs or [comparison.shared], comparison.present)
+    configs = comparison.configs(part)
+    made = read_made(folder / RESULT, result, len(configs))
+    if made is not None:
+        check_made(folder, made, configs, comparison.present)
     return result
 
 
@@ -154,8 +167,7 @@ def run_part(comparison: Comparison, part: str) -> int:
     if part == BASE:
         _measure_base(comparison, texts)
         return 0
-    arm, _, seed = part.rpartition(":")
-    return _run_arm(comparison, arm, int(seed), comparison.runs(part), texts)
+    return _run_arm(comparison, part, texts)
 
 
 def _measure_base(comparison: Comparison, texts: Texts) -> None:
@@ -164,7 +176,8 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     summariser = _summariser(comparison, config, files, texts)
     model = load_whole(files, config)
     dtype = str(choose_dtype(config.dtype, model.early.device)).removeprefix("torch.")
-    made = made_from_base(config, dtype, model.early.base_digest())
+    nf4 = held_in_nf4(config, files)
+    made = made_from_base(config, dtype, model.early.base_digest(), nf4=nf4)
     fuse_for_texts(model, config)
     written = summariser.write(model, "base model")
     folder.mkdir(parents=True, exist_ok=True)
@@ -174,19 +187,19 @@ def _measure_base(comparison: Comparison, texts: Texts) -> None:
     write_json(folder / RESULT, figures)
 
 
-def _run_arm(
-    comparison: Comparison, arm: str, seed: int, names: Sequence[str], texts: Texts
-) -> int:
-    folders = [comparison.out / f"{name}-{seed}" for name in names]
+def _run_arm(comparison: Comparison, part: str, texts: Texts) -> int:
+    arm, seed = part.split(":")
+    folders = comparison.folders(part)
     # what leaves no room for an article is found before hours of training, too
-    last = comparison.config(names[-1], seed)
-    summariser = _summariser(comparison, last, open_model(last.model), texts)
+    last = comparison.configs(part)[-1]
+    files = open_model(last.model)
+    summariser = _summariser(comparison, last, files, texts)
     whole = not any((folder / "config.yaml").exists() for folder in folders)
     device = choose_device(comparison.shared.device)
     energy = energy_joules(device)
     spent = 0.0
-    for name, folder in zip(names, folders, strict=True):
-        config = comparison.config(name, seed, spent)
+    for name, folder in zip(comparison.runs(part), folders, strict=True):
+        config = comparison.config(name, int(seed), spent)
         if status := _train(config, folder):
             return status
         spent += sum(step["seconds"] for step in read_metrics(folder))
@@ -194,12 +207,13 @@ def _run_arm(
     # a run that went on was not watched from its beginning, and a device's energy is not of one alone
     own = whole and comparison.side_by_side == 1
     joules = after - energy if own and after is not None and energy is not None else None
-    figures = {"arm": arm, "seed": seed, "energy_joules": joules}
+    figures = {"arm": arm, "seed": int(seed), "energy_joules": joules}
     figures["side_by_side"] = comparison.side_by_side
-    figures[MADE_FROM] = made_from(folders, pair_digests(config))
+    nf4 = held_in_nf4(config, files)
+    figures[MADE_FROM] = made_from(folders, pair_digests(config), nf4=nf4)
     figures |= _training_figures(folders) | _measure(config, folders[-1], texts, summariser)
     write_json(folders[-1] / RESULT, figures)
-    _drop_weights(comparison, f"{arm}:{seed}")
+    _drop_weights(comparison, part)
     return 0
 
 
@@ -207,10 +221,9 @@ def _drop_weights(comparison: Comparison, part: str) -> None:
     """Remove what a part that is done was measured by, unless it is to stay."""
     if comparison.settings.keep_weights:
         return
-    seed = part.rpartition(":")[2]
-    for run in comparison.runs(part):
+    for folder in comparison.folders(part):
         for name in ("adapter", "model", "checkpoints", "best"):
-            shutil.rmtree(comparison.folder(f"{run}:{seed}") / name, ignore_errors=True)
+            shutil.rmtree(folder / name, ignore_errors=True)
 
 
 def _train(config: RunConfig, folder: Path) -> int:

@@ -72,7 +72,7 @@ def part() -> MakePart:
             "tokens_per_s": 100.0, "peak_mib": 800.0 if full else 400.0,
             "wall_seconds": 60.0 + seed, "energy_joules": 50.0, "steps": 300,
             "generation": {"tokens_per_s": 10.0}, "device": "cuda", "warnings": [],
-            "device_name": "GPU", "made_from": {"dtype": "bfloat16", "configs": [{"quantize": "auto"}]},
+            "device_name": "GPU", "made_from": {"dtype": "bfloat16", "nf4": False},
             "seed": seed, "side_by_side": 1,
         } | changes  # fmt: skip
         steps = [{"step": i + 1, "loss": 3 - i / 300} for i in range(300)]

@@ -77,7 +77,7 @@ def _against(report: Report) -> Iterator[str]:
     arms = {arm["name"]: arm for arm in report["arms"]}
     hedge = " (too small to conclude)" if too_small(report) else ""
     level: list[str] = []
-    widest = 0.0
+    farthest = 0.0
     for name, arm in arms.items():
         tests = [t for t in report["tests"] if t["arm"] == name]
         if not tests:
@@ -90,7 +90,7 @@ def _against(report: Report) -> Iterator[str]:
         undecided = [METRICS[t["metric"]] for t in tests if not _is_shown(t)]
         if not parts:
             level.append(name)
-            widest = max(widest, *(_farthest(t) for t in tests))
+            farthest = max(farthest, *(_farthest(t) for t in tests))
             continue
         if undecided:
             parts.append(f"not to be told apart by {_listed(undecided)}")
@@ -98,7 +98,7 @@ def _against(report: Report) -> Iterator[str]:
     if level:
         yield (
             f"{_listed(level)} against {reference}: not to be told apart by any metric, which is not "
-            f"the same as equal: their intervals hold differences of up to {widest:.1f} points{hedge}."
+            f"the same as equal: their intervals hold differences of up to {farthest:.1f} points{hedge}."
         )
 
 
@@ -158,9 +158,7 @@ def _costs(report: Report) -> Iterator[str]:
     said = []
     for name, arm in arms.items() if reference else ():
         share = arm["trainable_parameters"] / reference["trainable_parameters"]
-        parts = [
-            f"{100 * share:.2g} % of the parameters",
-        ]
+        parts = [f"{100 * share:.2g} % of the parameters"]
         if arm["devices"] == reference["devices"]:
             parts.append(f"{arm['peak_mib'] / reference['peak_mib']:.2f} times the peak memory")
         timed_alike = arm["timed_devices"] == reference["timed_devices"]
@@ -177,7 +175,7 @@ def _costs(report: Report) -> Iterator[str]:
         how = "; ".join(f"{name} in {kind}" for name, kind in kinds.items())
         yield (
             f"The arms were not computed alike, which may be part of any difference: {how}. Times and "
-            "energy are compared of arms that were timed on the same kind of device alone."
+            "energy are compared only of arms that were timed on the same kind of device."
         )
     shared = [arm["name"] for arm in report["arms"] if arm["side_by_side"] > 1]
     if shared:

@@ -22,6 +22,8 @@ from tli_engine.evaluate.text_metrics import RESAMPLES, Metric, Score, pool, sco
 QUALITY: Metric = "rougeL"
 # points of a curve in the report at the most
 _POINTS = 120
+# what a part's figures say of its making; earlier versions did not record it
+MADE_FROM = "made_from"
 
 
 @dataclass(frozen=True)
@@ -127,10 +129,9 @@ def _arm(arm: str, parts: Sequence[Part], scores: _Scores, resamples: int) -> di
 
 
 def _computed(result: Mapping[str, Any]) -> str:
-    made = result.get("made_from")
-    # an earlier version did not record it
+    made = result.get(MADE_FROM)
     how = "a type that was not recorded" if made is None else made["dtype"]
-    if made is not None and made["configs"][-1]["quantize"] == "nf4":
+    if made is not None and made["nf4"]:
         how += " with NF4 weights"
     return f"{how} on {result['device_name']}"
 
