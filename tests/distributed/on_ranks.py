@@ -68,18 +68,21 @@ def check_words_an_error_of_all_is_said_once(world: World, folder: Path) -> None
 def check_words_what_differs_is_named(world: World, folder: Path) -> None:
     kind = UserError if world.is_first else StoppedElsewhere
     with pytest.raises(kind) as error:
-        world.check_alike("the data", "a" if world.rank < 1 else "b")
+        world.check_alike("the data", "a" if world.rank < 1 else "b", "copy it")
     if world.is_first:
-        assert "the data on rank 1 is not that of rank 0" in str(error.value)
+        assert str(error.value) == "the data on rank 1 is not that of rank 0; copy it"
     with pytest.raises(kind) as error:
         check_same_gpus(world, "H100 80 GiB" if world.rank else "A100 40 GiB")
     if world.is_first:
-        assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1" in str(error.value)
+        assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1; choose like ones" in str(error.value)
     check_same_gpus(world, "H100 80 GiB")
     with pytest.raises(kind) as error:
         check_same_gpus(world, "H100 80 GiB" if world.rank else _device_name("cpu"))
     if world.is_first:
-        assert "the CPU on rank 0, H100 80 GiB on rank 1" in str(error.value)
+        assert str(error.value) == (
+            "not every process has a GPU: the CPU on rank 0, H100 80 GiB on rank 1; leave out the "
+            "machines that have none, or set device=cpu on all"
+        )
     with pytest.raises(UserError, match="9 processes were started"):
         check_complete(world, 9)
 
@@ -276,7 +279,8 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         patch.setattr(_train, "joined", here)
         ends(
             lambda: fresh(run / str(world.rank)),
-            "the run folder, or whether to resume, on rank 1 is",
+            "the run folder, or whether to resume, on rank 1 is not that of rank 0; give all machines "
+            "the same folder",
         )
         last = world.rank == world.size - 1
         ends(

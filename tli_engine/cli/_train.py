@@ -72,7 +72,11 @@ def _whole(config: RunConfig) -> RunConfig:
 
 def _check_same_start(world: World, folder: Path | None, *, resume: bool) -> None:
     """Refuse a machine that was to begin another run, or to go on with one alone."""
-    world.check_alike("the run folder, or whether to resume,", f"{resume} {folder}")
+    world.check_alike(
+        "the run folder, or whether to resume,",
+        f"{resume} {folder}",
+        "give all machines the same folder, and --resume to all of them or to none",
+    )
 
 
 def _check_seen(folder: Path) -> None:
@@ -137,8 +141,16 @@ def _prepare(config: RunConfig, world: World, device: str) -> Job:
     else:
         from tli_engine.cli._train_sft import SftJob as Objective  # type: ignore[assignment]
     job: Job = world.together(lambda: Objective.prepare(config, world))
-    world.check_alike("the configuration", config.model_dump_json(exclude={"device"}))
-    world.check_alike("what the run is made from", json.dumps(job.run.provenance, sort_keys=True))
+    world.check_alike(
+        "the configuration",
+        config.model_dump_json(exclude={"device"}),
+        "give all machines the same file, recipe and --set",
+    )
+    world.check_alike(
+        "what the run is made from",
+        json.dumps(job.run.provenance, sort_keys=True),
+        "all machines must see the same files and the same versions",
+    )
     return job
 
 
