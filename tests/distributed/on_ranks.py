@@ -34,6 +34,7 @@ from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 from tli_engine.models.adapters import nf4_blocks
+from tli_engine.train import checkpoint
 from tli_engine.train.checkpoint import Found
 
 
@@ -296,6 +297,30 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         patch.setattr(_train, "find_checkpoint", lambda path: looked.append(path) or found)
         assert _train._find(world, run) == found
         assert looked == [run] * world.is_first
+
+
+def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
+    """A checkpoint's files are read whole for their SHA-256 by no process but the first."""
+    run = folder / "shards" / f"looked-at-{world.size}"
+    tuner = Tuner(folder, config_of("sft", method="full"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 1)
+    looked: list[str] = []
+    problems = checkpoint.problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "problems", lambda of: looked.append(of.name) or problems(of))
+        assert checkpoint.load_best(run, tuner.trainer, world) is None
+        checkpoint.save_best(run, tuner.trainer, world)
+        path = checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
+        # it is there already
+        checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
+        world.together(lambda: checkpoint.load_checkpoint(path, tuner.trainer, world))
+        assert checkpoint.load_best(run, tuner.trainer, world) is not None
+        assert path.name in _train._last_checkpoint(run, world)
+        assert looked == [path.name, "best", "best"] * world.is_first
+        world.together(lambda: (run / "best" / "state.json").unlink() if world.is_first else None)
+        with pytest.raises(UserError if world.is_first else StoppedElsewhere) as error:
+            checkpoint.load_best(run, tuner.trainer, world)
+    assert not world.is_first or "the best checkpoint is lost" in str(error.value)
 
 
 def main() -> None:
