@@ -116,7 +116,7 @@ def _engine_writer(subject: Subject) -> Writer:
     never = subject.files.config.vocab_size
 
     def write(prompts: Prompts, tokens: int) -> list[tuple[int, ...]]:
-        options = GenerateOptions(tokens, never, batch_size=len(prompts))
+        options = GenerateOptions(tokens, (never,), batch_size=len(prompts))
         if len(prompts) not in decoders:
             decoders.clear()
             decoders[len(prompts)] = Decoder(model)

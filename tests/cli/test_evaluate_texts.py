@@ -125,15 +125,19 @@ def test_a_summary_ends_where_the_models_authors_end_a_text(
     path = base / "generation_config.json"
     assert cli("train", sft_config(model=str(base), train={"steps": 1}), "--run", "run").status == 0
     free, _ = evaluated(cli, Path("run"))
-    assert free["predictions"]["decoding"]["ends"] == [1]
+    assert free["predictions"]["decoding"]["eos_token_ids"] == [1]
     assert free["generation"]["tokens"] == 12
     # one of three bytes is what is written
     path.write_text(json.dumps({"eos_token_id": [1, *range(2, 258, 3), *range(3, 258, 3)]}))
     found, _ = evaluated(cli, Path("run"))
-    assert len(found["predictions"]["decoding"]["ends"]) == 172
+    assert len(found["predictions"]["decoding"]["eos_token_ids"]) == 172
     assert found["generation"]["tokens"] < 12
     path.write_text("[1")
     assert "generation_config.json: not a generation's configuration" in refused(cli, "run")
+    for stated, said in (("x", '"x"'), ([1, [2]], "[2]"), (1.5, "1.5"), ([None], "null")):
+        path.write_text(json.dumps({"eos_token_id": stated}))
+        message = f"generation_config.json: eos_token_id: {said} is no token's number"
+        assert message in refused(cli, "run")
 
 
 def refused(cli: Cli, *arguments: object) -> str:

@@ -169,14 +169,14 @@ def check_full_all_decide_as_the_fullest(world: World, folder: Path) -> None:
         expected = Tuner(folder, config).run()
         found = []
         loss = Tuner(folder, config).model.reserve().loss
-        for free in (1e9, loss + 9e6, 0.0):
+        for free in (loss + 1e9, loss + 9e6, 0.0):
             tuner = Tuner(folder, config, world)
             with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
                 taken = count(step=1_000_000 + world.rank)
                 patch.setattr(recompute, "_counts", lambda device: True)
                 patch.setattr(recompute, "_allocated", lambda device, t=taken: next(t))
                 # the first one has a little more, the last one that and no more
-                left = free if world.rank else 2e9
+                left = free if world.rank else loss + 2e9
                 patch.setattr(recompute, "_free", lambda device, left=left: int(left))
                 # of views, whose hooks might be lost
                 warnings.simplefilter("error")

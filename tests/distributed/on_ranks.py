@@ -34,6 +34,7 @@ from tli_engine.distributed.sharded_nf4 import ShardedNF4
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 from tli_engine.models.adapters import nf4_blocks
+from tli_engine.train import checkpoint
 from tli_engine.train.checkpoint import Found
 
 
@@ -68,18 +69,21 @@ def check_words_an_error_of_all_is_said_once(world: World, folder: Path) -> None
 def check_words_what_differs_is_named(world: World, folder: Path) -> None:
     kind = UserError if world.is_first else StoppedElsewhere
     with pytest.raises(kind) as error:
-        world.check_alike("the data", "a" if world.rank < 1 else "b")
+        world.check_alike("the data", "a" if world.rank < 1 else "b", "copy it")
     if world.is_first:
-        assert "the data on rank 1 is not that of rank 0" in str(error.value)
+        assert str(error.value) == "the data on rank 1 is not that of rank 0; copy it"
     with pytest.raises(kind) as error:
         check_same_gpus(world, "H100 80 GiB" if world.rank else "A100 40 GiB")
     if world.is_first:
-        assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1" in str(error.value)
+        assert "A100 40 GiB on rank 0, H100 80 GiB on rank 1; choose like ones" in str(error.value)
     check_same_gpus(world, "H100 80 GiB")
     with pytest.raises(kind) as error:
         check_same_gpus(world, "H100 80 GiB" if world.rank else _device_name("cpu"))
     if world.is_first:
-        assert "the CPU on rank 0, H100 80 GiB on rank 1" in str(error.value)
+        assert str(error.value) == (
+            "not every process has a GPU: the CPU on rank 0, H100 80 GiB on rank 1; leave out the "
+            "machines that have none, or set device=cpu on all"
+        )
     with pytest.raises(UserError, match="9 processes were started"):
         check_complete(world, 9)
 
@@ -276,7 +280,8 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         patch.setattr(_train, "joined", here)
         ends(
             lambda: fresh(run / str(world.rank)),
-            "the run folder, or whether to resume, on rank 1 is",
+            "the run folder, or whether to resume, on rank 1 is not that of rank 0; give all machines "
+            "the same folder",
         )
         last = world.rank == world.size - 1
         ends(
@@ -292,6 +297,30 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         patch.setattr(_train, "find_checkpoint", lambda path: looked.append(path) or found)
         assert _train._find(world, run) == found
         assert looked == [run] * world.is_first
+
+
+def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
+    """A checkpoint's files are read whole for their SHA-256 by no process but the first."""
+    run = folder / "shards" / f"looked-at-{world.size}"
+    tuner = Tuner(folder, config_of("sft", method="full"), world)
+    tuner.trainer.run(until=lambda: tuner.trainer.reported == 1)
+    looked: list[str] = []
+    problems = checkpoint.problems
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "problems", lambda of: looked.append(of.name) or problems(of))
+        assert checkpoint.load_best(run, tuner.trainer, world) is None
+        checkpoint.save_best(run, tuner.trainer, world)
+        path = checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
+        # it is there already
+        checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
+        world.together(lambda: checkpoint.load_checkpoint(path, tuner.trainer, world))
+        assert checkpoint.load_best(run, tuner.trainer, world) is not None
+        assert path.name in _train._last_checkpoint(run, world)
+        world.together(lambda: (run / "best" / "state.json").unlink() if world.is_first else None)
+        with pytest.raises(UserError if world.is_first else StoppedElsewhere) as error:
+            checkpoint.load_best(run, tuner.trainer, world)
+    assert not world.is_first or "the best checkpoint is lost" in str(error.value)
+    assert looked == [path.name, "best", "best", "best"] * world.is_first
 
 
 def main() -> None:

@@ -32,6 +32,15 @@ def test_alone_nothing_is_joined(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
+def test_of_one_process_the_rank_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Clusters number their jobs by it."""
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("RANK", "3")
+    assert launch.world_size() == 1
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert launch.world_size() == 1
+
+
 def test_too_few_gpus_are_named(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -86,11 +95,38 @@ def test_a_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE=0 in the environment is no number of processes"),
         (ONE_OF_TWO | {"RANK": "2"}, "RANK=2 in the environment is none of 2 processes"),
         (
+            ONE_OF_TWO | {"LOCAL_RANK": "x"},
+            "LOCAL_RANK=x in the environment is none of 2 processes",
+        ),
+        (
+            ONE_OF_TWO | {"LOCAL_WORLD_SIZE": "1", "LOCAL_RANK": "1"},
+            "LOCAL_RANK=1 in the environment is none of 1 processes",
+        ),
+        (
+            ONE_OF_TWO | {"LOCAL_WORLD_SIZE": "3"},
+            "LOCAL_WORLD_SIZE=3 in the environment is no number of processes of this machine, of 2 in all",
+        ),
+        (
             ONE_OF_TWO | {"MASTER_PORT": "http"},
-            "rank 0 of 2 did not meet the others at 127.0.0.1:http within 1 s (distributed.timeout): ",
+            "rank 0 of 2 cannot meet the others at 127.0.0.1:http: ",
+        ),
+        (
+            ONE_OF_TWO | {"MASTER_PORT": "99999"},
+            "rank 0 of 2 cannot meet the others at 127.0.0.1:99999: port must have value from 0 to ",
         ),
     ],
-    ids=["alone", "no local rank", "no number", "nobody", "no rank of them", "no port"],
+    ids=[
+        "alone",
+        "no local rank",
+        "no number",
+        "nobody",
+        "no rank of them",
+        "no number here",
+        "none of this machine",
+        "more here than in all",
+        "no port",
+        "no such port",
+    ],
 )
 def test_an_environment_that_cannot_be_is_told(
     said: dict[str, str],
@@ -106,24 +142,58 @@ def test_an_environment_that_cannot_be_is_told(
     assert main([*SHORT_OF_PATIENCE, "--run", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
     assert message in error
+    assert "start all of them, unless" not in error
     assert len(error.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("rank", "reason"),
+    [
+        ("0", "1/2 clients joined"),
+        # a stack of C++ goes with it
+        ("1", "The client socket has timed out after 1000ms while trying to connect to "),
+    ],
+)
 def test_a_process_that_does_not_come_is_told(
+    rank: str,
+    reason: str,
     tmp_path: Path,
     free_port: Callable[[], int],
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     port = str(free_port())
-    for name, value in (ONE_OF_TWO | {"MASTER_PORT": port}).items():
+    for name, value in (ONE_OF_TWO | {"MASTER_PORT": port, "RANK": rank}).items():
         monkeypatch.setenv(name, value)
     assert main([*SHORT_OF_PATIENCE, "--run", str(tmp_path / "run")]) == 2
     error = capfd.readouterr().err
-    assert f"rank 0 of 2 did not meet the others at 127.0.0.1:{port} within 1 s" in error
-    assert "1/2 clients joined; start all of them" in error
+    assert f"rank {rank} of 2 did not meet the others at 127.0.0.1:{port} within 1 s" in error
+    assert reason in error
+    assert error.endswith("; start all of them, unless one has ended with an error\n")
     assert len(error.splitlines()) == 1
     assert not dist.is_initialized()
+
+
+def test_what_is_logged_until_all_are_there_is_shown(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless a line says what went wrong, and no traceback is asked for."""
+
+    def log(line: str, error: Exception | None = None) -> None:
+        with launch._torch_unheard():
+            os.write(2, line.encode())
+            if error is not None:
+                raise error
+
+    log("a warning\n")
+    with pytest.raises(RuntimeError):
+        log("a fault\n", RuntimeError())
+    with pytest.raises(UserError):
+        log("a stack\n", UserError())
+    monkeypatch.setenv("TLI_ENGINE_DEBUG", "1")
+    with pytest.raises(UserError):
+        log("a stack to look at\n", UserError())
+    assert capfd.readouterr().err == "a warning\na fault\na stack to look at\n"
 
 
 def test_no_nccl_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

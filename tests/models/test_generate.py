@@ -85,7 +85,7 @@ def test_greedy_tokens_are_those_of_transformers(
     for fused in (False, True):
         if fused:
             model.fuse()
-        options = GenerateOptions(NEW, end, batch_size=3, other_ends=(other,))
+        options = GenerateOptions(NEW, (end, other), batch_size=3)
         found = generate(model, prompts, options)
         assert tokens_of(found) == expected
         assert [text.ended for text in found] == [len(text) < NEW for text in expected]
@@ -100,16 +100,15 @@ def test_beams_are_those_of_transformers(family: str, causal: Load, full: Any) -
     expected = by_transformers(theirs, prompts, *ends, num_beams=3)
     assert len({len(text) for text in expected}) > 1
     assert expected != by_transformers(theirs, prompts, ends[0], num_beams=3)
-    how: Any = {"batch_size": 2, "beams": 3, "other_ends": tuple(ends[1:])}
+    how: Any = {"batch_size": 2, "beams": 3}
     for fused in (False, True):
         if fused:
             model.fuse()
-        found = generate(model, prompts, GenerateOptions(NEW, ends[0], **how))
+        found = generate(model, prompts, GenerateOptions(NEW, tuple(ends), **how))
         assert tokens_of(found) == expected
     # of so many ends the likeliest tokens of all beams may be some
     ends = [token for token in range(256) if token % 4]
-    how["other_ends"] = tuple(ends[1:])
-    found = generate(model, prompts, GenerateOptions(NEW, ends[0], **how))
+    found = generate(model, prompts, GenerateOptions(NEW, tuple(ends), **how))
     assert tokens_of(found) == by_transformers(theirs, prompts, *ends, num_beams=3)
 
 
@@ -137,7 +136,7 @@ def test_adapters_take_part_while_they_are_on(
     if fused:
         model.fuse()
     model.train()
-    prompts, options = some_prompts(*LENGTHS), GenerateOptions(NEW, 257, batch_size=3)
+    prompts, options = some_prompts(*LENGTHS), GenerateOptions(NEW, (257,), batch_size=3)
     expected = [by_transformers(theirs, prompts, 257) for theirs in (adapted, base)]
     assert expected[0] != expected[1]
     assert tokens_of(generate(model, prompts, options)) == expected[0]
@@ -151,8 +150,8 @@ def test_adapters_take_part_while_they_are_on(
 def test_the_score_is_the_sum_of_log_probabilities(how: Any, causal: Load, full: Any) -> None:
     model, theirs = causal("qwen3"), full("qwen3")
     prompts = some_prompts(9, 5)
-    end = an_end(tokens_of(generate(model, prompts, GenerateOptions(NEW, 257, **how))))
-    found = generate(model, prompts, GenerateOptions(NEW, end, **how))
+    end = an_end(tokens_of(generate(model, prompts, GenerateOptions(NEW, (257,), **how))))
+    found = generate(model, prompts, GenerateOptions(NEW, (end,), **how))
     assert {text.ended for text in found} == {True, False}
     for prompt, text in zip(prompts, found, strict=True):
         tokens = (*text.tokens, end) if text.ended else text.tokens
@@ -166,7 +165,7 @@ def test_a_text_is_sampled_alike_in_any_batch(causal: Load) -> None:
     model, prompts = causal("llama"), some_prompts(*LENGTHS)
     texts = []
     for size, seed in ((1, 0), (4, 0), (4, 1)):
-        options = GenerateOptions(NEW, 257, size, temperature=1.0, top_p=0.9, seed=seed)
+        options = GenerateOptions(NEW, (257,), size, temperature=1.0, top_p=0.9, seed=seed)
         texts.append(tokens_of(generate(model, prompts, options)))
     assert texts[0] == texts[1] != texts[2]
 
@@ -190,7 +189,7 @@ def test_tokens_are_drawn_by_their_probabilities() -> None:
 
 def test_prompts_are_run_in_parts(causal: Load, monkeypatch: pytest.MonkeyPatch) -> None:
     model, prompts = causal("mistral"), some_prompts(*LENGTHS)
-    options = GenerateOptions(8, 257, beams=2)
+    options = GenerateOptions(8, (257,), beams=2)
     whole = generate(model, prompts, options)
     monkeypatch.setattr(decoder, "_PREFILL_TOKENS", 32)
     parts = generate(model, prompts, options)
@@ -200,7 +199,7 @@ def test_prompts_are_run_in_parts(causal: Load, monkeypatch: pytest.MonkeyPatch)
 def test_speed_is_told_after_each_batch(causal: Load) -> None:
     told: list[tuple[int, str]] = []
     prompts = some_prompts(5, 6, 7)
-    options = GenerateOptions(2, 257, batch_size=2)
+    options = GenerateOptions(2, (257,), batch_size=2)
     generate(causal("llama"), prompts, options, lambda n, note: told.append((n, note)))
     assert [n for n, _ in told] == [2, 1]
     assert all(note.endswith(" tokens/s") for _, note in told)
@@ -208,15 +207,17 @@ def test_speed_is_told_after_each_batch(causal: Load) -> None:
 
 
 def test_wrong_options_are_named(causal: Load) -> None:
+    with pytest.raises(ValueError, match="eos_token_ids must name a token at least"):
+        GenerateOptions(8, ())
     with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        GenerateOptions(8, 257, batch_size=0)
+        GenerateOptions(8, (257,), batch_size=0)
     with pytest.raises(ValueError, match=r"temperature must be 0 or more, got -1"):
-        GenerateOptions(8, 257, temperature=-1.0)
+        GenerateOptions(8, (257,), temperature=-1.0)
     with pytest.raises(ValueError, match=r"temperature must be 0 or more, got nan"):
-        GenerateOptions(8, 257, temperature=float("nan"))
+        GenerateOptions(8, (257,), temperature=float("nan"))
     with pytest.raises(ValueError, match=r"top_p must be above 0, 1 at most, got 1\.5"):
-        GenerateOptions(8, 257, top_p=1.5)
+        GenerateOptions(8, (257,), top_p=1.5)
     with pytest.raises(ValueError, match="beams and temperature exclude each other"):
-        GenerateOptions(8, 257, beams=2, temperature=1.0)
+        GenerateOptions(8, (257,), beams=2, temperature=1.0)
     with pytest.raises(ValueError, match="prompt 1 has no tokens"):
-        generate(causal("llama"), [(1,), ()], GenerateOptions(8, 257))
+        generate(causal("llama"), [(1,), ()], GenerateOptions(8, (257,)))

@@ -34,7 +34,7 @@ def test_tokens_are_those_of_transformers(smollm2: Any, full_model: nn.Module, b
         )
         tokens = out[0, len(prompt) :].tolist()
         expected.append(tuple(tokens[: tokens.index(end)] if end in tokens else tokens))
-    options = GenerateOptions(12, end, beams=beams)
+    options = GenerateOptions(12, (end,), beams=beams)
     assert [text.tokens for text in generate(model, prompts, options)] == expected
     model.fuse()
     assert [text.tokens for text in generate(model, prompts, options)] == expected

@@ -79,8 +79,8 @@ class Summariser:
         """
         examples = ExampleTokenizer(base.tokenizer, config.prompt, config.sft.context)
         # one that was not trained ends as its authors made it end
-        others = tuple(end for end in base.ends if end != examples.end)
-        options = GenerateOptions(max_new_tokens, examples.end, other_ends=others, **how)
+        eos_token_ids = tuple(dict.fromkeys((examples.end, *base.eos_token_ids)))
+        options = GenerateOptions(max_new_tokens, eos_token_ids, **how)
         prompts = [examples.prompt_ids(article, max_new_tokens) for article in articles]
         return cls(prompts, base.tokenizer, examples, options)
 

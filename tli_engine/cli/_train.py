@@ -18,7 +18,13 @@ from tli_engine.distributed.launch import PROMISED, joined
 from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.files import open_model
-from tli_engine.train.checkpoint import Found, find_checkpoint, load_checkpoint, save_checkpoint
+from tli_engine.train.checkpoint import (
+    Found,
+    checkpoints,
+    find_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import MetricsLog, read_metrics
 from tli_engine.train.run_folder import check_free, create, default_folder, write_text
@@ -72,7 +78,11 @@ def _whole(config: RunConfig) -> RunConfig:
 
 def _check_same_start(world: World, folder: Path | None, *, resume: bool) -> None:
     """Refuse a machine that was to begin another run, or to go on with one alone."""
-    world.check_alike("the run folder, or whether to resume,", f"{resume} {folder}")
+    world.check_alike(
+        "the run folder, or whether to resume,",
+        f"{resume} {folder}",
+        "give all machines the same folder, and --resume to all of them or to none",
+    )
 
 
 def _check_seen(folder: Path) -> None:
@@ -137,8 +147,16 @@ def _prepare(config: RunConfig, world: World, device: str) -> Job:
     else:
         from tli_engine.cli._train_sft import SftJob as Objective  # type: ignore[assignment]
     job: Job = world.together(lambda: Objective.prepare(config, world))
-    world.check_alike("the configuration", config.model_dump_json(exclude={"device"}))
-    world.check_alike("what the run is made from", json.dumps(job.run.provenance, sort_keys=True))
+    world.check_alike(
+        "the configuration",
+        config.model_dump_json(exclude={"device"}),
+        "give all machines the same file, recipe and --set",
+    )
+    world.check_alike(
+        "what the run is made from",
+        json.dumps(job.run.provenance, sort_keys=True),
+        "all machines must see the same files and the same versions",
+    )
     return job
 
 
@@ -158,7 +176,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     world, trainer = job.world, job.make_trainer(folder, on_warning)
     kept: list[dict[str, Any]] = []
     if (path := checkpoint.path) is not None:
-        world.together(lambda: load_checkpoint(path, trainer))
+        world.together(lambda: load_checkpoint(path, trainer, world))
         kept = [step for step in read_metrics(folder) if step["step"] <= trainer.reported]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
@@ -173,7 +191,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         try:
             _run_steps(trainer, metrics, folder, world, until)
         except TrainingError as e:
-            raise TrainingError(f"{e}; {_last_checkpoint(folder)}") from e
+            raise TrainingError(f"{e}; {_last_checkpoint(folder, world)}") from e
         # the last step too: what follows may fail, and the steps are what took the time
         last = _keep(trainer, metrics, folder, world)
     if until.settle():
@@ -186,8 +204,12 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     return 0
 
 
-def _last_checkpoint(folder: Path) -> str:
+def _last_checkpoint(folder: Path, world: World) -> str:
     """What a run that failed can go on from."""
+    if world.size > 1:
+        # all may fail at once, and would be ended as they read all of its files
+        last = checkpoints(folder)[:1]
+        return f"the last checkpoint is {last[0]}" if last else "there is no checkpoint yet"
     path = find_checkpoint(folder).path
     return "there is no checkpoint yet" if path is None else f"{path} is whole"
 

@@ -101,7 +101,9 @@ class SftJob:
             say(
                 f"stopped early: no lower loss in {best.since} measurements, best after step {best.step}"
             )
-        tensors = load_best(folder, trainer) if run.validation is not None else None
+        tensors = None
+        if run.validation is not None:
+            tensors = load_best(folder, trainer, self.world)
         if tensors is not None:
             trainer.set_tensors(tensors)
         weights = self._weights()

@@ -4,6 +4,8 @@ import ctypes
 import os
 import signal
 import sys
+import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -24,6 +26,8 @@ _PR_SET_PDEATHSIG = 1
 _PLACE = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 # seconds that processes have to keep a checkpoint after a signal
 _GRACE = 120
+# what a process without a GPU says it has
+_CPU = "the CPU"
 # for what one process does and the others wait for, such as a download
 _PATIENCE = timedelta(days=2)
 
@@ -103,7 +107,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     Raises:
         UserError: Too few GPUs, GPUs of several kinds or on some machines alone, no NCCL or gloo, fewer
             processes than were to start, some that are not there in time, or an environment that says
-            only a part of what torchrun says.
+            only a part of what torchrun says, or what cannot be.
     """
     size = world_size()
     check_promised(size, os.environ.get(PROMISED))
@@ -116,7 +120,7 @@ def joined(device: str, timeout: float) -> Iterator[tuple[World, str]]:
     check_backends(on_gpu)
     local = int(os.environ["LOCAL_RANK"])
     if on_gpu:
-        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE", local + 1)), torch.cuda.device_count())
+        check_gpus(int(os.environ.get("LOCAL_WORLD_SIZE") or local + 1), torch.cuda.device_count())
         device = f"cuda:{local}"
         torch.cuda.set_device(local)
     else:
@@ -136,23 +140,57 @@ def _meet(backends: str, timeout: float) -> World:
     """Wait for the other processes, ``timeout`` seconds.
 
     Raises:
-        UserError: Some of them did not come, or the environment says what cannot be.
+        UserError: Some of them did not come, or cannot be met where the environment says.
     """
-    try:
-        dist.init_process_group(backends, timeout=timedelta(seconds=timeout))
-        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
-    except (RuntimeError, ValueError) as e:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        rank, size, *place = (
-            os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        )
-        reason = str(e).partition("\n")[0].rstrip(".")
-        raise UserError(
-            f"rank {rank} of {size} did not meet the others at {':'.join(place)} within {timeout:g} s "
-            f"(distributed.timeout): {reason}; start all of them, unless one has ended with an error"
-        ) from None
+    start = time.monotonic()
+    with _torch_unheard():
+        try:
+            dist.init_process_group(backends, timeout=timedelta(seconds=timeout))
+            patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        except (RuntimeError, ValueError) as e:
+            in_time = time.monotonic() - start < timeout
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            raise _not_met(str(e).partition("\n")[0].rstrip("."), in_time, timeout) from None
     return World(dist.get_rank(), dist.get_world_size(), patient)
+
+
+def _not_met(reason: str, in_time: bool, timeout: float) -> UserError:
+    rank, size, *place = (
+        os.environ[name] for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    )
+    which, where = f"rank {rank} of {size}", ":".join(place)
+    if in_time:
+        return UserError(f"{which} cannot meet the others at {where}: {reason}")
+    return UserError(
+        f"{which} did not meet the others at {where} within {timeout:g} s (distributed.timeout): "
+        f"{reason}; start all of them, unless one has ended with an error"
+    )
+
+
+@contextmanager
+def _torch_unheard() -> Iterator[None]:
+    """Keep back what is written on stderr, and drop it where a ``UserError`` says what went wrong.
+
+    Of a first process that does not come, torch's C++ logs its stack.
+    """
+    sys.stderr.flush()
+    heard = os.dup(2)
+    with tempfile.TemporaryFile() as kept:
+        os.dup2(kept.fileno(), 2)
+        dropped = False
+        try:
+            yield
+        except UserError:
+            dropped = "TLI_ENGINE_DEBUG" not in os.environ
+            raise
+        finally:
+            sys.stderr.flush()
+            os.dup2(heard, 2)
+            os.close(heard)
+            kept.seek(0)
+            if not dropped and (text := kept.read()):
+                os.write(2, text)
 
 
 def world_size() -> int:
@@ -165,19 +203,35 @@ def world_size() -> int:
     said = os.environ.get("WORLD_SIZE") or "1"
     if not said.isdecimal() or int(said) < 1:
         raise UserError(f"WORLD_SIZE={said} in the environment is no number of processes; unset it")
+    size = int(said)
+    # a cluster may number its jobs by RANK: of one process it says nothing
+    if size > 1:
+        _check_place(size)
+    return size
+
+
+def _check_place(size: int) -> None:
+    """Raise ``UserError`` unless the environment says which of several processes this is."""
     missing = [name for name in _PLACE if not os.environ.get(name)]
-    if int(said) > 1 and missing:
+    if missing:
         raise UserError(
-            f"WORLD_SIZE={said} in the environment says that this is one of {said} processes, and "
+            f"WORLD_SIZE={size} in the environment says that this is one of {size} processes, and "
             f"{', '.join(missing)} do not say which: start them by torchrun or by --gpus, or unset "
             f"WORLD_SIZE to train in one"
         )
-    rank = os.environ.get("RANK") or "0"
-    if not rank.isdecimal() or int(rank) >= int(said):
+    here = os.environ.get("LOCAL_WORLD_SIZE") or str(size)
+    if not here.isdecimal() or not 0 < int(here) <= size:
         raise UserError(
-            f"RANK={rank} in the environment is none of {said} processes, which are counted from 0"
+            f"LOCAL_WORLD_SIZE={here} in the environment is no number of processes of this machine, "
+            f"of {size} in all"
         )
-    return int(said)
+    for name, processes in (("RANK", str(size)), ("LOCAL_RANK", here)):
+        rank = os.environ[name]
+        if not rank.isdecimal() or int(rank) >= int(processes):
+            raise UserError(
+                f"{name}={rank} in the environment is none of {processes} processes, which are counted "
+                f"from 0"
+            )
 
 
 def end_with(starter: int) -> None:
@@ -222,13 +276,18 @@ def check_complete(world: World, size: int) -> None:
 def check_same_gpus(world: World, name: str) -> None:
     """Raise ``UserError`` if GPUs differ in kind or memory: all would wait for the slowest.
 
-    A process without a GPU has ``the CPU``, which must be everyone's then.
+    A process without a GPU has :data:`_CPU`, which must be everyone's then.
     """
     names = world.gather(name)
     if len(set(names)) > 1:
         kinds = ", ".join(f"{n} on rank {names.index(n)}" for n in dict.fromkeys(names))
 
         def refuse() -> None:
+            if _CPU in names:
+                raise UserError(
+                    f"not every process has a GPU: {kinds}; leave out the machines that have none, or set "
+                    f"device=cpu on all"
+                )
             raise UserError(
                 f"GPUs of several kinds: {kinds}; choose like ones by CUDA_VISIBLE_DEVICES"
             )
@@ -238,7 +297,7 @@ def check_same_gpus(world: World, name: str) -> None:
 
 def _device_name(device: str) -> str:
     if device == "cpu":
-        return "the CPU"
+        return _CPU
     gpu = torch.cuda.get_device_properties(device)
     return f"{gpu.name} {gpu.total_memory / 2**30:.0f} GiB"
 

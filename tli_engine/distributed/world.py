@@ -86,17 +86,14 @@ class World:
             raise error
         raise StoppedElsewhere(2)
 
-    def check_alike(self, what: str, text: str) -> None:
-        """Raise ``UserError`` unless everyone has the same text."""
+    def check_alike(self, what: str, text: str, remedy: str) -> None:
+        """Raise ``UserError`` with a remedy unless everyone has the same text."""
         everyone = self.gather(text)
         wrong = [rank for rank, other in enumerate(everyone) if other != everyone[0]]
 
         def check() -> None:
             if wrong:
-                raise UserError(
-                    f"{what} on rank {wrong[0]} is not that of rank 0; all nodes must see the same "
-                    f"files and the same versions"
-                )
+                raise UserError(f"{what} on rank {wrong[0]} is not that of rank 0; {remedy}")
 
         self.together(check)
 

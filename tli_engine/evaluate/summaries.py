@@ -127,7 +127,7 @@ def predictions_record(
         "sha256": sha256(text.encode()).hexdigest(),
         "articles": texts.identity(),
         "decoding": {name: getattr(options, name) for name in _DECODING}
-        | {"ends": list(options.ends), "strength": strength},
+        | {"eos_token_ids": sorted(options.eos_token_ids), "strength": strength},
     }
 
 

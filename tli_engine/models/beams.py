@@ -21,10 +21,11 @@ class Beams:
     """
 
     def __init__(
-        self, texts: int, beams: int, new_tokens: int, ends: Sequence[int], like: Tensor
+        self, texts: int, beams: int, new_tokens: int, eos_token_ids: Sequence[int], like: Tensor
     ) -> None:
-        self._beams, self._ends = beams, torch.tensor(ends, device=like.device)
-        self.tokens = like.new_full((texts, beams, new_tokens), ends[0], dtype=torch.int64)
+        self._beams = beams
+        self._eos_token_ids = torch.tensor(eos_token_ids, device=like.device)
+        self.tokens = like.new_full((texts, beams, new_tokens), eos_token_ids[0], dtype=torch.int64)
         self.scores = like.new_full((texts, beams), -torch.inf)
         # all are alike at first: one of them goes on
         self.scores[:, 0] = 0
@@ -47,13 +48,13 @@ class Beams:
         texts, beams, vocab = log_probs.shape
         sums = (self.scores[:, :, None] + log_probs).flatten(1)
         # if all of the best ones end, in every way there is, as many are left
-        sums, found = sums.topk(min((1 + len(self._ends)) * beams, sums.shape[1]))
+        sums, found = sums.topk(min((1 + len(self._eos_token_ids)) * beams, sums.shape[1]))
         sources, tokens = found // vocab, found % vocab
         candidates = _pick(self.tokens, sources)
         candidates[:, :, step] = tokens
         ends = torch.ones_like(tokens, dtype=torch.bool)
         if not last:
-            ends = torch.isin(tokens, self._ends)
+            ends = torch.isin(tokens, self._eos_token_ids)
         self._end_with(candidates[:, :beams], sums[:, :beams], ends[:, :beams], step + 1)
         self.scores, going_on = sums.masked_fill(ends, -torch.inf).topk(beams)
         self.tokens = _pick(candidates, going_on)
@@ -79,7 +80,7 @@ def beam_search(
     *,
     beams: int,
     new_tokens: int,
-    ends: Sequence[int],
+    eos_token_ids: Sequence[int],
     look_every: int,
 ) -> tuple[Tensor, Tensor]:
     """Search the best continuation of each prompt.
@@ -89,14 +90,14 @@ def beam_search(
         prompts: Token ids.
         beams: Open continuations of each.
         new_tokens: Longest continuation.
-        ends: Tokens that end one; the first fills it up.
+        eos_token_ids: Tokens that end one; the first fills it up.
         look_every: Steps after which the host looks whether the search is over.
 
     Returns:
         As :meth:`Beams.best`.
     """
     logits = decoder.begin(prompts, new_tokens, copies=beams)
-    found = Beams(len(prompts), beams, new_tokens, ends, logits)
+    found = Beams(len(prompts), beams, new_tokens, eos_token_ids, logits)
     log_probs = logits.log_softmax(-1)[:, None].expand(-1, beams, -1)
     for step in range(new_tokens):
         last = step + 1 == new_tokens

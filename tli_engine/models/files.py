@@ -47,11 +47,11 @@ class ModelFiles:
         return load_tokenizer(self.name, self.folder, self.gguf_file)
 
     @property
-    def ends(self) -> tuple[int, ...]:
+    def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens at which the model's authors end a text: ``eos_token_id`` of its configurations.
 
         Raises:
-            UserError: ``generation_config.json`` is not JSON.
+            UserError: ``generation_config.json`` is not JSON, or its ``eos_token_id`` names no tokens.
         """
         path = self.folder / "generation_config.json"
         try:
@@ -61,8 +61,10 @@ class ModelFiles:
             stated = [getattr(self.config, "eos_token_id", None), generation.get("eos_token_id")]
         except (OSError, ValueError, AttributeError) as e:
             raise UserError(f"{path}: not a generation's configuration: {e}") from None
-        tokens = [t for s in stated for t in (s if isinstance(s, list) else [s]) if t is not None]
-        return tuple(sorted({int(token) for token in tokens}))
+        tokens = [t for s in stated if s is not None for t in (s if isinstance(s, list) else [s])]
+        if wrong := [t for t in tokens if type(t) is not int]:
+            raise UserError(f"{path}: eos_token_id: {json.dumps(wrong[0])} is no token's number")
+        return tuple(sorted(set(tokens)))
 
 
 def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any:

@@ -21,8 +21,8 @@ class GenerateOptions:
 
     Attributes:
         max_new_tokens: Of each text, the end included.
-        end: Token that ends a text, and fills up those that have ended.
-        other_ends: Tokens that end one, too; as ``end`` they are no part of it.
+        eos_token_ids: Tokens that end a text, and are no part of it; the first fills up those that have
+            ended.
         batch_size: Texts at a time; longest prompts come first. A model whose rotary embeddings follow
             the longest text (``dynamic``, ``longrope``) continues one at a time.
         beams: Above 1, the continuation of the highest mean log-probability is searched among so many
@@ -38,21 +38,17 @@ class GenerateOptions:
     """
 
     max_new_tokens: int
-    end: int
+    eos_token_ids: tuple[int, ...]
     batch_size: int = 8
     beams: int = 1
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     cuda_graph: bool = True
-    other_ends: tuple[int, ...] = ()
-
-    @property
-    def ends(self) -> tuple[int, ...]:
-        """Every token that ends a text, each once, in their order."""
-        return tuple(sorted({self.end, *self.other_ends}))
 
     def __post_init__(self) -> None:
+        if not self.eos_token_ids:
+            raise ValueError("eos_token_ids must name a token at least")
         for name in ("max_new_tokens", "batch_size", "beams"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -138,13 +134,13 @@ def _continue(
             prompts,
             beams=options.beams,
             new_tokens=options.max_new_tokens,
-            ends=(options.end, *options.other_ends),
+            eos_token_ids=options.eos_token_ids,
             look_every=decoder.look_every,
         )
     else:
         tokens, scores = _continue_one_each(decoder, prompts, draws, options)
     return [
-        _generated(row, score, options.ends)
+        _generated(row, score, options.eos_token_ids)
         for row, score in zip(tokens.tolist(), scores.tolist(), strict=True)
     ]
 
@@ -159,14 +155,15 @@ def _continue_one_each(
     logits = decoder.begin(prompts, options.max_new_tokens)
     ended = torch.zeros(len(prompts), dtype=torch.bool, device=logits.device)
     scores = torch.zeros(len(prompts), device=logits.device)
-    draws, ends = draws.to(logits.device), torch.tensor(options.ends, device=logits.device)
+    draws = draws.to(logits.device)
+    eos_token_ids = torch.tensor(options.eos_token_ids, device=logits.device)
     steps: list[Tensor] = []
     for step in range(options.max_new_tokens):
         tokens = choose(logits, options.temperature, options.top_p, draws[:, step])
         chosen = logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
         scores += chosen.masked_fill(ended, 0)
-        tokens = tokens.masked_fill(ended, options.end)
-        ended |= torch.isin(tokens, ends)
+        tokens = tokens.masked_fill(ended, options.eos_token_ids[0])
+        ended |= torch.isin(tokens, eos_token_ids)
         steps.append(tokens)
         last = step + 1 == options.max_new_tokens
         if last or ((step + 1) % decoder.look_every == 0 and ended.all()):
@@ -201,6 +198,6 @@ def choose(logits: Tensor, temperature: float, top_p: float, draws: Tensor) -> T
     return chosen
 
 
-def _generated(tokens: list[int], score: float, ends: tuple[int, ...]) -> Generated:
-    until = next((i for i, token in enumerate(tokens) if token in ends), None)
+def _generated(tokens: list[int], score: float, eos_token_ids: tuple[int, ...]) -> Generated:
+    until = next((i for i, token in enumerate(tokens) if token in eos_token_ids), None)
     return Generated(tuple(tokens[:until]), score, until is not None)

@@ -90,7 +90,7 @@ def save_checkpoint(run: Path, trainer: Resumable, keep: int, world: World = ALO
     shards = trainer.shards()
     if shards is None and not world.is_first:
         return final
-    there = final.is_dir() and not problems(final)
+    there = world.is_first and final.is_dir() and not problems(final)
     # a partner that was slow to look must not see it written
     if not (there if shards is None else world.share(there)):
         state = {"step": trainer.step, **trainer.notes()}
@@ -99,7 +99,7 @@ def save_checkpoint(run: Path, trainer: Resumable, keep: int, world: World = ALO
             _write(final, {_FILES[0]: tensors, _FILES[1]: optimizer}, state)
         else:
             _write_shards(final, {**shards.tensors, **shards.statistics}, state, world)
-    found = _checkpoints(run) if world.is_first else [final]
+    found = checkpoints(run) if world.is_first else [final]
     for old in (*found[: found.index(final)], *found[found.index(final) + keep :]):
         shutil.rmtree(old, ignore_errors=True)
     return final
@@ -121,19 +121,25 @@ def save_best(run: Path, trainer: Resumable, world: World = ALONE) -> None:
         _write(run / _BEST, {_FILES[0]: tensors}, state)
 
 
-def load_best(run: Path, trainer: Resumable) -> Mapping[str, Tensor] | None:
+def load_best(run: Path, trainer: Resumable, world: World = ALONE) -> Mapping[str, Tensor] | None:
     """The tensors that :func:`save_best` wrote; ``None`` where it did not.
 
-    Where ranks hold shares, the trainer's own tensors, overwritten.
+    Where ranks hold shares, the trainer's own tensors, overwritten. All ranks call it; the first one looks
+    whether they are whole.
 
     Raises:
         UserError: They are not whole.
     """
     folder = run / _BEST
-    if not folder.is_dir():
+
+    def look() -> bool:
+        there = world.is_first and folder.is_dir()
+        if there and (wrong := problems(folder)):
+            raise UserError(f"{wrong[0]}; the best checkpoint is lost, the last one is whole")
+        return there
+
+    if not world.share(world.together(look)):
         return None
-    if wrong := problems(folder):
-        raise UserError(f"{wrong[0]}; the best checkpoint is lost, the last one is whole")
     if (shards := trainer.shards()) is None:
         return load_file(folder / _FILES[0])
     load_shards(folder, shards.tensors, shards.group)
@@ -217,7 +223,7 @@ def _whole_or_not(final: Path, *, keep_part: bool = False) -> Iterator[None]:
 def find_checkpoint(run: Path) -> Found:
     """Look for the newest checkpoint that its manifest says is whole."""
     skipped: list[str] = []
-    for path in _checkpoints(run):
+    for path in checkpoints(run):
         wrong = problems(path)
         if not wrong:
             return Found(path, skipped)
@@ -225,16 +231,17 @@ def find_checkpoint(run: Path) -> Found:
     return Found(None, skipped)
 
 
-def load_checkpoint(path: Path, trainer: Resumable) -> None:
+def load_checkpoint(path: Path, trainer: Resumable, world: World = ALONE) -> None:
     """Put a trainer where it was when the checkpoint was written.
+
+    All ranks call it; the first one looks whether ``best`` is whole.
 
     Raises:
         UserError: The checkpoint is of another model or other adapters, or cannot be read.
     """
+    # before anything that one of them alone may fail at
+    found = world.share(_best_step(path.parent.parent / _BEST) if world.is_first else None)
     notes = _state(path)
-    best = path.parent.parent / _BEST
-    # a kill as one took another's place leaves neither whole
-    found = None if problems(best) else _state(best)["step"]
     if "loss" in (noted := notes.get("best", {})) and noted["step"] != found:
         # a later one, of an end of the run that was lost, took its place: the next is the best
         notes["best"] = {name: noted[name] for name in ("before",) if name in noted}
@@ -252,6 +259,12 @@ def load_checkpoint(path: Path, trainer: Resumable) -> None:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
     except (OSError, SafetensorError) as e:
         raise UserError(f"{path}: cannot be read: {e}") from None
+
+
+def _best_step(best: Path) -> int | None:
+    """Of which step the best tensors are; None if they are not whole."""
+    # a kill as one took another's place leaves neither so
+    return None if problems(best) else int(_state(best)["step"])
 
 
 def _state(folder: Path) -> dict[str, Any]:
@@ -309,8 +322,8 @@ def _joined_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     return tensors, {name: t for name, t in found.items() if "/" in name}
 
 
-def _checkpoints(run: Path) -> list[Path]:
-    """Newest first."""
+def checkpoints(run: Path) -> list[Path]:
+    """Those of a run, newest first, as they were named when they were whole; nothing of them is read."""
     folder = run / "checkpoints"
     found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
