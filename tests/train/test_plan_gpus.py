@@ -186,3 +186,9 @@ def test_what_several_gpus_refuse_the_plan_refuses() -> None:
         planned("llama-3-8b", 2, distributed={"weights": "sharded"}, quantize="none")
     with pytest.raises(UserError, match="there is one process"):
         planned("llama-3-8b", 1, distributed={"weights": "sharded"}, quantize="nf4")
+
+
+@pytest.mark.parametrize(("name", "said"), [("qwen2-1.5b", False), ("qwen2-72b", True)])
+def test_how_many_gpus_is_said_where_one_does_not_do(name: str, said: bool) -> None:
+    plan = planned(name, 1, "h200", method="full", train={"steps": 9, "batch_size": 1})
+    assert any("in shares over several GPUs" in note for note in plan.notes) == said

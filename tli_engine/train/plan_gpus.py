@@ -31,7 +31,9 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
     check_distributed(run, World(0, gpus))
     if gpus == 1:
         plan = make_plan(run, model, target)
-        return _with_counts(plan, run, model) if run.method == "full" else plan
+        # where one holds it, how many do is no question
+        held = any(note.startswith("fits: ") for note in plan.notes)
+        return plan if held or run.method != "full" else _with_counts(plan, run, model)
     if target.memory is None and run.device != "cpu":
         raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
     mine = rank_config(run, gpus)
