@@ -43,7 +43,7 @@ def test_every_case_has_a_row_in_the_docs(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(readme, "_H200", tmp_path)
     lines = readme.scaling_table().splitlines()[2:]
     assert len(lines) == len(jobs)
-    assert "| adapters on all blocks, NF4 in shares | 2 |" in lines[-1]
+    assert "| adapters on all blocks, NF4 in shares | 64 | 2 |" in lines[-1]
 
 
 def test_too_few_gpus_are_said(monkeypatch: pytest.MonkeyPatch) -> None:
