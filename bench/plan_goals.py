@@ -56,17 +56,14 @@ def planned_shares(folder: Path) -> Iterator[tuple[Row, Plan]]:
         shape, case = row["shape"], SHARED_OUT[row["case"]]
         if shape["gpus"] == 1:
             continue
-        nf4 = case.method == "lora"
-        values = {
-            "objective": "sft",
-            "method": case.method,
-            "quantize": "nf4" if nf4 else "none",
-            "double_quant": nf4,
-            "lora": {"layers": "all"},
-            "sft": {"context": shape["length"]},
-            "train": {"batch_size": shape["rows"], "accumulate": shape["gpus"]},
-            "distributed": {"weights": case.weights},
-        }
+        values = _of_texts(
+            case.method,
+            nf4=case.method == "lora",
+            layers="all",
+            sft={"context": shape["length"]},
+            train={"batch_size": shape["rows"], "accumulate": shape["gpus"]},
+        )
+        values["distributed"] = {"weights": case.weights}
         run = plan_config(PlanCase(row["case"], row["model"], values))
         model = Survey(row["model"], config_of(row["model"]), None)
         yield row, plan_for(run, model, device, shape["gpus"])
@@ -140,16 +137,12 @@ def _table(head: str, found: Iterable[tuple[str, Row, Plan]]) -> str:
 def _run_of(row: Row, case: Case, provider: Provider) -> dict[str, Any]:
     """What a provider's run differs in from the planned configurations' usual."""
     shape, parts, graphs = row["shape"], provider.accumulate, provider.graphs
-    nf4 = case.method == "lora" and not provider.dense
-    return {
-        "objective": "sft",
-        "method": case.method,
-        # the bench's NF4 weights have an absmax of 8 bits
-        "quantize": "nf4" if nf4 else "none",
-        "double_quant": nf4,
-        "lora": {"layers": case.layers},
-        "sft": {"context": shape["length"], "activations": provider.activations},
-        "train": {
+    return _of_texts(
+        case.method,
+        nf4=case.method == "lora" and not provider.dense,
+        layers=case.layers,
+        sft={"context": shape["length"], "activations": provider.activations},
+        train={
             "batch_size": shape["rows"] // parts,
             "accumulate": parts,
             "optimizer": optimizer_of(case, row["model"], provider),
@@ -157,4 +150,20 @@ def _run_of(row: Row, case: Case, provider: Provider) -> dict[str, Any]:
             "in_backward": provider.in_backward,
             "cuda_graph": "auto" if graphs is None else graphs,
         },
+    )
+
+
+def _of_texts(
+    method: str, *, nf4: bool, layers: str, sft: dict[str, Any], train: dict[str, Any]
+) -> dict[str, Any]:
+    """Fine-tuning as the benches have it."""
+    return {
+        "objective": "sft",
+        "method": method,
+        # the benches' NF4 weights have an absmax of 8 bits
+        "quantize": "nf4" if nf4 else "none",
+        "double_quant": nf4,
+        "lora": {"layers": layers},
+        "sft": sft,
+        "train": train,
     }

@@ -32,7 +32,7 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
     if gpus == 1:
         plan = make_plan(run, model, target)
         # where one holds it, how many do is no question
-        held = any(note.startswith("fits: ") for note in plan.notes)
+        held = target.memory is not None and fits(target, sum(plan.gpu_bytes.values()))
         return plan if held or run.method != "full" else _with_counts(plan, run, model)
     if target.memory is None and run.device != "cpu":
         raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
@@ -240,8 +240,8 @@ def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
     """The fewest GPUs, two or more, that hold full fine-tuning in shares, for each large kind."""
     shared = run.distributed.model_copy(update={"offload": False})
     # a row a GPU, once: what a batch takes is for the user to choose
-    plain = {"optimizer": "adamw", "rounding": "master", "in_backward": False, "batch_size": 1}
-    plain["accumulate"] = 1
+    plain: dict[str, Any] = {"batch_size": 1, "accumulate": 1}
+    plain |= {"optimizer": "adamw", "rounding": "master", "in_backward": False}
     changed = {"distributed": shared, "train": run.train.model_copy(update=plain)}
     if run.sft.activations == "auto":
         changed["sft"] = run.sft.model_copy(update={"activations": "recompute"})

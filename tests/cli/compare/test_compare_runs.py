@@ -9,24 +9,12 @@ from typing import Any
 import pytest
 import torch
 
-from tests.comparison import in_this_process, without_plots, write_comparison
 from tli_engine.cli import _compare
 from tli_engine.cli._compare_made import held_in_nf4
 from tli_engine.config import resolve_config
 from tli_engine.models.files import open_model
 
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_plots(monkeypatch)
-    monkeypatch.setattr(_compare, "_in_processes", in_this_process)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
-    return write_comparison(tmp_path_factory.mktemp("compare"), tiny_model, pairs_file)
 
 
 def test_runs_made_apart_are_gathered(cli: Cli, config: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.comparison import ARTICLES, in_this_process, without_plots, write_comparison
+from tests.comparison import ARTICLES, in_this_process, without_plots
 from tests.interrupt import at_step
 from tli_engine.cli import _compare, main
 from tli_engine.evaluate.compare.config import ARMS
@@ -19,17 +19,6 @@ from tli_engine.train.manifest import sha256
 from tli_engine.train.metrics import MetricsLog
 
 Cli = Callable[..., Any]
-
-
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    without_plots(monkeypatch)
-    monkeypatch.setattr(_compare, "_in_processes", in_this_process)
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path, pairs_file: Path) -> Path:
-    return write_comparison(tmp_path_factory.mktemp("compare"), tiny_model, pairs_file)
 
 
 @pytest.fixture(scope="module")
