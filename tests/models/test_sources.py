@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tli_engine.errors import UserError
 from tli_engine.models import files as files_module
+from tli_engine.models import tokenizer as tokenizer_module
 from tli_engine.models.early import EarlyModel, load_early
 from tli_engine.models.files import ModelFiles, open_model
 from tli_engine.models.sources import GgufSource
@@ -332,7 +333,7 @@ def test_a_gguf_file_is_read_once_until_it_changes(
         return object()
 
     monkeypatch.setattr(files_module, "open_gguf_config", read_config)
-    monkeypatch.setattr(files_module, "_tokenizer", read_tokenizer)
+    monkeypatch.setattr(tokenizer_module, "_tokenizer", read_tokenizer)
     first, second = (open_model(str(path)) for _ in range(2))
     assert first.source is second.source
     assert first.tokenizer is second.tokenizer

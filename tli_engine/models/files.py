@@ -1,7 +1,6 @@
 """A model by name: a folder, a GGUF file, a Hub id or a built-in, opened without its weights."""
 
 import json
-import os
 import struct
 from collections.abc import Callable
 from copy import deepcopy
@@ -13,9 +12,8 @@ from typing import Any
 from tli_engine.errors import UserError
 from tli_engine.models import builtin, hub
 from tli_engine.models.sources import GgufSource, SafetensorsSource, TensorSource
+from tli_engine.models.tokenizer import LOCAL_FILES, file_identity, first_line, load_tokenizer
 
-# files that are here, and no code that lies beside them
-_LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
@@ -65,34 +63,6 @@ class ModelFiles:
         if wrong := [t for t in tokens if type(t) is not int]:
             raise UserError(f"{path}: eos_token_id: {json.dumps(wrong[0])} is no token's number")
         return tuple(sorted(set(tokens)))
-
-
-def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any:
-    """The tokenizer in a model's folder, or in its GGUF file.
-
-    Raises:
-        UserError: There is none that can be loaded.
-    """
-    if gguf_file:
-        return _gguf_tokenizer(name, folder, gguf_file, _identity(folder / gguf_file))
-    return _tokenizer(name, folder)
-
-
-@lru_cache(maxsize=2)
-def _gguf_tokenizer(name: str, folder: Path, file: str, identity: tuple[int, ...]) -> Any:
-    return _tokenizer(name, folder, gguf_file=file)
-
-
-def _tokenizer(name: str, folder: Path, **options: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(folder, **_LOCAL, **options)
-    except (OSError, ValueError, KeyError) as e:
-        raise UserError(
-            f"{name}: its tokenizer cannot be loaded; are tokenizer.json and "
-            f"tokenizer_config.json there? ({_first_line(e)})"
-        ) from None
 
 
 def open_model(name: str) -> ModelFiles:
@@ -156,9 +126,9 @@ def open_config(name: str, folder: Path) -> tuple[Any, dict[str, Any] | None]:
         raise UserError(f"{path}: not a model's configuration")
     _check_family(name, str(text.get("model_type", values.get("model_type"))))
     try:
-        config = AutoConfig.from_pretrained(folder, **_LOCAL).get_text_config()
+        config = AutoConfig.from_pretrained(folder, **LOCAL_FILES).get_text_config()
     except (OSError, ValueError, TypeError, KeyError, AttributeError, StrictDataclassError) as e:
-        raise UserError(f"{path}: not a whole configuration: {_first_line(e)}") from None
+        raise UserError(f"{path}: not a whole configuration: {first_line(e)}") from None
     # of a multimodal model it stands beside the text's configuration
     quantised = values.get("quantization_config", text.get("quantization_config"))
     _check_quantisation(name, quantised)
@@ -166,7 +136,7 @@ def open_config(name: str, folder: Path) -> tuple[Any, dict[str, Any] | None]:
 
 
 def _open_gguf(name: str, path: Path) -> ModelFiles:
-    config, source = _gguf_parts(name, path, _identity(path))
+    config, source = _gguf_parts(name, path, file_identity(path))
     # a model may note in its configuration how it runs
     return ModelFiles(name, name, path.parent, path.name, deepcopy(config), source)
 
@@ -176,15 +146,6 @@ def _gguf_parts(name: str, path: Path, identity: tuple[int, ...]) -> tuple[Any, 
     """Configuration and tensors of a file, read once: a large vocabulary takes many seconds."""
     config = open_gguf_config(name, path)
     return config, GgufSource(path, deepcopy(config))
-
-
-def _identity(path: Path) -> tuple[int, ...]:
-    """What tells a file from another, and from itself after a change; nothing of one that is not there."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return ()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_gguf_config(name: str, path: Path) -> Any:
@@ -201,16 +162,12 @@ def open_gguf_config(name: str, path: Path) -> Any:
         if f.read(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file")
     try:
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **_LOCAL)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, **LOCAL_FILES)
     except (OSError, ValueError, KeyError, IndexError, NotImplementedError, struct.error) as e:
-        raise UserError(f"{path}: its header cannot be read: {_first_line(e)}") from None
+        raise UserError(f"{path}: its header cannot be read: {first_line(e)}") from None
     config = config.get_text_config()
     _check_family(name, config.model_type)
     return config
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def _check_family(name: str, family: str) -> None:

@@ -12,8 +12,9 @@ import torch
 from tli_engine.errors import UserError
 from tli_engine.models import builtin, hub
 from tli_engine.models.early import EarlyModel
-from tli_engine.models.files import load_tokenizer, open_config, open_gguf_config
+from tli_engine.models.files import open_config, open_gguf_config
 from tli_engine.models.sources import HEAD, INDEX, SINGLE, decoder_prefix
+from tli_engine.models.tokenizer import load_tokenizer
 
 # bytes of an element where a configuration names no dtype
 _USUAL = 2

@@ -1,0 +1,90 @@
+"""The tokenizer of a model's folder or GGUF file, and whether it joins the words that it knows."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from tli_engine.errors import UserError
+
+# files that are here, and no code that lies beside them
+LOCAL_FILES: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+# entries of the vocabulary that are looked at; fewer words than the second tell nothing
+_LOOKED_AT, _ENOUGH = 2048, 64
+# of those words, how many must come out whole; of a tokenizer that was read rightly nearly all do
+_WHOLE = 0.5
+
+
+def load_tokenizer(name: str, folder: Path, gguf_file: str | None = None) -> Any:
+    """The tokenizer in a model's folder, or in its GGUF file.
+
+    Raises:
+        UserError: There is none that can be loaded, or it splits the words of its own vocabulary.
+    """
+    if gguf_file:
+        return _gguf_tokenizer(name, folder, gguf_file, file_identity(folder / gguf_file))
+    return _tokenizer(name, folder)
+
+
+@lru_cache(maxsize=2)
+def _gguf_tokenizer(name: str, folder: Path, file: str, identity: tuple[int, ...]) -> Any:
+    return _tokenizer(name, folder, gguf_file=file)
+
+
+def _tokenizer(name: str, folder: Path, **options: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL_FILES, **options)
+    except (OSError, ValueError, KeyError) as e:
+        raise UserError(
+            f"{name}: its tokenizer cannot be loaded; are tokenizer.json and "
+            f"tokenizer_config.json there? ({first_line(e)})"
+        ) from None
+    _check_joins(name, tokenizer, from_gguf=bool(options))
+    return tokenizer
+
+
+def _check_joins(name: str, tokenizer: Any, *, from_gguf: bool) -> None:
+    """Raise ``UserError`` if words of the vocabulary do not come out as the tokens that they are.
+
+    A tokenizer whose merges were lost in a conversion still gives tokens for any text, of a letter
+    or two, and a model then trains on what it never saw: nothing else would tell.
+    """
+    total = len(tokenizer)
+    ids = range(0, total, max(1, total // _LOOKED_AT))
+    texts = {i: tokenizer.decode([i]) for i in ids}
+    # three letters and more can only come of joining
+    words = {i: t for i, t in texts.items() if len(t) >= 3 and t.strip().isalpha()}
+    if len(words) < _ENOUGH:
+        return
+    found = tokenizer(list(words.values()), add_special_tokens=False).input_ids
+    whole = sum(tokens == [i] for i, tokens in zip(words, found, strict=True))
+    if whole >= _WHOLE * len(words):
+        return
+    from transformers import __version__
+
+    mend = (
+        f"transformers {__version__} does not read this GGUF file's tokenizer rightly: "
+        "pip install -U transformers"
+        if from_gguf
+        else "tokenizer.json lacks its merges: make the folder's tokenizer anew from its source"
+    )
+    raise UserError(
+        f"{name}: its tokenizer splits words of its own vocabulary "
+        f"({whole} of {len(words)} come out whole); {mend}"
+    )
+
+
+def file_identity(path: Path) -> tuple[int, ...]:
+    """What tells a file from another, and from itself after a change; nothing of one that is not there."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return ()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def first_line(error: Exception) -> str:
+    """The first line of what an error says, or its type's name."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
