@@ -307,11 +307,16 @@ def test_measured_peaks() -> None:
         ("llama-3-8b", "lora_all", "12-gib-in-4"): (24, True),
         ("llama-3-8b", "lora_all", "9-gib-in-4"): (31, True),
         ("llama-3-8b", "lora_all", "11-gib-in-4"): (29, True),
+        ("llama-3-8b", "full", "in-backward"): (32, False),
+        ("llama-3-8b", "full", "stochastic-in-backward"): (32, False),
         ("qwen2-1.5b", "lora_early", ""): (0, True),
         ("qwen2-1.5b", "lora_early", "recompute"): (28, True),
         ("qwen2-1.5b", "lora_early", "save"): (0, True),
         ("qwen2-1.5b", "full", ""): (0, True),
+        ("qwen2-1.5b", "full", "recompute"): (28, True),
+        ("qwen2-1.5b", "full", "stochastic"): (0, True),
         ("qwen2-72b", "lora_early", ""): (0, False),
+        ("qwen2-72b", "lora_early", "79-gib"): (44, False),
     }
 
 

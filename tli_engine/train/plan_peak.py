@@ -161,7 +161,7 @@ class Step:
             if outline.causal is None:
                 # fused: they are made, then written to the buffer of all
                 gradients = (2 if outline.fused else 1) * every
-            yield Moment(self._at_once(gradients), activations, working)
+            yield Moment(self._at_once(gradients, f"layers.{i}."), activations, working)
         yield self._update(every)
 
     @property
@@ -191,11 +191,12 @@ class Step:
         full = causal is not None and causal.head.requires_grad
         return causal.head.nbytes if causal is not None and full else 0
 
-    def _at_once(self, gradients: int) -> int:
-        """What of gradients is held where each is used at once."""
+    def _at_once(self, gradients: int, prefix: str = "") -> int:
+        """What of gradients is held where each is used at once: the largest of those so named."""
         if not self._outline.run.train.in_backward:
             return gradients
-        largest = max(self._outline.trained.values(), key=lambda t: t.numel())
+        named = (t for n, t in self._outline.trained.items() if n.startswith(prefix))
+        largest = max(named, key=lambda t: t.numel())
         return largest.nbytes + self._rounding(largest.numel(), largest.element_size())
 
     def _rounding(self, largest: int, element: int) -> int:
