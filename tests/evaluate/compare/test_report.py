@@ -72,6 +72,21 @@ def test_seeds_are_pooled_and_paired(part: Callable[..., Part]) -> None:
     assert full["curves"][0]["validation"] == [[300, 2.0]]
 
 
+def test_an_arm_that_only_got_worse_is_said(report: Callable[..., Report]) -> None:
+    found = report()
+    full, early = (next(a for a in found["arms"] if a["name"] == n) for n in ("full", "lora-early"))
+    fell, rose = [[43, 3.3], [86, 3.2], [129, 3.25]], [[43, 3.2], [86, 3.5], [129, 3.6]]
+    for curve, of_full, of_early in zip(
+        full["curves"], (rose, rose, fell), (fell, fell, rose), strict=True
+    ):
+        curve["validation"] = of_full
+        early["curves"][curve["seed"]]["validation"] = of_early
+    (line,) = (s for s in conclusions(found) if "was lowest when it was first measured" in s)
+    assert line.startswith("full (step 43, 2 of 3 seeds): the loss on unseen articles")
+    full["curves"][0]["validation"] = fell
+    assert not any("first measured" in s for s in conclusions(found))
+
+
 def test_what_is_shown_is_said(report: Callable[..., Report]) -> None:
     found = report()
     assert too_small(found) is None

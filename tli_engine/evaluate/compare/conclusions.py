@@ -28,6 +28,7 @@ def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
             f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
         )
     lines += _empty(report)
+    lines += _overtrained(report)
     lines += _against(report)
     lines += _baselines(report)
     lines += _costs(report)
@@ -69,6 +70,23 @@ def _empty(report: Report) -> Iterator[str]:
     ]
     if said:
         yield f"Some summaries are empty, which scores 0 whatever was learnt: {_listed(said)}."
+
+
+def _overtrained(report: Report) -> Iterator[str]:
+    """Arms that only got worse: what is said of them may be said of their learning rate alone."""
+    said = []
+    for arm in report["arms"]:
+        curves = [c["validation"] for c in arm["curves"] if len(c["validation"]) > 1]
+        risen = [curve[0][0] for curve in curves if min(curve, key=lambda at: at[1]) is curve[0]]
+        if 2 * len(risen) > len(curves):
+            of = f"{len(risen)} of {_count(len(curves), 'seed')}"
+            said.append(f"{arm['name']} (step {risen[0]}, {of})")
+    if said:
+        yield (
+            f"{_listed(said)}: the loss on unseen articles was lowest when it was first measured, and "
+            "rose from there. The learning rate was too high or the steps too many for a fair "
+            "comparison: try smaller ones."
+        )
 
 
 def _against(report: Report) -> Iterator[str]:
