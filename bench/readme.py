@@ -273,7 +273,7 @@ def scaling_table() -> str:
 _METRICS = {"rougeL": "ROUGE-L", "rouge1": "ROUGE-1", "bleu": "BLEU", "chrf": "chrF++"}
 
 
-def comparison_table(name: str = "swahili-news-smollm2") -> str:
+def comparison_table(name: str) -> str:
     """The arms of a comparison, and the systems that need no training."""
     found = json.loads((DOCS / "comparisons" / name / "report.json").read_text())
     p = {(t["arm"], t["metric"]): t["p_holm"] for t in found["tests"]}
@@ -321,7 +321,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "sft": sft_table,
     "generation": generation_table,
     "scaling": scaling_table,
-    "comparison": comparison_table,
+    "comparison_gemma3": partial(comparison_table, "swahili-news-gemma3"),
+    "comparison_smollm2": partial(comparison_table, "swahili-news-smollm2"),
     "product_goals": partial(goals.product_table, _GPU),
     "exact_goals": partial(goals.exact_table, _GPU),
     "triton_goals": partial(goals.triton_table, _GPU),

@@ -31,6 +31,14 @@ def test_arms_differ_in_what_they_are_called_and_in_rates_alone(path: Path) -> N
     assert runs[ALIGN].align.layer == 4
 
 
-def test_the_two_differ_in_the_model_and_its_first_token() -> None:
+def test_the_two_differ_in_the_model_its_first_token_and_rates() -> None:
     first, second = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES)
+    for config in (first, second):
+        del config["sft"]["evaluate_steps"]
+        changes = config["compare"].pop("set")
+        assert {"full", "tli"} <= set(changes) <= {"full", "lora-all", "tli"}
+        for change in changes.values():
+            assert change["train"].pop("learning_rate") > 0
+        assert changes["full"] == {"train": {}}
+        assert changes["tli"] == {"train": {"steps": 80, "batch_size": 118, "warmup_steps": 6}}
     assert {key for key in first if first[key] != second[key]} == {"model", "words"}
