@@ -6,15 +6,17 @@ from typing import Any
 
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
-from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, run_part
+from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, mend, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
 from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.conclusions import conclusions
 from tli_engine.evaluate.compare.config import CompareConfig
+from tli_engine.evaluate.compare.figures import measured_at
 from tli_engine.evaluate.compare.gather import Part, gather
 from tli_engine.evaluate.compare.report import report_card, report_html
+from tli_engine.evaluate.records import unreadable
 from tli_engine.evaluate.summaries import (
     METRICS,
     PREDICTIONS,
@@ -130,6 +132,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         part: _read_part(comparison, part) for part in comparison.parts if comparison.is_done(part)
     }
     _check_alike(comparison, parts)
+    _check_rows(comparison, parts)
     made_with = _versions([part.result for part in parts.values()])
     base = parts.pop(BASE, None)
     if not parts:
@@ -166,12 +169,23 @@ def _check_alike(comparison: Comparison, parts: Mapping[str, Part]) -> None:
     made = {}
     for name, part in parts.items():
         folder, configs = comparison.folder(name), comparison.configs(name)
-        found = read_made(folder / RESULT, part.result, len(configs))
+        found = read_made(folder / RESULT, part.result, len(configs), mend(name))
         if found is None:
             warn(f"{folder}: an earlier version made it, which did not record from what")
         else:
             made[folder] = found, configs
     check_alike(made)
+
+
+def _check_rows(comparison: Comparison, parts: Mapping[str, Part]) -> None:
+    """Refuse alignment that was measured at other layers or on other splits than that of the others."""
+    trained = {name: part for name, part in parts.items() if name != BASE}
+    first = next(iter(trained), BASE)
+    for name, part in trained.items():
+        if measured_at(part.result) != measured_at(trained[first].result):
+            path = comparison.folder(name) / RESULT
+            reason = f"alignment: its layers, scores and splits are not those of {first}"
+            raise unreadable(path, reason, mend(name))
 
 
 def _shown_name(name: str | None) -> str | None:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tli_engine.align.bootstrap import too_few_pairs
+from tli_engine.evaluate.compare.figures import SHOWN_SCORE
 from tli_engine.evaluate.compare.gather import QUALITY
 from tli_engine.evaluate.summaries import METRICS
 
@@ -197,7 +198,7 @@ def _alignment(report: Report) -> Iterator[str]:
     for arm in report["arms"]:
         found = arm["alignment"]
         row = next(
-            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
+            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == SHOWN_SCORE
         )
         few = too_few_pairs(found["pairs"], "a change")
         verdict = "" if few else f" ({_direction(row['mrr_change_ci95'])})"
