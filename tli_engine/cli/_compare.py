@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._compare_lock import LOCKS
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
 from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, mend, run_part
@@ -96,7 +97,7 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
     # of a comparison that was killed as it began
-    own = (path, out / LOGS, out / part_of(_SETTINGS))
+    own = (path, out / LOGS, out / LOCKS, out / part_of(_SETTINGS))
     others = [p for p in out.iterdir() if p not in own] if out.is_dir() else []
     if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tli_engine.cli._compare_lock import LOCKS, held
 from tli_engine.cli._compare_made import (
     Present,
     check_begun,
@@ -72,6 +73,10 @@ class Comparison:
     def folder(self, part: str) -> Path:
         """Of a part."""
         return self.out / part.replace(":", "-")
+
+    def lock(self, part: str) -> Path:
+        """The file that a process holds while it makes a part."""
+        return self.out / LOCKS / self.folder(part).name
 
     def config(self, name: str, seed: int, spent: float = 0.0) -> RunConfig:
         """Of a run, for whose arm there were ``spent`` seconds of training before."""
@@ -156,13 +161,24 @@ def mend(part: str) -> str:
 
 def run_part(comparison: Comparison, part: str) -> int:
     """Make a part's figures, unless they are there; return an exit status."""
-    folder = comparison.folder(part)
     if comparison.is_done(part):
-        check_part(comparison, part)
-        # it may have been killed before that
-        _drop_weights(comparison, part)
-        say(f"{folder}: is done")
-        return 0
+        return _look_at(comparison, part)
+    with held(comparison.lock(part), str(comparison.folder(part))):
+        # another process may have made it since
+        done = comparison.is_done(part)
+        return (_look_at if done else _make)(comparison, part)
+
+
+def _look_at(comparison: Comparison, part: str) -> int:
+    """Hold a part that is done against what is there now."""
+    check_part(comparison, part)
+    # it may have been killed before that
+    _drop_weights(comparison, part)
+    say(f"{comparison.folder(part)}: is done")
+    return 0
+
+
+def _make(comparison: Comparison, part: str) -> int:
     # a missing file, or one that is not what the others had, is found before hours of training
     texts = comparison.test_texts()
     for other in filter(comparison.is_done, comparison.parts):
