@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tli_engine.cli._compare_lock import LOCKS
+from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
 from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, mend, run_part
@@ -107,9 +107,10 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(values)
-    # runs that begin at the same time all find it as it is
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    with in_turn(out / LOCKS / "settings"):
+        # runs that begin at the same time all find it as it is
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
 
 def _report(comparison: Comparison) -> None:

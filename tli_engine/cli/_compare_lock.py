@@ -4,7 +4,7 @@ import fcntl
 import os
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tli_engine.cli.console import warn
@@ -47,3 +47,18 @@ def held(path: Path, what: str) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+@contextmanager
+def in_turn(path: Path) -> Iterator[None]:
+    """Wait until no other process is between the same two lines; as :func:`held`, it ends with this one.
+
+    Args:
+        path: Of the lock's file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        # a file system without locks is told of where a run is to be made
+        with suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

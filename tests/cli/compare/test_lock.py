@@ -7,14 +7,20 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tli_engine.cli import _compare_run
+from tli_engine.cli import _compare, _compare_run
+from tli_engine.cli._compare_run import Comparison
+from tli_engine.cli.train import read_values
+from tli_engine.config import read_yaml
+from tli_engine.evaluate.compare.config import split_config
 
 Cli = Callable[..., Any]
 ROOT = Path(__file__).parents[3]
@@ -115,3 +121,25 @@ def test_a_file_system_without_locks_is_said(
         "warning: out/locks/base: cannot be locked: No locks available; see to it that no other "
         "process makes out/base\n"
     )
+
+
+def test_runs_that_begin_at_the_same_time_write_the_settings_once(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both wrote into one file, and the one that was later could not give it its name."""
+    written = []
+    write_text = _compare.write_text
+
+    def slowly(path: Path, text: str) -> None:
+        written.append(path)
+        time.sleep(0.2)
+        write_text(path, text)
+
+    monkeypatch.setattr(_compare, "write_text", slowly)
+    settings = split_config(*read_values(config, None, (), "compare"))
+    comparison = Comparison(*settings, tmp_path / "out")
+    with ThreadPoolExecutor(2) as pool:
+        both = [pool.submit(_compare._keep_settings, comparison, False) for _ in range(2)]
+    assert [future.result() for future in both] == [None, None]
+    assert written == [tmp_path / "out/compare.yaml"]
+    assert read_yaml(tmp_path / "out/compare.yaml")["compare"]["seeds"] == [5]
