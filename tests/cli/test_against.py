@@ -85,8 +85,40 @@ def test_files_that_do_not_say_what_they_are_of(cli: Cli) -> None:
     line = refused(cli)
     assert "--against other: does not say of which articles its summaries are" in line
     assert line.endswith("run tli-engine evaluate other again")
-    report.write_text("{", encoding="utf-8")
-    assert "other/evaluation.json: cannot be read: " in refused(cli)
     path.unlink()
     report.unlink()
     assert "other/predictions.jsonl: no such file" in refused(cli)
+
+
+@pytest.mark.usefixtures("both")
+@pytest.mark.parametrize("run", ["other", "run"])
+def test_damaged_figures_are_one_line(cli: Cli, run: str) -> None:
+    """The other run's, and the run's own, which are kept beside what is measured."""
+    report = Path(run, "evaluation.json")
+    values = found("other")
+    record = values["predictions"]
+    articles = record["articles"]
+    for damaged, reason in (
+        ("{", "not JSON: Expecting property name"),
+        ([values], "(top level): must be a section of keys (got [{'loss': "),
+        (values | {"predictions": 1}, "predictions: must be a section of keys (got 1); "),
+        (values | {"predictions": {}}, "predictions.sha256: is required; "),
+        (
+            values | {"predictions": record | {"articles": articles | {"count": "two"}}},
+            "predictions.articles.count: input should be a valid integer (got 'two'); ",
+        ),
+        (
+            values | {"predictions": record | {"decoding": None}},
+            "predictions.decoding: input should be a valid dictionary (got None); ",
+        ),
+        (values | {"loss": 3.5}, "loss: must be a section of keys (got 3.5); "),
+        (values | {"baselines": []}, "baselines: input should be a valid dictionary (got []); "),
+        (values | {"warnings": ""}, "warnings: input should be a valid list (got ''); "),
+    ):
+        report.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        line = refused(cli)
+        assert line.startswith(
+            f"tli-engine: error: {run}/evaluation.json: cannot be read: {reason}"
+        )
+        assert line.endswith(f"; delete it and measure the run again, by evaluate {run}")
+        assert len(line) < 400

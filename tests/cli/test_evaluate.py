@@ -303,6 +303,7 @@ def test_one_control_pair(run: Path, cli: Cli, tmp_path: Path) -> None:
     assert -1 <= row["after"]["cosine_true"] <= 1
     assert row["after"]["cosine_random"] is None
     assert row["tests"]["t_p"] is None
+    assert "]: 1 pair cannot tell a change from noise, 20 might; chance 1.000" in result.out
 
 
 ERRORS = [

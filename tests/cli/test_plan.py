@@ -40,6 +40,12 @@ def test_dry_run_is_the_plan_and_writes_nothing(
     dry = cli("train", config_file, "--dry-run")
     assert (dry.status, dry.out) == (0, planned.out)
     assert "in all" in dry.out
+    on_two = cli("train", config_file, "--gpus", 2, "--dry-run")
+    assert (on_two.status, cli("plan", config_file, "--gpus", 2)) == (0, on_two)
+    # named beside a configuration that leaves it open, too
+    named = cli("plan", config_file, "--gpus", 2, "--device", "cpu", "--set", "device=auto")
+    assert (named.status, named.err) == (0, on_two.err)
+    assert named.out.startswith(on_two.out)
     assert tree(tmp_path) == {}
     status, _, err = cli("train", "--resume", "--run", "nowhere", "--dry-run")
     assert (status, err) == (

@@ -1,5 +1,6 @@
 import csv
 import json
+import re
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -182,6 +183,30 @@ def test_a_malformed_line_of_jsonl(line: str, match: str, tmp_path: Path) -> Non
     path.write_text(f'{{"text": "a", "summary": "b"}}\n\n{line}\n')
     refuses(path, match)
     assert pairs(read(path, texts_limit=1)) == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("content", "shown", "delimiter"),
+    [
+        pytest.param("text;summary\nHabari;Moja\n", "text;summary", "';'", id="semicolon"),
+        # more commas in an article than in the header
+        pytest.param("text;summary\nHabari, tatu;Moja\n", "text;summary", "';'", id="commas"),
+        pytest.param('\n"text";"summary"\n"a";"b"\n', '"text";"summary"', "';'", id="quotes"),
+        pytest.param("text\tsummary\r\na\tb\r\n", r"text\tsummary", "tabs", id="tabs"),
+        pytest.param("text|summary\na|b\n", "text|summary", "'|'", id="bars"),
+        pytest.param("a;" * 999, "a;" * 40 + "…", "';'", id="long"),
+    ],
+)
+def test_another_delimiter_is_named(
+    content: str, shown: str, delimiter: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "news.csv"
+    path.write_text(content, newline="")
+    line = 2 if content.startswith("\n") else 1
+    header = (
+        f"line {line}: its header is '{shown}': is it delimited by {delimiter}? commas are read"
+    )
+    refuses(path, re.escape(header) + "; save the file with commas$")
 
 
 @pytest.mark.parametrize(

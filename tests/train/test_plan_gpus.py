@@ -180,12 +180,34 @@ def test_one_gpu_is_planned_as_ever() -> None:
 def test_what_several_gpus_refuse_the_plan_refuses() -> None:
     with pytest.raises(UserError, match="adamw-8bit"):
         planned("llama-3-8b", 2, method="full", train={"steps": 1, "optimizer": "adamw-8bit"})
-    with pytest.raises(UserError, match="name their kind with --device"):
-        planned("llama-3-8b", 2, "cpu")
     with pytest.raises(UserError, match="is of NF4 weights"):
         planned("llama-3-8b", 2, distributed={"weights": "sharded"}, quantize="none")
     with pytest.raises(UserError, match="there is one process"):
         planned("llama-3-8b", 1, distributed={"weights": "sharded"}, quantize="nf4")
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_processes_on_cpus_are_planned_for_who_asks_for_them(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By --device or by the run's device; where merely no GPU is found they are not."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    model = survey_of("qwen2-1.5b")
+    plans = {}
+    for name, device in ((None, "cpu"), ("cpu", "cpu"), ("cpu", "auto"), ("cpu", "cuda")):
+        run = run_of("qwen2-1.5b", method=method, device=device)
+        plans[name, device] = plan_for(run, model, find_target(name, device), 2)
+    (first, *same) = (plan.host_bytes for plan in plans.values())
+    assert first["process"] > 0
+    assert same == [first] * 3
+    said = {device: plan.notes for (_, device), plan in plans.items()}
+    line = "--gpus 2 trains on CPUs with device=cpu alone; the run has device="
+    for device, notes in said.items():
+        assert (line + device in notes) is (device != "cpu")
+    found_none = find_target(None, "auto")
+    run = run_of("qwen2-1.5b", method=method, device="auto")
+    with pytest.raises(UserError, match="--gpus 2: no GPU is here; name a kind with plan --device"):
+        plan_for(run, model, found_none, 2)
 
 
 @pytest.mark.parametrize(("name", "said"), [("qwen2-1.5b", False), ("qwen2-72b", True)])

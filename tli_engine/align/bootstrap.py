@@ -13,6 +13,9 @@ from numpy.typing import NDArray
 _BLOCK = 1 << 21
 # blocks of indices drawn before they are asked for
 _AHEAD = 16
+# with fewer pairs intervals are too narrow: of 25 layers of noise one passed in 17 % of the trials
+# with 5 pairs, in 1 % with 20; of changes that are noise 16 % were told with 6, 11 % with 20, 7 % with 200
+_FEWEST_PAIRS = 20
 
 
 class Resamples:
@@ -80,3 +83,11 @@ def bootstrap_means(
         means.append(torch.stack(picked, 1))
     whole: NDArray[np.float64] = torch.cat(means).cpu().numpy()
     return whole.reshape(resamples.draws, *values.shape[1:])
+
+
+def too_few_pairs(pairs: int, what: str) -> str | None:
+    """Why so many pairs tell nothing of ``what``; ``None`` of enough."""
+    if pairs >= _FEWEST_PAIRS:
+        return None
+    noun = "pair" if pairs == 1 else "pairs"
+    return f"{pairs} {noun} cannot tell {what} from noise, {_FEWEST_PAIRS} might"

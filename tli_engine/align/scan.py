@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from tli_engine.align.bootstrap import Resamples, bootstrap_means
+from tli_engine.align.bootstrap import Resamples, bootstrap_means, too_few_pairs
 from tli_engine.align.encode import stage
 from tli_engine.align.layers import vectors_by_layer
 from tli_engine.align.pairing import Pairing
@@ -23,9 +23,6 @@ from tli_engine.models.early import EarlyModel
 # resamples expected beyond each end of an interval: fewer leave the end to chance
 _DRAWS_BEYOND = 20
 _LEVEL = 0.05
-# with fewer pairs the interval is too narrow: of 25 layers of noise one passed in 17 % of the
-# trials with 5 pairs, in 1 % with 20
-_FEWEST_PAIRS = 20
 # a raw cosine this high, with random pairs as high, is an artefact of the first token
 _ARTEFACT_COSINE = 0.95
 _ARTEFACT_SEPARATION = 0.02
@@ -163,15 +160,15 @@ def propose_layer(
     sides = (layers[0].forward, layers[0].reverse)
     chance = sum(chance_mrr(side.candidates) for side in sides) / 2
     bar = max(chance, float(means[0]))
-    enough = ranks.shape[1] >= _FEWEST_PAIRS
-    found = enough and best > 0 and low > bar and gain > 0
+    few = too_few_pairs(ranks.shape[1], "it")
+    found = few is None and best > 0 and low > bar and gain > 0
     reason = (
         f"with content pooling, two-way MRR is highest at layer {best}: {means[best]:.4f} "
         f"[{low:.4f}, {high:.4f}]; "
         f"chance is {chance:.4f}, layer 0 has {means[0]:.4f}"
     )
-    if not enough:
-        reason += f"; {ranks.shape[1]} pairs cannot tell it from noise, {_FEWEST_PAIRS} might"
+    if few is not None:
+        reason += f"; {few}"
     elif not found:
         reason += "; not above both, so no layer is proposed"
     return Proposal(best if found else None, best, (low, high), chance, reason)

@@ -1,6 +1,5 @@
 """Another run's summaries, held against those of the run that ``tli-engine evaluate`` measures."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from tli_engine.data.texts import Texts
 from tli_engine.errors import UserError
+from tli_engine.evaluate.records import read_evaluation
 from tli_engine.evaluate.summaries import METRICS, PREDICTIONS, read_predictions
 from tli_engine.evaluate.text_metrics import TextScores, score_texts
 from tli_engine.evaluate.text_tests import text_tests
@@ -34,7 +34,7 @@ def read_rival(folder: Path, texts: Texts) -> Rival:
     Raises:
         UserError: It was not evaluated, its files do not say on what, or it was on other articles.
     """
-    record = _record(folder / "evaluation.json")
+    record = read_evaluation(folder).get("predictions")
     summaries = read_predictions(folder / PREDICTIONS, (record or {}).get("sha256"))
     if record is None:
         raise UserError(
@@ -48,17 +48,6 @@ def read_rival(folder: Path, texts: Texts) -> Rival:
             f"{other['name']}; this run's are {own['count']} of {own['name']}"
         )
     return Rival(folder, summaries, record["decoding"])
-
-
-def _record(path: Path) -> dict[str, Any] | None:
-    """What an evaluation says of its summaries; earlier versions said nothing."""
-    try:
-        record: dict[str, Any] | None = json.loads(path.read_text("utf-8")).get("predictions")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise UserError(f"{path}: cannot be read: {e}") from None
-    return record
 
 
 def hold_against(

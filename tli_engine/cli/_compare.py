@@ -4,17 +4,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
-from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, run_part
+from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, mend, run_part
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
 from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.conclusions import conclusions
 from tli_engine.evaluate.compare.config import CompareConfig
+from tli_engine.evaluate.compare.figures import measured_at
 from tli_engine.evaluate.compare.gather import Part, gather
 from tli_engine.evaluate.compare.report import report_card, report_html
+from tli_engine.evaluate.records import unreadable
 from tli_engine.evaluate.summaries import (
     METRICS,
     PREDICTIONS,
@@ -94,7 +97,7 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     values = {"compare": comparison.settings.model_dump(mode="json")}
     values |= comparison.shared.model_dump(mode="json", exclude={"provenance"})
     # of a comparison that was killed as it began
-    own = (path, out / LOGS, out / part_of(_SETTINGS))
+    own = (path, out / LOGS, out / LOCKS, out / part_of(_SETTINGS))
     others = [p for p in out.iterdir() if p not in own] if out.is_dir() else []
     if not path.is_file() and (gather_only or others):
         raise UserError(f"{out}: is no comparison's folder; it has no {_SETTINGS}")
@@ -104,9 +107,10 @@ def _keep_settings(comparison: Comparison, gather_only: bool) -> None:
     check_writable(out)
     out.mkdir(parents=True, exist_ok=True)
     text = dump_yaml(values)
-    # runs that begin at the same time all find it as it is
-    if not path.is_file() or path.read_text(encoding="utf-8") != text:
-        write_text(path, text)
+    with in_turn(out / LOCKS / "settings"):
+        # runs that begin at the same time all find it as it is
+        if not path.is_file() or path.read_text(encoding="utf-8") != text:
+            write_text(path, text)
 
 
 def _report(comparison: Comparison) -> None:
@@ -130,6 +134,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         part: _read_part(comparison, part) for part in comparison.parts if comparison.is_done(part)
     }
     _check_alike(comparison, parts)
+    _check_rows(comparison, parts)
     made_with = _versions([part.result for part in parts.values()])
     base = parts.pop(BASE, None)
     if not parts:
@@ -166,12 +171,23 @@ def _check_alike(comparison: Comparison, parts: Mapping[str, Part]) -> None:
     made = {}
     for name, part in parts.items():
         folder, configs = comparison.folder(name), comparison.configs(name)
-        found = read_made(folder / RESULT, part.result, len(configs))
+        found = read_made(folder / RESULT, part.result, len(configs), mend(name))
         if found is None:
             warn(f"{folder}: an earlier version made it, which did not record from what")
         else:
             made[folder] = found, configs
     check_alike(made)
+
+
+def _check_rows(comparison: Comparison, parts: Mapping[str, Part]) -> None:
+    """Refuse alignment that was measured at other layers or on other splits than that of the others."""
+    trained = {name: part for name, part in parts.items() if name != BASE}
+    first = next(iter(trained), BASE)
+    for name, part in trained.items():
+        if measured_at(part.result) != measured_at(trained[first].result):
+            path = comparison.folder(name) / RESULT
+            reason = f"alignment: its layers, scores and splits are not those of {first}"
+            raise unreadable(path, reason, mend(name))
 
 
 def _shown_name(name: str | None) -> str | None:

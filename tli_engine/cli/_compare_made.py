@@ -11,8 +11,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from tli_engine.config import RunConfig, explain, read_yaml, resolve_config
 from tli_engine.data.splits import read_run_pairs
 from tli_engine.data.texts import read_texts
-from tli_engine.errors import UserError
+from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.gather import MADE_FROM
+from tli_engine.evaluate.records import unreadable
 from tli_engine.models.files import ModelFiles, open_config
 
 # where a run was made, and what of its configuration follows from that
@@ -100,13 +101,14 @@ def held_in_nf4(config: RunConfig, files: ModelFiles) -> bool:
     return stored is not None
 
 
-def read_made(path: Path, result: Mapping[str, Any], runs: int) -> MadeFrom | None:
+def read_made(path: Path, result: Mapping[str, Any], runs: int, mend: str) -> MadeFrom | None:
     """What a part's figures say of its making; ``None`` if an earlier version made it.
 
     Args:
         path: Of the figures.
         result: The figures.
         runs: That the part is made of.
+        mend: What to do about damaged ones.
 
     Raises:
         UserError: They are damaged.
@@ -115,12 +117,15 @@ def read_made(path: Path, result: Mapping[str, Any], runs: int) -> MadeFrom | No
         return None
     try:
         made = MadeFrom.model_validate(result[MADE_FROM])
+        if len(made.configs) != runs:
+            raise ConfigError(f"{MADE_FROM}: {len(made.configs)} of {runs} configs")
+        for number, recorded in enumerate(made.configs):
+            resolve_config(recorded | {"dtype": made.dtype}, f"{MADE_FROM}.configs.{number}")
     except ValidationError as e:
         line = explain(e.errors()[0], MadeFrom)
-        raise UserError(f"{path}: cannot be read: {MADE_FROM}: {line}") from None
-    if len(made.configs) != runs:
-        found = len(made.configs)
-        raise UserError(f"{path}: cannot be read: {MADE_FROM}: {found} of {runs} configs")
+        raise unreadable(path, f"{MADE_FROM}: {line}", mend) from None
+    except ConfigError as e:
+        raise unreadable(path, str(e), mend) from None
     return made
 
 

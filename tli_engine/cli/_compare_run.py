@@ -1,6 +1,5 @@
 """One part of a comparison: the base model, or one arm with one seed. Train, measure, keep figures."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from tli_engine.cli._compare_lock import LOCKS, held
 from tli_engine.cli._compare_made import (
     Present,
     check_begun,
@@ -29,7 +29,9 @@ from tli_engine.data.texts import Texts, has_articles, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
+from tli_engine.evaluate.compare.figures import Figures, OfTraining, RunFigures
 from tli_engine.evaluate.compare.gather import MADE_FROM
+from tli_engine.evaluate.records import read_record
 from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
 from tli_engine.models.device import choose_device, choose_dtype
 from tli_engine.models.files import ModelFiles, open_model
@@ -71,6 +73,10 @@ class Comparison:
     def folder(self, part: str) -> Path:
         """Of a part."""
         return self.out / part.replace(":", "-")
+
+    def lock(self, part: str) -> Path:
+        """The file that a process holds while it makes a part."""
+        return self.out / LOCKS / self.folder(part).name
 
     def config(self, name: str, seed: int, spent: float = 0.0) -> RunConfig:
         """Of a run, for whose arm there were ``spent`` seconds of training before."""
@@ -132,34 +138,47 @@ def check_part(comparison: Comparison, part: str) -> dict[str, Any]:
         UserError: They cannot be read, or it was not made and tested as it would be now.
     """
     folder = comparison.folder(part)
-    try:
-        result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
-        tested_on = result["test"]["sha256"]
-        written = dict(result.get("predictions", {}).get("decoding", {}))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise UserError(f"{folder / RESULT}: cannot be read: {e!r}") from None
-    if tested_on != comparison.test_digest:
+    kind = Figures if part == BASE else RunFigures
+    result = read_record(folder / RESULT, kind, mend(part))
+    written = result.get("predictions", {}).get("decoding", {})
+    if result["test"]["sha256"] != comparison.test_digest:
         name = comparison.test_texts().name
         raise UserError(f"{folder}: was tested on other articles than {name} holds now")
     for key in ("max_new_tokens", "beams"):
         if written.get(key) not in (None, getattr(comparison.settings, key)):
             raise UserError(f"{folder}: was written with {key} {written[key]}; make it again")
     configs = comparison.configs(part)
-    made = read_made(folder / RESULT, result, len(configs))
+    made = read_made(folder / RESULT, result, len(configs), mend(part))
     if made is not None:
         check_made(folder, made, configs, comparison.present)
     return result
 
 
+def mend(part: str) -> str:
+    """What to do about damaged figures of a part."""
+    return f"delete it and make {part} again, by compare --only {part}"
+
+
 def run_part(comparison: Comparison, part: str) -> int:
     """Make a part's figures, unless they are there; return an exit status."""
-    folder = comparison.folder(part)
     if comparison.is_done(part):
-        check_part(comparison, part)
-        # it may have been killed before that
-        _drop_weights(comparison, part)
-        say(f"{folder}: is done")
-        return 0
+        return _look_at(comparison, part)
+    with held(comparison.lock(part), str(comparison.folder(part))):
+        # another process may have made it since
+        done = comparison.is_done(part)
+        return (_look_at if done else _make)(comparison, part)
+
+
+def _look_at(comparison: Comparison, part: str) -> int:
+    """Hold a part that is done against what is there now."""
+    check_part(comparison, part)
+    # it may have been killed before that
+    _drop_weights(comparison, part)
+    say(f"{comparison.folder(part)}: is done")
+    return 0
+
+
+def _make(comparison: Comparison, part: str) -> int:
     # a missing file, or one that is not what the others had, is found before hours of training
     texts = comparison.test_texts()
     for other in filter(comparison.is_done, comparison.parts):
@@ -211,7 +230,7 @@ def _run_arm(comparison: Comparison, part: str, texts: Texts) -> int:
     figures["side_by_side"] = comparison.side_by_side
     nf4 = held_in_nf4(config, files)
     figures[MADE_FROM] = made_from(folders, pair_digests(config), nf4=nf4)
-    figures |= _training_figures(folders) | _measure(config, folders[-1], texts, summariser)
+    figures |= _training_figures(folders, part) | _measure(config, folders[-1], texts, summariser)
     write_json(folders[-1] / RESULT, figures)
     _drop_weights(comparison, part)
     return 0
@@ -240,10 +259,12 @@ def _train(config: RunConfig, folder: Path) -> int:
     return 0
 
 
-def _training_figures(folders: list[Path]) -> dict[str, Any]:
+def _training_figures(folders: list[Path], part: str) -> dict[str, Any]:
     """What the runs of an arm recorded of their training; the last one's where they cannot be added."""
     steps = [read_metrics(folder) for folder in folders]
-    evaluation = json.loads((folders[-1] / "evaluation.json").read_text(encoding="utf-8"))
+    # without it the run is no longer what it was, and is not trained further
+    again = f"move {folders[-1]} away and make {part} again, by compare --only {part}"
+    evaluation = read_record(folders[-1] / "evaluation.json", OfTraining, again)
     peaks = [step["peak_mib"] for run in steps for step in run]
     return {
         "steps": len(steps[-1]),

@@ -1,6 +1,5 @@
 """The work of ``tli-engine evaluate``, and of the end of ``tli-engine train``."""
 
-import json
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from tli_engine.evaluate.alignment import (
 from tli_engine.evaluate.bits_per_byte import bits_per_byte, read_lines
 from tli_engine.evaluate.linear_head import linear_head_rows
 from tli_engine.evaluate.plots import plot_histograms, plot_layer_curve
+from tli_engine.evaluate.records import read_evaluation
 from tli_engine.models.adapters import adapter_strength, adapters_off
 from tli_engine.models.device import choose_device, choose_dtype, peak_mib
 from tli_engine.models.early import EarlyModel, load_early
@@ -76,6 +76,8 @@ def evaluate_run(
     """
     config = open_run(folder)
     _check_meant(config, strengths, given)
+    # what is written beside it is found to be damaged before anything is measured
+    read_evaluation(folder)
     if config.objective != "sft":
         chosen = config.align.model_copy(update={"pooling": pooling or config.align.pooling})
         of_pairs = config.model_copy(update={"align": chosen})
@@ -161,16 +163,7 @@ def report_again(
     """Print and write what a finished run comes to; its training's warnings stand."""
     for line in problems(folder):
         warn(f"{line}: the run is not as its training left it")
-    _report(measured, config, folder, _recorded(folder).get("warnings", []), costs)
-
-
-def _recorded(folder: Path) -> dict[str, Any]:
-    """What was measured before, and must not be lost."""
-    path = folder / "evaluation.json"
-    recorded: dict[str, Any] = {}
-    if path.is_file():
-        recorded = json.loads(path.read_text(encoding="utf-8"))
-    return recorded
+    _report(measured, config, folder, read_evaluation(folder).get("warnings", []), costs)
 
 
 def _check_same_pairs(config: RunConfig, digests: dict[str, str]) -> None:
@@ -296,7 +289,8 @@ def _report(
     if len(vectors) == 1:
         warn("no control pairs: what was learnt cannot be told from what was memorised")
     print_costs(costs or {})
-    earlier = _recorded(folder)
+    # what was measured before, and must not be lost
+    earlier = read_evaluation(folder)
     write_json(
         folder / "evaluation.json",
         earlier

@@ -1,6 +1,5 @@
 """What ``tli-engine evaluate`` measures of a run on summaries: its loss, and what it writes."""
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from tli_engine.data.examples import tokenise
 from tli_engine.data.texts import Article, Texts, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.bits_per_byte import read_lines
+from tli_engine.evaluate.records import read_evaluation
 from tli_engine.evaluate.summaries import (
     METRICS,
     PREDICTIONS,
@@ -193,7 +193,7 @@ def _record(folder: Path, found: dict[str, Any]) -> None:
     for line in problems(folder):
         warn(f"{line}: the run is not as its training left it")
     path = folder / "evaluation.json"
-    earlier = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    earlier = read_evaluation(folder)
     # which step was the best one, training alone knows
     trained = earlier.get("loss", {}).get("validation") or {}
     found["loss"] = {"validation": trained | found["loss"]["validation"]}

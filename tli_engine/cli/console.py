@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from tli_engine.align.bootstrap import too_few_pairs
 from tli_engine.align.retrieval import Alignment, chance_mrr
 from tli_engine.evaluate.alignment import Row
 from tli_engine.evaluate.statistics import bootstrap_ci95
@@ -110,7 +111,9 @@ def control_line(row: Row) -> str:
     low, high = bootstrap_ci95(after - before)
     sides = (row.after.forward.candidates, row.after.reverse.candidates)
     chance = sum(map(chance_mrr, sides)) / 2
-    verdict = "a change" if low > 0 or high < 0 else "no change that can be told from none"
+    shown = "a change" if low > 0 or high < 0 else "no change that can be told from none"
+    # of a single pair the interval is a point
+    verdict = too_few_pairs(len(before), "a change") or shown
     return (
         f"  {row.split} {row.score}: MRR {before.mean():.3f} → {after.mean():.3f}, "
         f"95 % interval of the change [{low:+.3f}, {high:+.3f}]: {verdict}; chance {chance:.3f}"

@@ -15,6 +15,11 @@ from typing import Any
 
 from tli_engine.errors import UserError
 
+# what divides fields, by what it is called
+_DELIMITERS = {";": "';'", "\t": "tabs", "|": "'|'", ",": "commas"}
+# letters of a header that are shown
+_SHOWN = 80
+
 # where a row stands, such as "line 3", and what stands there
 Row = tuple[str, Any]
 
@@ -81,6 +86,28 @@ def _read_jsonl(data: bytes, path: Path) -> list[Row]:
     ]
 
 
+def check_delimiter(header: str, delimiter: str, where: str) -> None:
+    """Refuse a header that is one column because the file has another delimiter.
+
+    Args:
+        header: The first record, or line, as one string.
+        delimiter: That is read.
+        where: Its file and line.
+
+    Raises:
+        UserError: Another delimiter is in it, and the one that is read is not.
+    """
+    other = next((d for d in _DELIMITERS if d in header), None)
+    if delimiter in header or other is None:
+        return
+    found, read = (_DELIMITERS[d] for d in (other, delimiter))
+    shown = header if len(header) <= _SHOWN else f"{header[:_SHOWN]}…"
+    raise UserError(
+        f"{where}: its header is {shown!r}: is it delimited by {found}? {read} are read; save the file "
+        f"with {read}"
+    )
+
+
 def _read_delimited(data: bytes, path: Path, delimiter: str) -> list[Row]:
     text = io.StringIO(_decode(data, path), newline="")
     records = csv.reader(text, delimiter=delimiter, strict=True, skipinitialspace=True)
@@ -99,8 +126,14 @@ def _read_delimited(data: bytes, path: Path, delimiter: str) -> list[Row]:
                 # a record may leave out its last fields
                 missing = [""] * (len(header) - len(fields))
                 rows.append((place, dict(zip(header, [*fields, *missing], strict=True))))
+            if len(fields) == 1 and not header:
+                check_delimiter(fields[0], delimiter, f"{path}: {place}")
             header = header or [field.strip() for field in fields]
     except csv.Error as e:
+        if not header:
+            # of another delimiter quotes stand where they may not
+            first = text.getvalue().splitlines()[line - 1]
+            check_delimiter(first, delimiter, f"{path}: line {line}")
         kind = path.suffix[1:].upper()
         raise UserError(f"{path}: line {line}: not {kind}: {e}; mind its quotes") from None
     return rows

@@ -11,7 +11,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from tli_engine.data.pairs import Row, parse_json
+from tli_engine.data.pairs import Row, check_delimiter, parse_json
 from tli_engine.errors import UserError
 
 # rows of a Parquet file that are decoded at once, and those of none
@@ -108,9 +108,16 @@ class _Csv(_Lines):
                     )
                 if self.columns and fields:
                     self._append(start, self._read, number)
+                if len(fields) == 1 and not self.columns:
+                    check_delimiter(fields[0], ",", f"{path}: line {number}")
                 self.columns = self.columns or [field.strip() for field in fields]
                 start, number = self._read, records.line_num + 1
         except csv.Error as e:
+            if not self.columns:
+                # of another delimiter quotes stand where they may not
+                assert self._bytes is not None
+                first = self._decode(self._bytes[start : self._read], number).splitlines()[0]
+                check_delimiter(first, ",", f"{path}: line {number}")
             raise UserError(f"{path}: line {number}: not CSV: {e}; mind its quotes") from None
         if not self.columns:
             raise UserError(f"{path}: is empty; its first line has to name the columns")

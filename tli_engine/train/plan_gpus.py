@@ -34,11 +34,25 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
         # where one holds it, how many do is no question
         held = target.memory is not None and fits(target, sum(plan.gpu_bytes.values()))
         return plan if held or run.method != "full" else _with_counts(plan, run, model)
-    if target.memory is None and run.device != "cpu":
-        raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
+    # training refuses --gpus where no GPU was found, too: processes on CPUs are asked for
+    if target.memory is None and target.here and run.device != "cpu":
+        raise UserError(
+            f"--gpus {gpus}: no GPU is here; name a kind with plan --device, e.g. h100, or set device=cpu"
+        )
     mine = rank_config(run, gpus)
-    if run.method == "full":
-        return _with_counts(_fully_sharded(run, mine, model, target, gpus), run, model)
+    full = run.method == "full"
+    plan = (_fully_sharded if full else _with_adapters)(run, mine, model, target, gpus)
+    if target.memory is None and run.device != "cpu":
+        line = (
+            f"--gpus {gpus} trains on CPUs with device=cpu alone; the run has device={run.device}"
+        )
+        plan = replace(plan, notes=[*plan.notes, line])
+    return _with_counts(plan, run, model) if full else plan
+
+
+def _with_adapters(
+    run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int
+) -> Plan:
     plan = make_plan(mine, model, target, gpus)
     made = outline(mine, model, target, gpus)
     parts = dict(plan.gpu_bytes or plan.host_bytes)

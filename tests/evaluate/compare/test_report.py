@@ -163,7 +163,7 @@ def test_arms_of_several_machines_are_not_timed_against_each_other(
 
 
 def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report]) -> None:
-    nothing = alignment(0.1)
+    nothing = alignment(0.1) | {"pairs": 1}
     for row in (*nothing["rows"], *nothing["linear_head"]):
         row["before"] = row["before"] | {"separation": None}
         row["tests"] = {"mrr": {"ci95": [None, None]}}
@@ -172,7 +172,9 @@ def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report])
         row["after"] = row["before"]
     found = report(articles=20, seeds=1, alignment=nothing)
     found["conclusions"] = conclusions(found)
-    assert any("full 0.500 (no clear change)" in line for line in found["conclusions"])
+    line = next(c for c in found["conclusions"] if c.startswith("Retrieval of 1 unseen pairs"))
+    assert "; after it: full 0.500, lora-all 0.500, " in line
+    assert ". 1 pair cannot tell a change from noise, 20 might. A linear head" in line
     page = report_html(plain_json(found))
     assert "<td>\u2013 → 0.300</td>" in page
     # the change's interval below, where there is one

@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from tli_engine.align.bootstrap import too_few_pairs
+from tli_engine.evaluate.compare.figures import SHOWN_SCORE
 from tli_engine.evaluate.compare.gather import QUALITY
 from tli_engine.evaluate.summaries import METRICS
 
@@ -214,23 +216,29 @@ def _alignment(report: Report) -> Iterator[str]:
     for arm in report["arms"]:
         found = arm["alignment"]
         row = next(
-            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == "centred"
+            r for r in found["rows"] if r["split"] == found["split"] and r["score"] == SHOWN_SCORE
         )
-        intervals = row["mrr_change_ci95"]
-        # of a single pair there is none
-        ends = [end for interval in intervals for end in interval]
-        up, down = (None not in ends and all(sign * e > 0 for e in ends) for sign in (1, -1))
-        verdict = "up" if up else "down" if down else "no clear change"
-        after = row["after"]["mrr"]
-        said.append(f"{arm['name']} {after:.3f} ({verdict})")
+        few = too_few_pairs(found["pairs"], "a change")
+        verdict = "" if few else f" ({_direction(row['mrr_change_ci95'])})"
+        said.append(f"{arm['name']} {row['after']['mrr']:.3f}{verdict}")
     head = next(r for r in found["linear_head"] if r["split"] == found["split"])
     unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
     yield (
         f"Retrieval of {found['pairs']} {unseen} at layer {row['layer']} (MRR, centred), "
-        f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. Up or down is what "
-        "every seed's 95 % interval says. A linear head on the frozen model, fitted in seconds, has "
+        f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. "
+        f"{few or _DIRECTIONS}. A linear head on the frozen model, fitted in seconds, has "
         f"{head['after']['mrr']:.3f}."
     )
+
+
+_DIRECTIONS = "Up or down is what every seed's 95 % interval says"
+
+
+def _direction(intervals: Sequence[Sequence[float]]) -> str:
+    """Where every seed's interval lies."""
+    ends = [end for interval in intervals for end in interval]
+    up, down = (all(sign * end > 0 for end in ends) for sign in (1, -1))
+    return "up" if up else "down" if down else "no clear change"
 
 
 def _budget(report: Report) -> Iterator[str]:

@@ -159,7 +159,7 @@ def _alignment(found: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         {
             "layer": same[0]["layer"],
             "before": same[0]["before"],
-            "after": {k: _mean([s["after"][k] for s in same]) for k in same[0]["after"]},
+            "after": {k: _mean([s["after"][k] for s in same]) for k in ("separation", "mrr")},
         }
         for same in zip(*(f["layers"] for f in found), strict=True)
     ]
