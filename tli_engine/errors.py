@@ -13,6 +13,10 @@ class TrainingError(RuntimeError):
     """Training cannot go on: a tensor without gradient, a non-finite loss."""
 
 
+class NotFiniteError(TrainingError):
+    """A loss or a gradient is no longer a number: most often the learning rate is too high."""
+
+
 class StoppedElsewhere(Exception):
     """Another process of this run has an error, and says it; this one ends with its exit status."""
 

@@ -7,7 +7,8 @@ from typing import Any
 from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
-from tli_engine.cli._compare_run import BASE, RESULT, Comparison, check_part, mend, run_part
+from tli_engine.cli._compare_run import check_part, run_part
+from tli_engine.cli._comparison import BASE, RESULT, Comparison, mend
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
@@ -16,6 +17,7 @@ from tli_engine.evaluate.compare.conclusions import conclusions
 from tli_engine.evaluate.compare.config import CompareConfig
 from tli_engine.evaluate.compare.figures import measured_at
 from tli_engine.evaluate.compare.gather import Part, gather
+from tli_engine.evaluate.compare.rates import Tried
 from tli_engine.evaluate.compare.report import report_card, report_html
 from tli_engine.evaluate.records import unreadable
 from tli_engine.evaluate.summaries import (
@@ -45,22 +47,41 @@ def run_comparison(
 ) -> int:
     """Run what has no figures yet, each part in a process of its own, and report."""
     comparison = Comparison(with_absolute_paths(shared), settings, out, side_by_side)
-    if unknown := [part for part in only if part not in comparison.parts]:
-        raise ConfigError(
-            f"--only {unknown[0]}: no such run; there are {' '.join(comparison.parts)}"
-        )
+    known = [*comparison.trials, *comparison.parts]
+    if unknown := [part for part in only if part not in known]:
+        raise ConfigError(f"--only {unknown[0]}: no such run; there are {' '.join(known)}")
     # before anything is written
     comparison.test_texts()
+    _check_rates(comparison)
     _keep_settings(comparison, gather_only)
     if len(only) == 1 and jobs == 1:
         return run_part(comparison, only[0])
-    failed = [] if gather_only else _run(comparison, only or comparison.parts, jobs)
-    if failed is None:
-        say("stopped; the same command goes on")
-        return STOPPED[0]
+    failed: list[str] = []
+    # rates first: the arms take those that are chosen of them
+    for names in (comparison.trials, comparison.parts):
+        asked = [] if gather_only else [name for name in only or names if name in names]
+        found = _run(comparison, asked, jobs)
+        if found is None:
+            say("stopped; the same command goes on")
+            return STOPPED[0]
+        failed += found
+        if found and names is comparison.trials:
+            warn("no arm is begun: its learning rate is chosen when all of compare.rates are tried")
+            return 1
     if not only:
         _report(comparison)
     return 1 if failed else 0
+
+
+def _check_rates(comparison: Comparison) -> None:
+    """Refuse to choose learning rates by no articles, or by those that are tested on."""
+    data = comparison.shared.data
+    for split in ("validation", "test") if comparison.trials else ():
+        if not has_articles(data, split):
+            raise UserError(
+                f"data.{split}: compare.rates chooses by the loss on data.validation, and tests on "
+                "data.test; give both"
+            )
 
 
 def _run(comparison: Comparison, parts: Sequence[str], jobs: int) -> list[str] | None:
@@ -161,6 +182,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         "devices": sorted({part.result["device_name"] for part in parts.values()}),
     }
     report["versions"] = made_with
+    report["rates"] = [{k: tried[k] for k in Tried.model_fields} for tried in comparison.tried]
     missing = [p for p in comparison.parts if not comparison.is_done(p)]
     report["conclusions"] = conclusions(report, missing)
     return report

@@ -72,7 +72,7 @@ def _begin(out: Path, settings: Path, part: str, jobs: int) -> "subprocess.Popen
         return subprocess.Popen(command, start_new_session=True)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = dict.fromkeys(_THREADS, threads) | os.environ
-    path = out / LOGS / f"{part.replace(':', '-')}.txt"
+    path = out / LOGS / f"{part.replace(':', '-').replace('@', '-')}.txt"
     path.parent.mkdir(exist_ok=True)
     say(f"{part}: begins; its output goes to {path}")
     with path.open("ab") as log:

@@ -191,7 +191,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         try:
             _run_steps(trainer, metrics, folder, world, until)
         except TrainingError as e:
-            raise TrainingError(f"{e}; {_last_checkpoint(folder, world)}") from e
+            raise type(e)(f"{e}; {_last_checkpoint(folder, world)}") from e
         # the last step too: what follows may fail, and the steps are what took the time
         last = _keep(trainer, metrics, folder, world)
     if until.settle():

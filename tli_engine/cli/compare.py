@@ -29,7 +29,8 @@ from tli_engine.evaluate.compare.config import split_config
     "--only",
     metavar="ARM:SEED",
     multiple=True,
-    help="Make the figures of this run alone, or of 'base', the base model; may be repeated.",
+    help="Make the figures of this run alone, or of 'base', the base model, or try the learning rate "
+    "ARM@RATE of compare.rates; may be repeated.",
 )
 @click.option(
     "--gather", is_flag=True, help="Run nothing: report on the runs that have their figures."
@@ -56,7 +57,8 @@ def command(
 
     The section compare of CONFIG has arms and seeds. Each is a run folder in --out; those that have
     their figures are not run again, and one that was interrupted goes on. With --only, runs can be
-    made one at a time and on several machines; copy their folders and one compare.yaml together, and --gather. Small
+    made one at a time and on several machines; copy their folders and one compare.yaml together, and --gather. With
+    compare.rates each arm's learning rate is chosen first, by the loss on data.validation. Small
     models leave most of a GPU idle: --jobs runs several side by side. Memory is each run's own then,
     times are not, and come from the runs that had the device to themselves if there are any. Writes
     report.html, report.json and a card, with figures alone: no article and no summary.

@@ -15,7 +15,7 @@ from tli_engine.distributed.flat_gradients import FlatGradients
 from tli_engine.distributed.fully_sharded import is_sharded
 from tli_engine.distributed.gathered import gather_rows, share_of
 from tli_engine.distributed.world import ALONE, World
-from tli_engine.errors import TrainingError
+from tli_engine.errors import NotFiniteError, TrainingError
 from tli_engine.models.adapters import adapter_tensors
 from tli_engine.models.early import EarlyModel
 from tli_engine.train.engine import Observed
@@ -133,13 +133,13 @@ def check_gradients(tensors: Mapping[str, nn.Parameter]) -> None:
             raise TrainingError(f"no gradient reaches {name}; the loss does not depend on it")
         # of a sharded one, the norm that is looked at later is everyone's
         if not is_sharded(tensor) and not torch.isfinite(tensor.grad).all():
-            raise TrainingError(f"the gradient of {name} is not finite")
+            raise NotFiniteError(f"the gradient of {name} is not finite")
 
 
 def check_finite(step: int, loss: float, grad_norm: float) -> None:
-    """Raise ``TrainingError`` unless both are numbers."""
+    """Raise ``NotFiniteError`` unless both are numbers."""
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainingError(
+        raise NotFiniteError(
             f"step {step + 1}: loss {loss}, gradient norm {grad_norm}; lower "
             f"train.learning_rate or set train.max_grad_norm"
         )

@@ -14,7 +14,7 @@ from tli_engine.align.collapse import CollapseDetector
 from tli_engine.config import RunConfig
 from tli_engine.distributed.fully_sharded import is_sharded
 from tli_engine.distributed.world import ALONE, World
-from tli_engine.errors import TrainingError
+from tli_engine.errors import NotFiniteError, TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
 from tli_engine.train.checkpoint import Shards
@@ -303,7 +303,7 @@ class SftTrainer:
         loss = self.validate(until)
         with self.world.speaking_once():
             if not math.isfinite(loss):
-                raise TrainingError(f"{whose} loss on unseen articles is {loss}; {remedy}")
+                raise NotFiniteError(f"{whose} loss on unseen articles is {loss}; {remedy}")
         return loss
 
     def _report(self, metrics: SftMetrics) -> None:

@@ -35,10 +35,12 @@ def test_the_two_differ_in_the_model_its_first_token_and_rates() -> None:
     first, second = (yaml.safe_load(path.read_text(encoding="utf-8")) for path in FILES)
     for config in (first, second):
         del config["sft"]["evaluate_steps"]
+        # of the second each is one of several
+        rates = config["compare"].pop("rates", {})
         changes = config["compare"].pop("set")
-        assert {"full", "tli"} <= set(changes) <= {"full", "lora-all", "tli"}
-        for change in changes.values():
-            assert change["train"].pop("learning_rate") > 0
-        assert changes["full"] == {"train": {}}
-        assert changes["tli"] == {"train": {"steps": 80, "batch_size": 118, "warmup_steps": 6}}
+        assert changes.pop("full", None) == (
+            {"train": {"learning_rate": 1e-4}} if not rates else None
+        )
+        assert changes.pop("tli")["train"].items() >= {"steps": 80, "batch_size": 118}.items()
+        assert not changes
     assert {key for key in first if first[key] != second[key]} == {"model", "words"}

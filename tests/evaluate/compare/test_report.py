@@ -325,3 +325,18 @@ def test_times_are_of_the_runs_that_had_the_device_to_themselves(part: Callable[
     assert len(arm["text"]["rougeL"]["by_seed"]) == 2
     (arm,) = gather(settings, [shared], None, tested, None, resamples=100)["arms"]
     assert (arm["wall_seconds"], arm["timed_seeds"], arm["side_by_side"]) == (500.0, [0], 4)
+
+
+def test_rates_at_an_end_of_those_tried_are_said(report: Callable[..., Report]) -> None:
+    losses = {"full": {1e-4: 3.1, 1e-5: 2.7, 3e-5: 2.8}, "joint": {1e-3: 2.6, 1e-4: 2.9, 1e-2: 3.0}}
+    tried = [
+        {"arm": arm, "learning_rate": rate, "seed": 0, "loss": loss, "step": 16}
+        for arm, of_arm in losses.items()
+        for rate, loss in of_arm.items()
+    ]
+    said = " ".join(conclusions(report() | {"rates": tried}))
+    assert (
+        "with seed 0: full 1e-05 (1e-05: 2.700, 3e-05: 2.800, 0.0001: 3.100); joint 0.001 (" in said
+    )
+    assert "The rate of full is at an end" in said
+    assert "at an end" not in " ".join(conclusions(report()))

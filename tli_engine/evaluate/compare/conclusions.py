@@ -7,6 +7,7 @@ from typing import Any
 from tli_engine.align.bootstrap import too_few_pairs
 from tli_engine.evaluate.compare.figures import SHOWN_SCORE
 from tli_engine.evaluate.compare.gather import QUALITY
+from tli_engine.evaluate.compare.rates import rates_in_words
 from tli_engine.evaluate.summaries import METRICS
 
 # fewer than these show no more than a tendency
@@ -33,6 +34,8 @@ def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
     lines += _overtrained(report)
     lines += _against(report)
     lines += _baselines(report)
+    # earlier reports tried none
+    lines += rates_in_words(report.get("rates", []))
     lines += _costs(report)
     lines += _alignment(report)
     lines += _budget(report)

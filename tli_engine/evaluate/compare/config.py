@@ -4,7 +4,14 @@ from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    ValidationError,
+    model_validator,
+)
 
 from tli_engine.config import (
     OF_TEXTS,
@@ -20,6 +27,9 @@ Arm = Literal["full", "lora-all", "lora-early", "tli-then-lora-early", "joint"]
 ARMS: tuple[Arm, ...] = ("full", "lora-all", "lora-early", "tli-then-lora-early", "joint")
 # the run of the align objective that an arm goes on from; ``arms`` does not name it, ``set`` may
 ALIGN = "tli"
+_AFTER_TLI: Arm = "tli-then-lora-early"
+# arms that differ in where they begin alone
+_SAME_RATE: dict[str, Arm] = {_AFTER_TLI: "lora-early"}
 # what is said of all weights is not of adapters, nor the other way round
 _FULL = {"method": "full", "lora": {"init": None}, "train": {"lora_plus": 1.0}}
 _LORA = {"method": "lora", "train": {"rounding": "master"}}
@@ -56,7 +66,9 @@ class CompareConfig(BaseModel):
     """What is compared, and on how many articles.
 
     ``set`` has what differs besides between arms, by arm: ``full: {train: {learning_rate: 1.0e-5}}``.
-    ``tli`` there is the run of the align objective before ``tli-then-lora-early``.
+    ``tli`` there is the run of the align objective before ``tli-then-lora-early``. ``rates`` has learning
+    rates by arm, ``full: [1.0e-5, 3.0e-5]``: each is tried with the first seed, and the one with the
+    lowest loss on ``data.validation`` taken; ``tli-then-lora-early`` takes ``lora-early``'s.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -74,6 +86,7 @@ class CompareConfig(BaseModel):
     # whether adapters and models stay after they have been measured
     keep_weights: bool = True
     set: dict[Literal[Arm, "tli"], dict[str, Any]] = {}
+    rates: dict[Arm, Annotated[tuple[PositiveFloat, ...], Field(min_length=2)]] | None = None
 
     @model_validator(mode="after")
     def _each_once(self) -> "CompareConfig":
@@ -81,6 +94,26 @@ class CompareConfig(BaseModel):
             if len(set(values)) < len(values):
                 raise ValueError(f"{name} must be different ones")
         return self
+
+    @model_validator(mode="after")
+    def _each_rate_is_to_be_chosen(self) -> "CompareConfig":
+        for arm, rates in (self.rates or {}).items():
+            if arm not in self.arms:
+                raise ValueError(f"rates.{arm}: is none of the arms {' '.join(self.arms)}")
+            if arm == _AFTER_TLI:
+                raise ValueError(f"rates.{arm}: takes that of {_SAME_RATE[arm]}; leave it out")
+            if len(set(rates)) < len(rates):
+                raise ValueError(f"rates.{arm} must be different ones")
+            if "learning_rate" in self.set.get(arm, {}).get("train", {}):
+                raise ValueError(
+                    f"set.{arm}.train.learning_rate: is chosen of rates.{arm}; leave one out"
+                )
+        return self
+
+    def rated(self, arm: str) -> Arm | None:
+        """The arm whose chosen learning rate an arm takes; None where none is chosen for it."""
+        found = _SAME_RATE.get(arm, arm)
+        return next((a for a in self.rates or {} if a == found), None)
 
     @property
     def reference(self) -> Arm:
@@ -106,7 +139,7 @@ def split_config(values: dict[str, Any], where: str) -> tuple[RunConfig, Compare
         # pydantic's word for a name in a mapping, which stands before it
         text = text.replace(".[key]", "", 1)
         raise ConfigError(f"{where}: {text}") from None
-    first = [ALIGN] if "tli-then-lora-early" in compare.arms else []
+    first = [ALIGN] if _AFTER_TLI in compare.arms else []
     # what is said of an arm that is not compared this time is looked at, too
     for arm in dict.fromkeys((*compare.arms, *first, *compare.set)):
         run = arm_config(shared, compare, arm, compare.seeds[0], Path())
@@ -123,7 +156,12 @@ def _require_alike(arm: str, run: RunConfig, shared: RunConfig) -> None:
 
 
 def arm_config(
-    shared: RunConfig, compare: CompareConfig, arm: str, seed: int, out: Path
+    shared: RunConfig,
+    compare: CompareConfig,
+    arm: str,
+    seed: int,
+    out: Path,
+    rate: float | None = None,
 ) -> RunConfig:
     """The run of one arm and seed.
 
@@ -133,6 +171,7 @@ def arm_config(
         arm: Its name, or ``tli``.
         seed: Its seed.
         out: Folder of the comparison, where ``tli-then-lora-early`` finds the adapter it goes on from.
+        rate: Its learning rate, if one is tried or was chosen.
 
     Raises:
         ConfigError: The arm cannot be had of this configuration.
@@ -141,7 +180,9 @@ def arm_config(
     changes = _merged(_DIFFERENCES[arm], compare.set.get(arm, {}))  # type: ignore[call-overload]
     if arm == "full" and shared.quantize == "nf4":
         changes.setdefault("quantize", "none")
-    if arm == "tli-then-lora-early":
+    if rate is not None:
+        changes = _merged(changes, {"train": {"learning_rate": rate}})
+    if arm == _AFTER_TLI:
         changes = _merged({"lora": {"init": str(out / f"{ALIGN}-{seed}" / "adapter")}}, changes)
     length = {"epochs", "steps"} & changes.get("train", {}).keys()
     if len(length) == 1:
