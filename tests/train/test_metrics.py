@@ -36,6 +36,17 @@ def test_a_line_cut_short_is_left_out(tmp_path: Path) -> None:
     assert read_metrics(tmp_path) == STEPS
 
 
+@pytest.mark.parametrize("line", ["[1, 2]", '{"step": 2}', '{"step": 2, "lo'])
+def test_a_damaged_line_is_no_end(line: str, tmp_path: Path) -> None:
+    with MetricsLog(tmp_path, STEPS, tensorboard=False):
+        pass
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], line, *lines[2:]]) + "\n")
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 2 is no step's figures"):
+        read_metrics(tmp_path)
+
+
 def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -14,14 +14,25 @@ _FILE = "metrics.jsonl"
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The whole lines of ``metrics.jsonl``; a last one that a crash cut short is left out."""
+    """The whole lines of ``metrics.jsonl``; a last one that a crash cut short is left out.
+
+    Raises:
+        UserError: Another line is no step's figures.
+    """
     path = run / _FILE
     steps = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, 1):
         try:
-            values: dict[str, Any] = json.loads(line)
+            values: Any = json.loads(line)
         except ValueError:
-            break
+            if number == len(lines):
+                break
+            values = None
+        if not isinstance(values, dict) or not {"step", "loss"} <= values.keys():
+            raise UserError(
+                f"{path}: line {number} is no step's figures; restore the file, or train the run again"
+            )
         steps.append({k: math.nan if v is None else v for k, v in values.items()})
     return steps
 

@@ -172,7 +172,7 @@ def test_a_single_control_pair_has_no_random_ones(report: Callable[..., Report])
         row["after"] = row["before"]
     found = report(articles=20, seeds=1, alignment=nothing)
     found["conclusions"] = conclusions(found)
-    line = next(c for c in found["conclusions"] if c.startswith("Retrieval of 1 unseen pairs"))
+    line = next(c for c in found["conclusions"] if c.startswith("Retrieval of 1 unseen pair at"))
     assert "; after it: full 0.500, lora-all 0.500, " in line
     assert ". 1 pair cannot tell a change from noise, 20 might. A linear head" in line
     page = report_html(plain_json(found))

@@ -225,9 +225,11 @@ def _alignment(report: Report) -> Iterator[str]:
         verdict = "" if few else f" ({_direction(row['mrr_change_ci95'])})"
         said.append(f"{arm['name']} {row['after']['mrr']:.3f}{verdict}")
     head = next(r for r in found["linear_head"] if r["split"] == found["split"])
-    unseen = "unseen pairs" if found["split"] == "control" else "pairs, none of them unseen"
+    unseen = found["split"] == "control"
+    pairs = _count(found["pairs"], "unseen pair" if unseen else "pair")
+    pairs += "" if unseen else ", none of them unseen,"
     yield (
-        f"Retrieval of {found['pairs']} {unseen} at layer {row['layer']} (MRR, centred), "
+        f"Retrieval of {pairs} at layer {row['layer']} (MRR, centred), "
         f"{row['before']['mrr']:.3f} before training; after it: {', '.join(said)}. "
         f"{few or _DIRECTIONS}. A linear head on the frozen model, fitted in seconds, has "
         f"{head['after']['mrr']:.3f}."
