@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -183,6 +184,25 @@ def test_a_signal_stops_all_and_one_process_goes_on(
     torch.testing.assert_close(
         torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-3, atol=1e-3
     )
+
+
+def test_what_torchrun_started_goes_on_by_torchrun(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """The line that says how is the command."""
+    path, run = config(train={"steps": 60, "checkpoint_steps": 1000}), tmp_path / "a run"
+    command = ("--nproc-per-node", 2, "-m", "tli_engine", "train", path, "--run-folder", run)
+    process = ended(*TORCHRUN, *command)
+    wait_for_steps(process, run, 3)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    (said,) = (line for line in err.splitlines() if line.startswith("resume with: torchrun "))
+    again = shlex.split(said.removeprefix("resume with: torchrun "))
+    process = ended(*TORCHRUN, *again)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "resuming after step" in err
+    assert len(losses(run)) == 60
 
 
 def rank_of(process: Any, number: int) -> int:

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tli_engine.cli._job import Job, RunTrainer, StepFigures
+from tli_engine.cli._resume_command import how_to_resume
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.cli.signals import AgreedStop, stop_on_signals
 from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
-from tli_engine.distributed.launch import PROMISED, joined
+from tli_engine.distributed.launch import joined
 from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.files import open_model
@@ -195,9 +195,8 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         # the last step too: what follows may fail, and the steps are what took the time
         last = _keep(trainer, metrics, folder, world)
     if until.settle():
-        gpus = f" --gpus {world.size}" if PROMISED in os.environ else ""
         say(f"stopped after step {trainer.step}; kept {last}")
-        say(f"resume with: tli-engine train --resume --run {shlex.quote(str(folder))}{gpus}")
+        say(how_to_resume(folder, world.size))
         return stop.exit_status
     say(f"trained {trainer.step - first} steps in {time.perf_counter() - start:.1f} s")
     job.finish(trainer, folder, [] if metrics is None else metrics.steps, warnings)
