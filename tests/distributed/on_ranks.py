@@ -1,7 +1,7 @@
 """Checks that several processes run together; each writes what came of them.
 
-``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here and
-in ``full_on_ranks.py``.
+``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here, in
+``full_on_ranks.py`` and in ``resume_on_ranks.py``.
 """
 
 import json
@@ -14,6 +14,7 @@ from typing import Any
 
 import full_on_ranks
 import pytest
+import resume_on_ranks
 import torch
 from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_tuning
 from torch import Tensor, nn
@@ -313,7 +314,7 @@ def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
         path = checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
         # it is there already
         checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
-        world.together(lambda: checkpoint.load_checkpoint(path, tuner.trainer, world))
+        checkpoint.load_checkpoint(path, tuner.trainer, world)
         assert checkpoint.load_best(run, tuner.trainer, world) is not None
         assert path.name in _train._last_checkpoint(run, world)
         world.together(lambda: (run / "best" / "state.json").unlink() if world.is_first else None)
@@ -328,7 +329,7 @@ def main() -> None:
     torch.set_num_threads(1)
     checks: dict[str, Callable[[World, Path], None]] = {
         name: check
-        for name, check in (globals() | vars(full_on_ranks)).items()
+        for name, check in (globals() | vars(full_on_ranks) | vars(resume_on_ranks)).items()
         if name.startswith(tuple(f"check_{group}" for group in groups)) and callable(check)
     }
     found = {}

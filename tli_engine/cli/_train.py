@@ -123,13 +123,15 @@ def _begin(job: Job, folder: Path, overwrite: bool) -> None:
 def _find(world: World, folder: Path) -> Found:
     """The checkpoint that the first process sees."""
 
-    def check() -> None:
+    def look() -> Found:
+        if not world.is_first:
+            # it reads all of each file: no work for every process
+            return Found(None, [])
         if not problems(folder):
             raise UserError(f"{folder}: has finished; measure it with tli-engine evaluate {folder}")
+        return find_checkpoint(folder)
 
-    _of_first(world, check)
-    # it reads all of each file: no work for every process
-    found = find_checkpoint(folder) if world.is_first else Found(None, [])
+    found = world.together(look)
     for reason in found.skipped:
         warn(f"checkpoint skipped: {reason}")
     path = world.share(None if found.path is None else str(found.path))
@@ -176,7 +178,7 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
     world, trainer = job.world, job.make_trainer(folder, on_warning)
     kept: list[dict[str, Any]] = []
     if (path := checkpoint.path) is not None:
-        world.together(lambda: load_checkpoint(path, trainer, world))
+        load_checkpoint(path, trainer, world)
         kept = [step for step in read_metrics(folder) if step["step"] <= trainer.reported]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
