@@ -69,7 +69,7 @@ def command(
 ) -> int:
     """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did.
 
-    Ctrl-C keeps a checkpoint and prints the command that resumes.
+    Ctrl-C, SIGTERM or a terminal that closes keeps a checkpoint and prints the command that resumes.
     """
     if resume:
         if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
