@@ -8,7 +8,7 @@ import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -298,6 +298,25 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         patch.setattr(_train, "find_checkpoint", lambda path: looked.append(path) or found)
         assert _train._find(world, run) == found
         assert looked == [run] * world.is_first
+
+
+def check_ends_and_says_who_was_idle(world: World, folder: Path) -> None:
+    """Of a row a step, a rank works."""
+    run, data = folder / "shards" / f"idle-{world.size}", folder / "shards" / "idle.jsonl"
+    world.together(lambda: data.write_text(2 * (json.dumps({"text": "a", "summary": "x"}) + "\n")))
+    one = {"steps": 1, "batch_size": 1, "accumulate": 1}
+    config = config_of(
+        "sft", model=str(folder), data=str(data), sft={"context": 64, "packing": False}, train=one
+    )
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_train, "joined", lambda *_: nullcontext((world, "cpu")))
+        patch.setattr(_train, "warn", said.append)
+        assert _train.run_training(config, "run", run, overwrite=False) == 0
+    assert (
+        f"too few rows for {world.size} processes: a step has 1, which leaves {world.size - 1} of them idle; "
+        f"make train.batch_size times train.accumulate {world.size} or more, or start 1"
+    ) in said
 
 
 def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:

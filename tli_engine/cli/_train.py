@@ -25,6 +25,7 @@ from tli_engine.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from tli_engine.train.checks import idle
 from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import MetricsLog, read_metrics
 from tli_engine.train.run_folder import check_free, create, default_folder, write_text
@@ -176,6 +177,9 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         warn(line)
 
     world, trainer = job.world, job.make_trainer(folder, on_warning)
+    for line in idle(job.run.config, trainer.rows_of_step, world.size):
+        # of how it runs, not of what comes of it: no report has it
+        warn(line)
     kept: list[dict[str, Any]] = []
     if (path := checkpoint.path) is not None:
         load_checkpoint(path, trainer, world)

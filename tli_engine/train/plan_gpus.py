@@ -9,6 +9,7 @@ from tli_engine.distributed.gathered_blocks import bytes_to_come
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
+from tli_engine.train.checks import idle, rows_asked_for
 from tli_engine.train.plan import RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
@@ -36,7 +37,12 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
         return plan if held or run.method != "full" else _with_counts(plan, run, model)
     if target.memory is None and run.device != "cpu":
         raise UserError(f"--gpus {gpus} is of GPUs; name their kind with --device, e.g. h100")
-    mine = rank_config(run, gpus)
+    plan = _shared_out(run, rank_config(run, gpus), model, target, gpus)
+    return replace(plan, notes=plan.notes + idle(run, rows_asked_for(run), gpus))
+
+
+def _shared_out(run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
+    """The plan of a run on several GPUs, of which each sees it as ``mine``."""
     if run.method == "full":
         return _with_counts(_fully_sharded(run, mine, model, target, gpus), run, model)
     plan = make_plan(mine, model, target, gpus)

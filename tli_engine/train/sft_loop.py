@@ -137,6 +137,11 @@ class SftTrainer:
         return patience is not None and self.best.since >= patience
 
     @property
+    def rows_of_step(self) -> int:
+        """Rows of a full step, which the ranks share out."""
+        return sum(map(len, self.order.batches(0)))
+
+    @property
     def is_spent(self) -> bool:
         """Whether the steps took ``train.seconds``, if that is set."""
         limit = self.config.train.seconds
