@@ -1,19 +1,20 @@
 """Checks that several processes run together; each writes what came of them.
 
-``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here and
-in ``full_on_ranks.py``.
+``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here, in
+``full_on_ranks.py`` and in ``resume_on_ranks.py``.
 """
 
 import json
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import full_on_ranks
 import pytest
+import resume_on_ranks
 import torch
 from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_tuning
 from torch import Tensor, nn
@@ -299,6 +300,25 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
         assert looked == [run] * world.is_first
 
 
+def check_ends_and_says_who_was_idle(world: World, folder: Path) -> None:
+    """Of a row a step, a rank works."""
+    run, data = folder / "shards" / f"idle-{world.size}", folder / "shards" / "idle.jsonl"
+    world.together(lambda: data.write_text(2 * (json.dumps({"text": "a", "summary": "x"}) + "\n")))
+    one = {"steps": 1, "batch_size": 1, "accumulate": 1}
+    config = config_of(
+        "sft", model=str(folder), data=str(data), sft={"context": 64, "packing": False}, train=one
+    )
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_train, "joined", lambda *_: nullcontext((world, "cpu")))
+        patch.setattr(_train, "warn", said.append)
+        assert _train.run_training(config, "run", run, overwrite=False) == 0
+    assert (
+        f"too few rows for {world.size} processes: a step has 1, which leaves {world.size - 1} of them idle; "
+        f"make train.batch_size times train.accumulate {world.size} or more, or start 1"
+    ) in said
+
+
 def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
     """A checkpoint's files are read whole for their SHA-256 by no process but the first."""
     run = folder / "shards" / f"looked-at-{world.size}"
@@ -313,7 +333,7 @@ def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
         path = checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
         # it is there already
         checkpoint.save_checkpoint(run, tuner.trainer, 2, world)
-        world.together(lambda: checkpoint.load_checkpoint(path, tuner.trainer, world))
+        checkpoint.load_checkpoint(path, tuner.trainer, world)
         assert checkpoint.load_best(run, tuner.trainer, world) is not None
         assert path.name in _train._last_checkpoint(run, world)
         world.together(lambda: (run / "best" / "state.json").unlink() if world.is_first else None)
@@ -328,7 +348,7 @@ def main() -> None:
     torch.set_num_threads(1)
     checks: dict[str, Callable[[World, Path], None]] = {
         name: check
-        for name, check in (globals() | vars(full_on_ranks)).items()
+        for name, check in (globals() | vars(full_on_ranks) | vars(resume_on_ranks)).items()
         if name.startswith(tuple(f"check_{group}" for group in groups)) and callable(check)
     }
     found = {}

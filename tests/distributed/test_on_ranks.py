@@ -7,9 +7,12 @@ from pathlib import Path
 import pytest
 
 Ranks = Callable[..., list[dict[str, str]]]
-PROGRAMS = [Path(__file__).with_name(name) for name in ("on_ranks.py", "full_on_ranks.py")]
+PROGRAMS = [
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("on_ranks", "full_on_ranks", "resume_on_ranks")
+]
 # of checks, which share processes: these take most of the time to start
-GROUPS = "words,gradients,align,ends,sft,nf4,shards,full"
+GROUPS = "words,gradients,align,ends,sft,nf4,shards,full,resume"
 
 
 def names(groups: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -183,6 +184,60 @@ def test_a_signal_stops_all_and_one_process_goes_on(
     torch.testing.assert_close(
         torch.tensor(losses(two)), torch.tensor(losses(one)), rtol=1e-3, atol=1e-3
     )
+
+
+def test_what_torchrun_started_goes_on_by_torchrun(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """The line that says how is the command."""
+    path, run = config(train={"steps": 60, "checkpoint_steps": 1000}), tmp_path / "a run"
+    command = ("--nproc-per-node", 2, "-m", "tli_engine", "train", path, "--run-folder", run)
+    process = ended(*TORCHRUN, *command)
+    wait_for_steps(process, run, 3)
+    process.send_signal(signal.SIGHUP)
+    _, err = process.communicate(timeout=60)
+    (said,) = (line for line in err.splitlines() if line.startswith("resume with: torchrun "))
+    again = shlex.split(said.removeprefix("resume with: torchrun "))
+    process = ended(*TORCHRUN, *again)
+    _, err = process.communicate(timeout=100)
+    assert process.returncode == 0, err
+    assert "resuming after step" in err
+    assert len(losses(run)) == 60
+
+
+def test_a_terminal_that_closes_stops_all(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """It sends SIGHUP more than once."""
+    path, run = config(train={"steps": 3000, "checkpoint_steps": 5000}), tmp_path / "run"
+    process = ended(*TLI_ENGINE, "train", path, "--run", run, "--gpus", 2)
+    wait_for_steps(process, run, 3)
+    for _ in range(3):
+        process.send_signal(signal.SIGHUP)
+        time.sleep(0.02)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGHUP
+    assert f"train --resume --run {run} --gpus 2" in err
+    found = find_checkpoint(run).path
+    assert found is not None
+    assert found.name == f"step-{len(losses(run)):06d}"
+
+
+def test_signals_that_were_ignored_are_ignored_by_all(
+    config: Callable[..., Path], tmp_path: Path, ended: Ended
+) -> None:
+    """As nohup has it, and a shell that starts a command in the background."""
+    path, run = config(train={"steps": 3000, "checkpoint_steps": 5000}), tmp_path / "run"
+    command = (*TLI_ENGINE, "train", path, "--run", run, "--gpus", 2)
+    process = ended("sh", "-c", "trap '' HUP INT; exec \"$@\"", "sh", *command)
+    wait_for_steps(process, run, 3)
+    process.send_signal(signal.SIGHUP)
+    process.send_signal(signal.SIGINT)
+    wait_for_steps(process, run, len(losses(run)) + 10)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert find_checkpoint(run).path is not None
 
 
 def rank_of(process: Any, number: int) -> int:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.second_gradients import second_gradients
 from tli_engine import accelerate, restore
 from tli_engine.integrations.lazy_model import settings_of
 from tli_engine.integrations.memo import Memo
@@ -101,20 +102,11 @@ def test_errs_no_more_than_bitsandbytes_and_peft(
 
 
 def test_gradients_of_gradients(load: Load, tokens: dict[str, Tensor]) -> None:
-    found = []
-    for accelerated in (False, True):
-        model = load(dtype=torch.float32)
-        # that of PyTorch has none in its fused kernels
-        model.get_base_model().set_attn_implementation("eager")
-        if accelerated:
-            accelerate(model)
-        own = [p for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n]
-        loss = model(**tokens, output_hidden_states=True).hidden_states[2].square().mean()
-        first = torch.autograd.grad(loss, own, create_graph=True)
-        torch.stack([g.square().sum() for g in first]).sum().backward()
-        found.append([p.grad for p in own])
-    for mine, theirs in zip(found[1], found[0], strict=True):
-        assert (mine - theirs).norm() < 1e-2 * theirs.norm()
+    theirs, ours = second_gradients(lambda: load(dtype=torch.float32), tokens)
+    own = [name for name in theirs if "layers.0" in name]
+    assert own
+    for name in own:
+        assert (ours[name] - theirs[name]).norm() < 1e-2 * theirs[name].norm()
 
 
 def test_lazy_states_are_the_eager_ones(load: Load, tokens: dict[str, Tensor]) -> None:

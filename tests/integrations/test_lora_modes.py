@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tests.integrations.conftest import adapt, assert_close, gradients
+from tests.second_gradients import second_gradients
 from tli_engine import accelerate
 
 Load = Callable[..., Any]
@@ -87,21 +88,9 @@ def test_biases_of_4bit_layers_are_trained(
 
 @pytest.mark.parametrize("nf4", [False, True], ids=["dense", "nf4"])
 def test_gradients_of_gradients(load: Load, tokens: dict[str, Tensor], nf4: bool) -> None:
-    found = []
-    for accelerated in (False, True):
-        model = adapt(load(nf4=nf4))
-        # that of PyTorch has none on a CPU
-        model.get_base_model().set_attn_implementation("eager")
-        if accelerated:
-            accelerate(model)
-        own = [p for n, p in model.named_parameters() if p.requires_grad and "layers.0" in n]
-        loss = model(**tokens, output_hidden_states=True).hidden_states[2].square().mean()
-        first = torch.autograd.grad(loss, own, create_graph=True)
-        torch.stack([g.square().sum() for g in first]).sum().backward()
-        found.append(gradients(model))
-    assert found[1].keys() == found[0].keys()
-    for name, gradient in found[0].items():
-        assert_close(found[1][name] / gradient.abs().max(), gradient / gradient.abs().max(), 1e-4)
+    theirs, ours = second_gradients(lambda: adapt(load(nf4=nf4)), tokens)
+    for name, gradient in theirs.items():
+        assert_close(ours[name] / gradient.abs().max(), gradient / gradient.abs().max(), 1e-4)
 
 
 def test_gradients_by_torch_func(load: Load, tokens: dict[str, Tensor]) -> None:

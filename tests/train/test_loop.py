@@ -107,6 +107,12 @@ def test_the_loss_falls(loss: str, space: str, start: Start) -> None:
     assert apart[1] > apart[0]
 
 
+def test_a_step_has_a_batch_of_pairs_or_all_of_them(start: Start) -> None:
+    sizes = [start(train={"batch_size": size}).trainer.rows_of_step for size in (4, 12, 64)]
+    # the last pair alone has no negative
+    assert sizes == [4, PAIRS, PAIRS]
+
+
 def test_every_step_is_reported_in_full(start: Start) -> None:
     run = start(train={"epochs": 3, "steps": None, "warmup_steps": 2})
     run.trainer.run()

@@ -47,6 +47,13 @@ def test_a_rank_has_its_share_of_the_rows() -> None:
     assert found == {1: (4, 4), 2: (4, 2), 3: (4, 2), 8: (2, 1), 16: (1, 1), 32: (1, 1)}
 
 
+def test_gpus_without_a_row_are_noted() -> None:
+    said = "too few rows for 17 processes: a step has 16, which leaves 1 of them idle; make train.batch_size "
+    for changes in (QLORA, {"method": "full"}):
+        assert any(note.startswith(said) for note in planned("qwen2-1.5b", 17, **changes).notes)
+        assert not any("idle" in note for note in planned("qwen2-1.5b", 16, **changes).notes)
+
+
 def test_replicated_adapters_take_their_gradients_more() -> None:
     one, two = planned("llama-3-8b", 1, **QLORA), planned("llama-3-8b", 2, **QLORA)
     assert two.gpus == 2

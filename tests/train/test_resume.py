@@ -16,6 +16,7 @@ import pytest
 from tests.interrupt import at_step
 from tli_engine.cli import _train_align, main
 from tli_engine.testing import save_tiny_model
+from tli_engine.train.manifest import write_manifest
 from tli_engine.train.metrics import MetricsLog
 
 STEPS = 24
@@ -155,6 +156,56 @@ def test_broken_checkpoint_is_skipped_with_its_reason(
     err = capsys.readouterr().err
     assert re.search(r"checkpoint skipped: \S*step-000010", err)
     assert "resuming after step 5 of 24" in err
+
+
+def test_a_state_that_is_none_is_one_line(
+    config: Path,
+    whole: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What the manifest calls whole and training did not write: the run goes on without it."""
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(12, cut))
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+    path = run / "checkpoints/step-000010"
+    for text, said in (("not JSON", "Expecting value: "), ('{"best": {}}', "it has no step")):
+        (path / "state.json").write_text(text)
+        write_manifest(path, (p.name for p in path.iterdir() if p.name != "manifest.json"))
+        capsys.readouterr()
+        assert main(["train", "--resume", "--run", str(run)]) == 2
+        said = f"error: {path}/state.json: is not what training wrote: {said}"
+        assert said in capsys.readouterr().err.splitlines()[-1]
+    path.rename(tmp_path / "away")
+    assert_resumes(run, whole)
+
+
+def test_a_checkpoint_that_cannot_be_read_is_one_line(
+    config: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """It may be whole: neither is it skipped, nor does a later one take its place."""
+    from tli_engine.train import manifest
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(7))
+        assert main(["train", str(config), "--run", str(run)]) == 130
+
+    def fails(path: Path) -> str:
+        raise OSError(5, "Input/output error")
+
+    capsys.readouterr()
+    monkeypatch.setattr(manifest, "sha256", fails)
+    assert main(["train", "--resume", "--run", str(run)]) == 2
+    name = "step-000007/adapter_model.safetensors"
+    said = f"tli-engine: error: {run}/checkpoints/{name}: cannot be read: Input/output error"
+    assert capsys.readouterr().err.splitlines() == [said]
 
 
 def test_full_disk_keeps_the_earlier_checkpoint(

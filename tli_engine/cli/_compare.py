@@ -6,10 +6,11 @@ from typing import Any
 
 from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
-from tli_engine.cli._compare_processes import LOGS, STOPPED, run_parts
+from tli_engine.cli._compare_processes import LOGS, run_parts
 from tli_engine.cli._compare_run import check_part, run_part
 from tli_engine.cli._comparison import BASE, RESULT, Comparison, mend
 from tli_engine.cli.console import plain_table, say, show, warn
+from tli_engine.cli.signals import STOPPED
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
 from tli_engine.data.texts import has_articles, read_texts
 from tli_engine.errors import ConfigError, UserError

@@ -1,7 +1,6 @@
 """Runs of a comparison, each in a process of its own, one after the other or several at a time."""
 
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -11,8 +10,6 @@ from pathlib import Path
 from tli_engine.cli.console import say
 from tli_engine.cli.signals import stop_on_signals
 
-# what ends a run that was asked to stop; a run that is killed for its memory ends otherwise
-STOPPED = (128 + signal.SIGINT, 128 + signal.SIGTERM)
 # of the output of runs that run at the same time, which would be mixed up
 LOGS = "logs"
 # torch's threads, and the tokenizers': each takes all cores unless it is told

@@ -3,7 +3,6 @@
 import json
 import os
 import platform
-import shlex
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -11,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from tli_engine.cli._job import Job, RunTrainer, StepFigures
+from tli_engine.cli._resume_command import how_to_resume
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.cli.signals import AgreedStop, stop_on_signals
 from tli_engine.config import RunConfig, to_yaml, with_absolute_paths
-from tli_engine.distributed.launch import PROMISED, joined
+from tli_engine.distributed.launch import joined
 from tli_engine.distributed.world import World
 from tli_engine.errors import TrainingError, UserError
 from tli_engine.models.files import open_model
@@ -25,6 +25,7 @@ from tli_engine.train.checkpoint import (
     load_checkpoint,
     save_checkpoint,
 )
+from tli_engine.train.checks import idle
 from tli_engine.train.manifest import problems
 from tli_engine.train.metrics import MetricsLog, read_metrics
 from tli_engine.train.run_folder import check_free, create, default_folder, write_text
@@ -123,13 +124,15 @@ def _begin(job: Job, folder: Path, overwrite: bool) -> None:
 def _find(world: World, folder: Path) -> Found:
     """The checkpoint that the first process sees."""
 
-    def check() -> None:
+    def look() -> Found:
+        if not world.is_first:
+            # it reads all of each file: no work for every process
+            return Found(None, [])
         if not problems(folder):
             raise UserError(f"{folder}: has finished; measure it with tli-engine evaluate {folder}")
+        return find_checkpoint(folder)
 
-    _of_first(world, check)
-    # it reads all of each file: no work for every process
-    found = find_checkpoint(folder) if world.is_first else Found(None, [])
+    found = world.together(look)
     for reason in found.skipped:
         warn(f"checkpoint skipped: {reason}")
     path = world.share(None if found.path is None else str(found.path))
@@ -174,9 +177,12 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         warn(line)
 
     world, trainer = job.world, job.make_trainer(folder, on_warning)
+    for line in idle(job.run.config, trainer.rows_of_step, world.size):
+        # of how it runs, not of what comes of it: no report has it
+        warn(line)
     kept: list[dict[str, Any]] = []
     if (path := checkpoint.path) is not None:
-        world.together(lambda: load_checkpoint(path, trainer, world))
+        load_checkpoint(path, trainer, world)
         kept = [step for step in read_metrics(folder) if step["step"] <= trainer.reported]
         say(f"resuming after step {trainer.step} of {trainer.total_steps}")
     warnings += trainer.replay(kept)
@@ -195,9 +201,8 @@ def _train(job: Job, folder: Path, checkpoint: Found) -> int:
         # the last step too: what follows may fail, and the steps are what took the time
         last = _keep(trainer, metrics, folder, world)
     if until.settle():
-        gpus = f" --gpus {world.size}" if PROMISED in os.environ else ""
         say(f"stopped after step {trainer.step}; kept {last}")
-        say(f"resume with: tli-engine train --resume --run {shlex.quote(str(folder))}{gpus}")
+        say(how_to_resume(folder, world.size))
         return stop.exit_status
     say(f"trained {trainer.step - first} steps in {time.perf_counter() - start:.1f} s")
     job.finish(trainer, folder, [] if metrics is None else metrics.steps, warnings)

@@ -1,11 +1,18 @@
-"""SIGINT and SIGTERM while training: finish the step, keep a checkpoint, then end."""
+"""SIGINT, SIGTERM and SIGHUP while training: finish the step, keep a checkpoint, then end."""
 
+import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 
 from tli_engine.distributed.world import World
+
+# what a terminal that closes sends; Windows has none
+_HANGUP: signal.Signals | None = getattr(signal, "SIGHUP", None)
+ASKING = tuple(s for s in (signal.SIGINT, signal.SIGTERM, _HANGUP) if s is not None)
+# what ends a process that one of them asked to stop
+STOPPED = tuple(128 + s for s in ASKING)
 
 
 class Stop:
@@ -54,14 +61,22 @@ class AgreedStop:
 
 @contextmanager
 def stop_on_signals() -> Iterator[Stop]:
-    """Catch the first SIGINT or SIGTERM; a second one acts at once, as without this."""
+    """Catch the first SIGINT, SIGTERM or SIGHUP; a second one acts at once, as without this.
+
+    But a second SIGHUP does nothing: a closing terminal sends several. What is ignored already, such as
+    SIGHUP under nohup, stays so.
+    """
     stop = Stop()
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    previous = {s: h for s in ASKING if (h := signal.getsignal(s)) != signal.SIG_IGN}
+    terminals = [descriptor for descriptor in (1, 2) if os.isatty(descriptor)]
 
     def on_signal(number: int, frame: FrameType | None) -> None:
-        stop.signal = number
+        if number == _HANGUP:
+            _leave_closed(terminals)
+        stop.signal = stop.signal or number
         for s, handler in previous.items():
-            signal.signal(s, handler)
+            if s != _HANGUP:
+                signal.signal(s, handler)
 
     for s in previous:
         signal.signal(s, on_signal)
@@ -70,3 +85,12 @@ def stop_on_signals() -> Iterator[Stop]:
     finally:
         for s, handler in previous.items():
             signal.signal(s, handler)
+
+
+def _leave_closed(terminals: Sequence[int]) -> None:
+    """Have what is written to terminals that are closed go nowhere: it would be an error."""
+    for descriptor in terminals:
+        if not os.isatty(descriptor):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            os.close(nowhere)

@@ -1,7 +1,6 @@
 """``tli-engine train``: train adapters on a few early layers."""
 
 import os
-import shlex
 import signal
 import time
 from pathlib import Path
@@ -70,7 +69,7 @@ def command(
 ) -> int:
     """Train adapters as the YAML file CONFIG or a recipe says, then measure what they did.
 
-    Ctrl-C keeps a checkpoint and prints the command that resumes.
+    Ctrl-C, SIGTERM or a terminal that closes keeps a checkpoint and prints the command that resumes.
     """
     if resume:
         if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
@@ -137,6 +136,7 @@ def read_values(
 
 
 def _start(gpus: int, config: RunConfig, options: tuple[str, ...], folder: Path) -> int:
+    from tli_engine.cli._resume_command import by_gpus
     from tli_engine.cli.console import say
     from tli_engine.distributed.launch import start
 
@@ -149,8 +149,7 @@ def _start(gpus: int, config: RunConfig, options: tuple[str, ...], folder: Path)
         record = folder / "config.yaml"
         # one that was there before is of the run that this one was to overwrite
         if record.is_file() and ("--resume" in options or record.stat().st_mtime >= began - 1):
-            again = f"tli-engine train --resume --run {shlex.quote(str(folder))} --gpus {gpus}"
-            say(f"{what}; resume with: {again}")
+            say(f"{what}; resume with: {by_gpus(folder, gpus)}")
         else:
             say(f"{what} before the run began")
     return status

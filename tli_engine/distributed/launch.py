@@ -9,12 +9,17 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import torch
 from torch import distributed as dist
 
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
+
+if TYPE_CHECKING:
+    from torch.distributed.launcher.api import LaunchConfig
 
 # what `start` promised, for `joined` to check
 PROMISED = "TLI_ENGINE_PROCESSES"
@@ -48,7 +53,7 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+    from torch.distributed.launcher.api import elastic_launch
 
     if "WORLD_SIZE" in os.environ:
         raise UserError(
@@ -62,17 +67,9 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
     before = dict(os.environ)
     os.environ.update(usual | before | {PROMISED: str(processes), _STARTER: str(os.getpid())})
     try:
-        config = LaunchConfig(
-            min_nodes=1,
-            max_nodes=1,
-            nproc_per_node=processes,
-            run_id=f"tli-engine-{os.getpid()}",
-            rdzv_backend="c10d",
-            rdzv_endpoint="localhost:0",
-            local_addr="localhost",
-            max_restarts=0,
-        )
-        elastic_launch(config, sys.executable)("-m", "tli_engine", *arguments)
+        launched = elastic_launch(_launch_config(processes), sys.executable)
+        with _hung_up_once():
+            launched("-m", "tli_engine", *arguments)
     except ChildFailedError as e:
         code = int(e.get_first_failure()[1].exitcode)
         return code if code >= 0 else 128 - code
@@ -82,6 +79,48 @@ def start(processes: int, arguments: Sequence[str], *, on_cpu: bool) -> int:
         os.environ.clear()
         os.environ.update(before)
     return 0
+
+
+def _launch_config(processes: int) -> "LaunchConfig":
+    from torch.distributed.launcher.api import LaunchConfig
+
+    return LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=processes,
+        run_id=f"tli-engine-{os.getpid()}",
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        local_addr="localhost",
+        max_restarts=0,
+        signals_to_handle=",".join(_heard("SIGTERM", "SIGINT", "SIGQUIT")),
+    )
+
+
+def _heard(*names: str) -> list[str]:
+    """Those of some signals that there are here, and that were not ignored when the command began."""
+    there = [name for name in names if hasattr(signal, name)]
+    return [n for n in there if signal.getsignal(getattr(signal, n)) != signal.SIG_IGN]
+
+
+@contextmanager
+def _hung_up_once() -> Iterator[None]:
+    """Have the first SIGHUP stop the processes, and no other.
+
+    A closing terminal sends several, and a second would break off the wait for their checkpoint.
+    """
+    from torch.distributed.elastic.multiprocessing.api import SignalException
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        signal.signal(number, signal.SIG_IGN)
+        raise SignalException(f"signal {number}", signal.Signals(number))
+
+    previous = {s: signal.signal(s, stop) for s in (getattr(signal, n) for n in _heard("SIGHUP"))}
+    try:
+        yield
+    finally:
+        for s, handler in previous.items():
+            signal.signal(s, handler)
 
 
 def check_gpus(processes: int, gpus: int) -> None:

@@ -18,12 +18,13 @@ from torch import Tensor
 from tli_engine.distributed.fully_sharded import fill, load_shards, save_shards, stored
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import UserError
+from tli_engine.train.checkpoint_state import STATE, NotesError, read_state, unlike
 from tli_engine.train.joined_names import joined_keys, parts_of
 from tli_engine.train.manifest import problems, write_manifest
 
 _NAME = re.compile(r"step-(\d{6,})")
 _BEST = "best"
-_FILES = ("adapter_model.safetensors", "optimizer.safetensors", "state.json")
+_FILES = ("adapter_model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,13 @@ class Resumable(Protocol):
         statistics: dict[str, Tensor],
         notes: Mapping[str, Any],
     ) -> None:
-        """Go back to a step."""
+        """Go back to a step.
+
+        Raises:
+            KeyError: Tensors are not those of this model.
+            RuntimeError: One is of another shape.
+            NotesError: The notes lack something.
+        """
 
 
 @dataclass(frozen=True)
@@ -196,7 +203,7 @@ def _begin(part: Path) -> None:
 
 def _complete(part: Path, final: Path, state: dict[str, Any]) -> None:
     """Write the state and the manifest of what is in ``part``, and give it its name."""
-    (part / _FILES[2]).write_text(json.dumps(state) + "\n")
+    (part / STATE).write_text(json.dumps(state) + "\n")
     names = sorted(path.name for path in part.iterdir())
     for name in names:
         _sync(part / name)
@@ -221,7 +228,11 @@ def _whole_or_not(final: Path, *, keep_part: bool = False) -> Iterator[None]:
 
 
 def find_checkpoint(run: Path) -> Found:
-    """Look for the newest checkpoint that its manifest says is whole."""
+    """Look for the newest checkpoint that its manifest says is whole.
+
+    Raises:
+        UserError: A file of one cannot be read.
+    """
     skipped: list[str] = []
     for path in checkpoints(run):
         wrong = problems(path)
@@ -234,27 +245,49 @@ def find_checkpoint(run: Path) -> Found:
 def load_checkpoint(path: Path, trainer: Resumable, world: World = ALONE) -> None:
     """Put a trainer where it was when the checkpoint was written.
 
-    All ranks call it; the first one looks whether ``best`` is whole.
+    All ranks call it; the first one looks whether ``best`` is whole. What is wrong on one ends all.
 
     Raises:
         UserError: The checkpoint is of another model or other adapters, or cannot be read.
+        StoppedElsewhere: It is so on another rank.
     """
-    # before anything that one of them alone may fail at
-    found = world.share(_best_step(path.parent.parent / _BEST) if world.is_first else None)
-    notes = _state(path)
-    if "loss" in (noted := notes.get("best", {})) and noted["step"] != found:
+    shards = trainer.shards()
+
+    def read() -> tuple[dict[str, Any], str, int | None]:
+        notes = read_state(path)
+        with _readable(path):
+            there = {} if shards is None else stored(path)
+        own = _best_step(path.parent.parent / _BEST) if world.is_first else None
+        return notes, json.dumps(notes) + repr(sorted(there.items())), own
+
+    notes, seen, own = world.together(read)
+    # one that lacks a file would leave the others waiting
+    world.check_alike(f"{path}: what is there", seen, "all machines must see the same files")
+    found, noted = world.share(own), notes.get("best", {})
+    if "loss" in noted and noted["step"] != found:
         # a later one, of an end of the run that was lost, took its place: the next is the best
         notes["best"] = {name: noted[name] for name in ("before",) if name in noted}
-    shards = trainer.shards()
-    try:
+    world.together(lambda: _restore(path, trainer, shards, notes))
+
+
+def _restore(path: Path, trainer: Resumable, shards: Shards | None, notes: dict[str, Any]) -> None:
+    with _readable(path):
         if shards is not None:
             _fill(path, shards)
             tensors, optimizer = dict(shards.tensors), shards.statistics
         elif (path / _FILES[0]).is_file():
-            tensors, optimizer = (load_file(path / name) for name in _FILES[:2])
+            tensors, optimizer = (load_file(path / name) for name in _FILES)
         else:
             tensors, optimizer = _joined_shards(path)
         trainer.restore(notes.pop("step"), tensors, optimizer, notes)
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except NotesError as e:
+        raise unlike(path, str(e)) from None
     except (KeyError, RuntimeError) as e:
         raise UserError(f"{path}: is not of this run's tensors: {e}") from None
     except (OSError, SafetensorError) as e:
@@ -264,12 +297,7 @@ def load_checkpoint(path: Path, trainer: Resumable, world: World = ALONE) -> Non
 def _best_step(best: Path) -> int | None:
     """Of which step the best tensors are; None if they are not whole."""
     # a kill as one took another's place leaves neither so
-    return None if problems(best) else int(_state(best)["step"])
-
-
-def _state(folder: Path) -> dict[str, Any]:
-    values: dict[str, Any] = json.loads((folder / _FILES[2]).read_text(encoding="utf-8"))
-    return values
+    return None if problems(best) else int(read_state(best)["step"])
 
 
 def _fill(path: Path, shards: Shards) -> None:
@@ -323,9 +351,16 @@ def _joined_shards(path: Path) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Those of a run, newest first, as they were named when they were whole; nothing of them is read."""
+    """Those of a run, newest first, as they were named when they were whole; nothing of them is read.
+
+    Raises:
+        UserError: Their folder cannot be read.
+    """
     folder = run / "checkpoints"
-    found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    try:
+        found = [p for p in folder.iterdir() if _NAME.fullmatch(p.name)] if folder.is_dir() else []
+    except OSError as e:
+        raise UserError(f"{folder}: cannot be read: {e.strerror or e}") from None
     return sorted(found, key=lambda p: int(p.name.removeprefix("step-")), reverse=True)
 
 

@@ -78,6 +78,35 @@ def wants_fused(run: RunConfig, device: torch.device) -> bool:
     return False
 
 
+def rows_asked_for(run: RunConfig) -> int:
+    """Rows, or pairs, of a step as the configuration has it; the data may have fewer."""
+    train = run.train
+    return train.batch_size * (1 if run.objective == "align" else train.accumulate)
+
+
+def idle(run: RunConfig, rows: int, processes: int) -> list[str]:
+    """A line on processes that a step has no row for, if there are any.
+
+    Args:
+        run: The run.
+        rows: Or pairs, of a full step.
+        processes: That share them.
+    """
+    if rows >= processes:
+        return []
+    align = run.objective == "align"
+    what = "pairs" if align else "rows"
+    keys = "train.batch_size" if align else "train.batch_size times train.accumulate"
+    if rows_asked_for(run) < processes:
+        remedy = f"make {keys} {processes} or more, or start {rows}"
+    else:
+        remedy = f"start {rows}: the data has no more"
+    return [
+        f"too few {what} for {processes} processes: a step has {rows}, which leaves {processes - rows} of them "
+        f"idle; {remedy}"
+    ]
+
+
 def uncut(run: RunConfig, fused: bool) -> list[str]:
     """A line on parts of a batch that nothing makes."""
     if run.train.chunk_tokens is None or fused:

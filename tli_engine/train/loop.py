@@ -18,7 +18,7 @@ from tli_engine.models.early import EarlyModel
 from tli_engine.train.engine import Engine, Observed
 from tli_engine.train.fused_step import FusedStep
 from tli_engine.train.module_step import ModuleStep
-from tli_engine.train.order import steps_per_epoch
+from tli_engine.train.order import batch_rows, steps_per_epoch
 from tli_engine.train.schedule import learning_rate
 
 # steps begun before the first of them must be done: enough for no one to wait, few for a signal
@@ -103,6 +103,11 @@ class Trainer:
                 self._report(wait=True)
         finally:
             self.model.eval()
+
+    @property
+    def rows_of_step(self) -> int:
+        """Pairs of a full step, which the ranks share out."""
+        return len(batch_rows(len(self.pairs.source), self.config.train.batch_size, 0, 0))
 
     @property
     def is_spent(self) -> bool:

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from tli_engine.errors import UserError
+
 MANIFEST = "manifest.json"
 
 
@@ -27,6 +29,9 @@ def problems(folder: Path, within: str = "") -> list[str]:
     """What is wrong with a folder, held against its manifest; empty if it is whole.
 
     Only files in the folder ``within`` it are looked at, if one is named.
+
+    Raises:
+        UserError: A file that the manifest names cannot be read.
     """
     path = folder / MANIFEST
     try:
@@ -40,14 +45,19 @@ def problems(folder: Path, within: str = "") -> list[str]:
     for name, (size, digest) in expected.items():
         if within and not name.startswith(f"{within}/"):
             continue
-        file = folder / name
-        if not file.is_file():
-            found.append(f"{file}: is missing")
-        elif file.stat().st_size != size:
-            found.append(f"{file}: has {file.stat().st_size} bytes, not {size}")
-        elif sha256(file) != digest:
-            found.append(f"{file}: its SHA-256 is not the manifest's")
+        try:
+            found += _unlike(folder / name, size, digest)
+        except OSError as e:
+            raise UserError(f"{folder / name}: cannot be read: {e.strerror or e}") from None
     return found
+
+
+def _unlike(file: Path, size: int, digest: str) -> list[str]:
+    if not file.is_file():
+        return [f"{file}: is missing"]
+    if file.stat().st_size != size:
+        return [f"{file}: has {file.stat().st_size} bytes, not {size}"]
+    return [] if sha256(file) == digest else [f"{file}: its SHA-256 is not the manifest's"]
 
 
 def sha256(path: Path) -> str:

@@ -9,6 +9,7 @@ from tli_engine.distributed.gathered_blocks import bytes_to_come
 from tli_engine.distributed.world import World
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
+from tli_engine.train.checks import idle, rows_asked_for
 from tli_engine.train.plan import RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import GIB, LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
@@ -39,20 +40,19 @@ def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
         raise UserError(
             f"--gpus {gpus}: no GPU is here; name a kind with plan --device, e.g. h100, or set device=cpu"
         )
-    mine = rank_config(run, gpus)
-    full = run.method == "full"
-    plan = (_fully_sharded if full else _with_adapters)(run, mine, model, target, gpus)
+    plan = _shared_out(run, rank_config(run, gpus), model, target, gpus)
+    notes = plan.notes + idle(run, rows_asked_for(run), gpus)
     if target.memory is None and run.device != "cpu":
-        line = (
+        notes.append(
             f"--gpus {gpus} trains on CPUs with device=cpu alone; the run has device={run.device}"
         )
-        plan = replace(plan, notes=[*plan.notes, line])
-    return _with_counts(plan, run, model) if full else plan
+    return replace(plan, notes=notes)
 
 
-def _with_adapters(
-    run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int
-) -> Plan:
+def _shared_out(run: RunConfig, mine: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
+    """The plan of a run on several GPUs, of which each sees it as ``mine``."""
+    if run.method == "full":
+        return _with_counts(_fully_sharded(run, mine, model, target, gpus), run, model)
     plan = make_plan(mine, model, target, gpus)
     made = outline(mine, model, target, gpus)
     parts = dict(plan.gpu_bytes or plan.host_bytes)

@@ -18,6 +18,7 @@ from tli_engine.errors import NotFiniteError, TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.device import peak_mib
 from tli_engine.train.checkpoint import Shards
+from tli_engine.train.checkpoint_state import NotesError
 from tli_engine.train.joined_names import join_parts
 from tli_engine.train.memory import out_of_memory
 from tli_engine.train.run_folder import plain_json
@@ -136,6 +137,11 @@ class SftTrainer:
         return patience is not None and self.best.since >= patience
 
     @property
+    def rows_of_step(self) -> int:
+        """Rows of a full step, which the ranks share out."""
+        return sum(map(len, self.order.batches(0)))
+
+    @property
     def is_spent(self) -> bool:
         """Whether the steps took ``train.seconds``, if that is set."""
         limit = self.config.train.seconds
@@ -213,6 +219,7 @@ class SftTrainer:
         Raises:
             KeyError: The tensors are of another model or other adapters.
             RuntimeError: They are of another shape.
+            NotesError: The notes lack something.
         """
         names = self.engine.tensors
         tensors, statistics = join_parts(tensors, names), join_parts(statistics, names)
@@ -222,12 +229,22 @@ class SftTrainer:
         copies = {f"{name}/master": tensors[name] for name in masters}
         self.engine.updates.restore(copies | statistics)
         self.step = step
-        notes = notes or {}
-        self.best = Best(**notes.get("best", {}))
-        if (left := notes.get("unmeasured")) is not None:
-            figures = {k: math.nan if v is None else v for k, v in left["figures"].items()}
-            self._unmeasured = SftMetrics(**left | {"figures": figures})
-            self.seconds += self._unmeasured.seconds
+        if notes is not None:
+            self._recall(notes)
+
+    def _recall(self, notes: Mapping[str, Any]) -> None:
+        try:
+            best, left, unmeasured = Best(**notes["best"]), notes.get("unmeasured"), None
+            if left is not None:
+                figures = {k: math.nan if v is None else v for k, v in left["figures"].items()}
+                unmeasured = SftMetrics(**left | {"figures": figures})
+        except KeyError as e:
+            raise NotesError(f"it has no {e.args[0]}") from None
+        except (AttributeError, TypeError) as e:
+            raise NotesError(str(e)) from None
+        self.best, self._unmeasured = best, unmeasured
+        if unmeasured is not None:
+            self.seconds += unmeasured.seconds
 
     @torch.no_grad()
     def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
