@@ -51,8 +51,10 @@ def run_comparison(
     known = [*comparison.trials, *comparison.parts]
     if unknown := [part for part in only if part not in known]:
         raise ConfigError(f"--only {unknown[0]}: no such run; there are {' '.join(known)}")
-    # before anything is written
+    # before anything is written, and hours of what reads none of them
     comparison.test_texts()
+    for split in ("train", "validation"):
+        read_texts(comparison.shared.data, split)
     _check_rates(comparison)
     _keep_settings(comparison, gather_only)
     if len(only) == 1 and jobs == 1:

@@ -128,6 +128,16 @@ def test_no_room_for_articles_is_found_before_training(
     assert not (tmp_path / "new/full-5").exists()
 
 
+@pytest.mark.parametrize("key", ["texts", "validation"])
+def test_articles_that_are_not_there_are_found_before_training(
+    key: str, cli: Cli, config: Path, tmp_path: Path
+) -> None:
+    result = cli("compare", config, "--out", "n", "--set", f"data.{key}=none.jsonl")
+    assert result.status == 2
+    assert "none.jsonl: cannot be read: No such file" in result.err
+    assert not (tmp_path / "n").exists()
+
+
 def test_a_folder_of_something_else_is_left_alone(cli: Cli, config: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other/thesis.txt").write_text("")
