@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
 from tokenizers.models import BPE, Unigram, WordLevel, WordPiece
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from tli_engine.errors import UserError
 from tli_engine.models.tokenizer import load_tokenizer
@@ -164,8 +164,24 @@ def test_a_trained_tokenizer_without_its_merges(kind: str, tmp_path: Path) -> No
     stored = json.loads(path.read_text("utf-8"))
     stored["model"]["merges"] = []
     path.write_text(json.dumps(stored), "utf-8")
-    with pytest.raises(UserError, match=r"\(0 of \d+ come out whole\); tokenizer.json lacks its"):
+    with pytest.raises(
+        UserError, match=r"\(0 of \d+ come out whole\); tokenizer.json lacks merges"
+    ):
         load_tokenizer("mine", tmp_path)
+
+
+def test_a_gguf_file_that_is_read_without_merges(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = AutoTokenizer.from_pretrained(_folder(tmp_path, []))
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_, **__: broken)
+    monkeypatch.setattr("transformers.__version__", "5.17.0")
+    with pytest.raises(UserError) as error:
+        load_tokenizer("mine.gguf", tmp_path, "mine.gguf")
+    assert str(error.value).endswith(
+        "(0 of 169 come out whole); transformers 5.17.0 does not read this GGUF file's tokenizer rightly: "
+        "pip install -U transformers, or name a folder of the model in its place"
+    )
 
 
 def test_few_words_tell_nothing(tmp_path: Path) -> None:

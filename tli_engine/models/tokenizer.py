@@ -68,9 +68,10 @@ def _check_joins(name: str, tokenizer: Any, *, from_gguf: bool) -> None:
 
     mend = (
         f"transformers {__version__} does not read this GGUF file's tokenizer rightly: "
-        "pip install -U transformers"
+        "pip install -U transformers, or name a folder of the model in its place"
         if from_gguf
-        else "tokenizer.json lacks its merges: make the folder's tokenizer anew from its source"
+        else "tokenizer.json lacks merges, or tokenizer_config.json names another kind of tokenizer: "
+        "make both anew from their source"
     )
     raise UserError(
         f"{name}: its tokenizer splits words of its own vocabulary "
