@@ -6,6 +6,7 @@ import random
 import string
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tokenizers import Regex, Tokenizer, decoders, normalizers, pre_tokenizers, trainers
@@ -182,6 +183,30 @@ def test_a_gguf_file_that_is_read_without_merges(
         "(0 of 169 come out whole); transformers 5.17.0 does not read this GGUF file's tokenizer rightly: "
         "pip install -U transformers, or name a folder of the model in its place"
     )
+
+
+def _changed(path: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+    """The folder of a tokenizer of words, its model changed."""
+    PreTrainedTokenizerFast(tokenizer_object=_word_level()).save_pretrained(path)
+    file = path / "tokenizer.json"
+    stored = json.loads(file.read_text("utf-8"))
+    change(stored["model"])
+    file.write_text(json.dumps(stored | {"added_tokens": []}), "utf-8")
+    return path
+
+
+def test_a_tokenizer_without_an_unknown_token_is_taken(tmp_path: Path) -> None:
+    """It fails at a digit, which words need not have."""
+    folder = _changed(tmp_path, lambda model: model["vocab"].pop("<unk>"))
+    assert len(load_tokenizer("mine", folder)) > 64
+
+
+def test_a_tokenizer_of_an_unknown_kind_is_one_line(tmp_path: Path) -> None:
+    folder = _changed(tmp_path, lambda model: model.update(type="Nothing"))
+    with pytest.raises(
+        UserError, match=r"^mine: its tokenizer cannot be loaded; .* \(data did not"
+    ):
+        load_tokenizer("mine", folder)
 
 
 def test_few_words_tell_nothing(tmp_path: Path) -> None:

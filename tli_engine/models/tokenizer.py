@@ -39,7 +39,8 @@ def _tokenizer(name: str, folder: Path, **options: str) -> Any:
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, **LOCAL_FILES, **options)
-    except (OSError, ValueError, KeyError) as e:
+    except Exception as e:
+        # of a file that it cannot read, tokenizers raises no narrower one
         raise UserError(
             f"{name}: its tokenizer cannot be loaded; are tokenizer.json and "
             f"tokenizer_config.json there? ({first_line(e)})"
@@ -86,8 +87,18 @@ def _whole(tokenizer: Any, words: Mapping[int, str]) -> int:
     letters of one are marked.
     """
     placed = ([place.format(word) for word in words.values()] for place in _PLACES)
-    found = [tokenizer(texts, add_special_tokens=False).input_ids for texts in placed]
+    found = [_tokens(tokenizer, texts) for texts in placed]
     return sum(any(i in tokens for tokens in of) for i, *of in zip(words, *found, strict=True))
+
+
+def _tokens(tokenizer: Any, texts: list[str]) -> list[list[int]]:
+    """The tokens of each text; none where one of them has a letter that the tokenizer has no token for."""
+    try:
+        tokens: list[list[int]] = tokenizer(texts, add_special_tokens=False).input_ids
+    except Exception:
+        # without an unknown token tokenizers refuses a space or a digit, by no narrower error
+        return [[] for _ in texts]
+    return tokens
 
 
 def file_identity(path: Path) -> tuple[int, ...]:
