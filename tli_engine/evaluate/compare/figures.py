@@ -104,7 +104,7 @@ class _Losses(Record):
 
 
 class OfTraining(Record):
-    """What becomes of a run's ``evaluation.json``."""
+    """What a part takes over from its run's ``evaluation.json``."""
 
     throughput: _Speed
     loss: _Losses
