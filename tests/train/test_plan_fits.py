@@ -89,6 +89,16 @@ def test_recipes_of_summaries_fit_one_gpu(recipe: str, shape: str, recomputed: i
     assert any(note.startswith("fits: ") for note in notes) == (shape == "llama-3-8b")
 
 
+@pytest.mark.parametrize("layers", ["0-2", "0,5"])
+def test_adapters_updated_in_the_backward_pass_are_planned(layers: str) -> None:
+    """Blocks between and above theirs have no gradients, and keep activations all the same."""
+    run = {"lora": {"layers": layers, "modules": ALL, "r": 16}}
+    at_once = {"steps": 9, "batch_size": 4, "in_backward": True}
+    plan, whole = llama(None, **run, train=at_once), llama(None, **run)
+    assert plan.gpu_bytes["activations"] == whole.gpu_bytes["activations"]
+    assert plan.gpu_bytes.get("gradients", 0) <= whole.gpu_bytes.get("gradients", 0)
+
+
 def test_modules_take_no_batch_in_parts() -> None:
     model = Survey("llama-3-8b", config_of("llama-3-8b"), None)
     values = {"model": "llama-3-8b", "lora": {"layers": "0-1"}, "quantize": "nf4"}

@@ -206,12 +206,11 @@ def _check_alike(comparison: Comparison, parts: Mapping[str, Part]) -> None:
 
 def _check_rows(comparison: Comparison, parts: Mapping[str, Part]) -> None:
     """Refuse alignment that was measured at other layers or on other splits than that of the others."""
-    trained = {name: part for name, part in parts.items() if name != BASE}
-    first = next(iter(trained), BASE)
-    for name, part in trained.items():
-        if measured_at(part.result) != measured_at(trained[first].result):
+    trained = [name for name in parts if name != BASE]
+    for name in trained[1:]:
+        if measured_at(parts[name].result) != measured_at(parts[trained[0]].result):
             path = comparison.folder(name) / RESULT
-            reason = f"alignment: its layers, scores and splits are not those of {first}"
+            reason = f"alignment: its layers, scores and splits are not those of {trained[0]}"
             raise unreadable(path, reason, mend(name))
 
 

@@ -111,9 +111,9 @@ def control_line(row: Row) -> str:
     low, high = bootstrap_ci95(after - before)
     sides = (row.after.forward.candidates, row.after.reverse.candidates)
     chance = sum(map(chance_mrr, sides)) / 2
-    shown = "a change" if low > 0 or high < 0 else "no change that can be told from none"
-    # of a single pair the interval is a point
-    verdict = too_few_pairs(len(before), "a change") or shown
+    told = "a change" if low > 0 or high < 0 else "no change that can be told from none"
+    # of few pairs the interval is too narrow, of one it is a point
+    verdict = too_few_pairs(len(before), "a change") or told
     return (
         f"  {row.split} {row.score}: MRR {before.mean():.3f} → {after.mean():.3f}, "
         f"95 % interval of the change [{low:+.3f}, {high:+.3f}]: {verdict}; chance {chance:.3f}"

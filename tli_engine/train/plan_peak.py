@@ -192,10 +192,13 @@ class Step:
         return causal.head.nbytes if causal is not None and full else 0
 
     def _at_once(self, gradients: int, prefix: str = "") -> int:
-        """What of gradients is held where each is used at once: the largest of those so named."""
+        """What of gradients is held where each is used at once: the largest of those so named, if any."""
         if not self._outline.run.train.in_backward:
             return gradients
-        named = (t for n, t in self._outline.trained.items() if n.startswith(prefix))
+        named = [t for n, t in self._outline.trained.items() if n.startswith(prefix)]
+        # a frozen block above the first adapters has none
+        if not named:
+            return 0
         largest = max(named, key=lambda t: t.numel())
         return largest.nbytes + self._rounding(largest.numel(), largest.element_size())
 

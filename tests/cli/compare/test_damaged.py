@@ -33,7 +33,7 @@ def out(made: Path, tmp_path: Path) -> Path:
 
 
 def changed(values: Any, path: str, value: Any) -> Any:
-    """The values with one in them replaced, or left out if it is to be ``...``."""
+    """The values with one in them replaced, changed by a function, or left out if it is to be ``...``."""
     *keys, last = path.split()
     within = values
     for key in keys:
@@ -41,7 +41,7 @@ def changed(values: Any, path: str, value: Any) -> Any:
     if value is ...:
         del within[last]
     else:
-        within[last] = value
+        within[last] = value(within[last]) if callable(value) else value
     return values
 
 
@@ -69,6 +69,11 @@ def changed(values: Any, path: str, value: Any) -> Any:
             [0.1],
             "alignment.rows.0.tests.mrr.ci95: list should have at least 2 items after validation, "
             "not 1 (got [0.1])",
+        ),
+        (
+            "alignment rows",
+            lambda rows: [row | {"tests": {"mrr": {"ci95": [0.1, None]}}} for row in rows],
+            "alignment: the interval of 4 pairs has no ends",
         ),
         ("made_from", {}, "made_from: configs: is required"),
         ("made_from dtype", None, "made_from: dtype: input should be a valid string (got None)"),

@@ -14,6 +14,7 @@ from tli_engine.evaluate.summaries import METRICS
 ENOUGH_SEEDS = 3
 ENOUGH_ARTICLES = 200
 _ALPHA = 0.05
+_DIRECTIONS = "Up or down is what every seed's 95 % interval says"
 
 Report = Mapping[str, Any]
 
@@ -81,7 +82,8 @@ def _overtrained(report: Report) -> Iterator[str]:
     """Arms that only got worse: what is said of them may be said of their learning rate alone."""
     said = []
     for arm in report["arms"]:
-        curves = [c["validation"] for c in arm["curves"] if len(c["validation"]) > 1]
+        measured = [[at for at in c["validation"] if math.isfinite(at[1])] for c in arm["curves"]]
+        curves = [curve for curve in measured if len(curve) > 1]
         risen = [curve[0][0] for curve in curves if min(curve, key=lambda at: at[1]) is curve[0]]
         if 2 * len(risen) > len(curves):
             of = f"{len(risen)} of {_count(len(curves), 'seed')}"
@@ -216,12 +218,13 @@ def _costs(report: Report) -> Iterator[str]:
 def _alignment(report: Report) -> Iterator[str]:
     """Whether unseen pairs find each other better, by a score that a common shift cannot inflate."""
     said = []
+    # all arms are measured on the same pairs
+    few = too_few_pairs(report["arms"][0]["alignment"]["pairs"], "a change")
     for arm in report["arms"]:
         found = arm["alignment"]
         row = next(
             r for r in found["rows"] if r["split"] == found["split"] and r["score"] == SHOWN_SCORE
         )
-        few = too_few_pairs(found["pairs"], "a change")
         verdict = "" if few else f" ({_direction(row['mrr_change_ci95'])})"
         said.append(f"{arm['name']} {row['after']['mrr']:.3f}{verdict}")
     head = next(r for r in found["linear_head"] if r["split"] == found["split"])
@@ -234,9 +237,6 @@ def _alignment(report: Report) -> Iterator[str]:
         f"{few or _DIRECTIONS}. A linear head on the frozen model, fitted in seconds, has "
         f"{head['after']['mrr']:.3f}."
     )
-
-
-_DIRECTIONS = "Up or down is what every seed's 95 % interval says"
 
 
 def _direction(intervals: Sequence[Sequence[float]]) -> str:

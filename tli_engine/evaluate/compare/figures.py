@@ -79,10 +79,14 @@ class _Alignment(Record):
 
     @model_validator(mode="after")
     def _has_what_is_shown(self) -> Self:
-        if (self.split, SHOWN_SCORE) not in {(row.split, row.score) for row in self.rows}:
+        shown = [row for row in self.rows if (row.split, row.score) == (self.split, SHOWN_SCORE)]
+        if not shown:
             raise ValueError(f"there is no row of split {self.split} and score {SHOWN_SCORE}")
         if self.split not in {row.split for row in self.linear_head}:
             raise ValueError(f"linear_head has no row of split {self.split}")
+        # of a single pair there is none
+        if self.pairs > 1 and any(None in row.tests.mrr.ci95 for row in shown):
+            raise ValueError(f"the interval of {self.pairs} pairs has no ends")
         return self
 
 
@@ -100,7 +104,7 @@ class _Losses(Record):
 
 
 class OfTraining(Record):
-    """What becomes of a run's ``evaluation.json``."""
+    """What a part takes over from its run's ``evaluation.json``."""
 
     throughput: _Speed
     loss: _Losses
