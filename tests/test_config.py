@@ -92,6 +92,8 @@ def test_unknown_key_in_a_section(section: str) -> None:
 def test_unknown_key_at_the_top() -> None:
     with pytest.raises(ConfigError, match=r"^here\.yaml: modle: unknown key; known here: model, "):
         resolve(modle="x")
+    with pytest.raises(ConfigError, match=r"it is of a comparison, which tli-engine compare runs$"):
+        resolve(compare={"seeds": [0]})
 
 
 def test_model_is_required() -> None:

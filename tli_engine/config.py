@@ -297,7 +297,10 @@ def explain(error: Any, root: Any = None) -> str:
         section: Any = root or RunConfig
         for part in error["loc"][:-1]:
             section = section.model_fields[part].annotation
-        return f"{key}: unknown key; known here: {', '.join(section.model_fields)}"
+        known = f"known here: {', '.join(section.model_fields)}"
+        if key == "compare":
+            known = "it is of a comparison, which tli-engine compare runs"
+        return f"{key}: unknown key; {known}"
     if error["type"] == "missing":
         return f"{key}: is required"
     if error["type"] == "model_type":

@@ -11,6 +11,7 @@ from tli_engine.config import read_recipe, resolve_config
 from tli_engine.models.survey import Survey
 from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_devices import find_target
+from tli_engine.train.plan_gpus import plan_for
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parents[2] / "bench" / "results"
@@ -136,3 +137,19 @@ def test_what_does_not_fit_says_so_and_less_memory_means_more_is_run_again() -> 
     again = [llama(gib).recomputed for gib in (None, 24, 12)]
     assert peaks == sorted(peaks, reverse=True)
     assert again == sorted(again)
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_a_share_is_the_allocators_alone(gpus: int) -> None:
+    model = Survey("llama-3-8b", config_of("llama-3-8b"), None)
+    run = resolve_config(
+        {"model": "llama-3-8b", "lora": {"layers": "0-1"}, "quantize": "nf4"}, "test"
+    )
+    verdicts = {}
+    for gib in (None, 8):
+        plan = plan_for(run, model, limited(find_target("h100", "auto"), gib), gpus)
+        (verdicts[gib],) = (note for note in plan.notes if note.startswith("fits: "))
+        bytes_there = sum(plan.gpu_bytes.values()) - (0 if gib is None else 500 * 2**20)
+        assert f"fits: {bytes_there / 2**30:.1f} GiB of " in verdicts[gib]
+    assert "CUDA's context not counted" in verdicts[8]
+    assert "CUDA's context" not in verdicts[None]

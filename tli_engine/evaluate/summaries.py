@@ -145,7 +145,8 @@ def read_predictions(path: Path, digest: str | None = None) -> list[str]:
         content = path.read_bytes()
         if digest not in (None, sha256(content).hexdigest()):
             raise UserError(
-                f"{path}: is not what was written with the figures beside it; make both again"
+                f"{path}: is not what was written with the figures beside it; delete those "
+                "(result.json, evaluation.json) and make both again"
             )
         # a summary may hold other separators of lines, which splitlines() minds
         lines = content.decode().split("\n")[:-1]

@@ -17,10 +17,10 @@ from tli_engine.train.plan_peak import (
     CONTEXT,
     Moment,
     Step,
-    context_of,
     fits,
     moments_of_pairs,
     optimizer_bytes,
+    room_on,
     step_of_words,
 )
 from tli_engine.train.step_times import measured_seconds
@@ -216,8 +216,8 @@ def _add_notes(
         )
     notes += recomputation(made, step) + uncut(run, made.fused)
     if target.memory is not None:
-        peak = total - CONTEXT + context_of(target)
-        room = f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f} on {target.name}"
+        peak, room = room_on(target, total)
+        room = f"{room} on {target.name}"
         if fits(target, peak):
             notes.append(f"fits: {room}")
         else:

@@ -17,7 +17,7 @@ from tli_engine.models.recompute import UNPLANNED, with_gaps
 from tli_engine.train.mixed_adamw import CHUNK
 from tli_engine.train.pack_graphs import wants_graphs, why_not_captured
 from tli_engine.train.plan_blocks import BlockMemory
-from tli_engine.train.plan_devices import Target
+from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline
 from tli_engine.train.staging import padded
 from tli_engine.train.updates import reads_gradients_as_they_are, update_parts
@@ -322,6 +322,15 @@ def moments_of_pairs(outline: Outline, tokens: int, pairs: int) -> Iterator[Mome
 def context_of(target: Target) -> int:
     """Bytes of the target's memory that CUDA takes: none of a share, which is the allocator's alone."""
     return 0 if target.limited else CONTEXT
+
+
+def room_on(target: Target, total: int) -> tuple[int, str]:
+    """What counts against a target's memory of so many bytes, CUDA's context among them, and both in words."""
+    peak = total - CONTEXT + context_of(target)
+    assert target.memory is not None
+    # a share is the allocator's alone
+    beside = ", CUDA's context not counted," if target.limited else ""
+    return peak, f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f}{beside}"
 
 
 def fits(target: Target, peak: int) -> bool:

@@ -124,7 +124,7 @@ def test_what_is_done_is_not_done_again(
     assert "lora-early:5: failed; the others go on" in result.err
     report = json.loads((out / "report.json").read_text())
     assert [a["name"] for a in report["arms"]] == [n for n in ARMS if n != "lora-early"]
-    assert "1 of the runs are missing" in report["conclusions"][1]
+    assert "Of the runs 1 is missing" in report["conclusions"][1]
     # one more seed of one arm; the arms are reported as far as they are asked for
     result = cli(
         "compare", config, "--out", out, "--set", "compare.seeds=[5, 6]",

@@ -128,7 +128,7 @@ def test_what_cannot_be_shown_is_said_first(report: Callable[..., Report]) -> No
     assert lines[0].startswith(
         "Too small to conclude: there are 20 test articles, and it takes 200; 2 seeds an arm"
     )
-    assert lines[1] == "1 of the runs are missing, failed or yet to be run: full:2."
+    assert lines[1] == "Of the runs 1 is missing, failed or yet to be run: full:2."
     assert all("(too small to conclude)" in line for line in lines if "against full" in line)
     assert any("On a CPU, memory" in line for line in lines)
     assert not any("energy." in line for line in lines[:-2] if "took" in line)

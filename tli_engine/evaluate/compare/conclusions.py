@@ -29,7 +29,8 @@ def conclusions(report: Report, missing: Sequence[str] = ()) -> list[str]:
     lines = list(_size(report, bool(missing)))
     if missing:
         lines.append(
-            f"{len(missing)} of the runs are missing, failed or yet to be run: {', '.join(missing)}."
+            f"Of the runs {len(missing)} {'is' if len(missing) == 1 else 'are'} missing, failed or yet to "
+            f"be run: {', '.join(missing)}."
         )
     lines += _empty(report)
     lines += _overtrained(report)
@@ -210,8 +211,8 @@ def _costs(report: Report) -> Iterator[str]:
         )
     if any(device == "cpu" for arm in report["arms"] for device in arm["devices"]):
         yield (
-            "On a CPU, memory is the whole process's, libraries included: its ratios say little of a "
-            "GPU's."
+            "On a CPU, memory is the whole process's, libraries included, and a time holds whatever else "
+            "the machine did: their ratios say little of a GPU's."
         )
 
 
