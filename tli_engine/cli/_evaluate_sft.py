@@ -7,6 +7,7 @@ from typing import Any
 
 from tli_engine.cli._against import hold_against, read_rival
 from tli_engine.cli._bits import bits_of, costs_of, print_costs
+from tli_engine.cli._comparison import RESULT
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli.console import plain_table, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
@@ -59,8 +60,14 @@ def evaluate_texts(
     last of ``strengths``.
 
     Raises:
-        UserError: The run has no articles to measure on, or those of ``writing.against`` are others.
+        UserError: The run has no articles to measure on, those of ``writing.against`` are others, or it is
+            a comparison's.
     """
+    if (folder / RESULT).is_file():
+        raise UserError(
+            f"{folder}: is a comparison's run, whose {RESULT} is of the summaries that evaluate would "
+            f"replace; copy the folder without {RESULT}, and evaluate the copy"
+        )
     texts = _validation(folder, config)
     rival = None if writing.against is None else read_rival(writing.against, texts)
     lines = {str(path): read_lines(path) for path in files}

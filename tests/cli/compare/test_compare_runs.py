@@ -128,6 +128,20 @@ def test_no_room_for_articles_is_found_before_training(
     assert not (tmp_path / "new/full-5").exists()
 
 
+def test_summaries_that_figures_are_of_are_not_replaced(
+    cli: Cli, config: Path, tmp_path: Path
+) -> None:
+    assert cli("compare", config, "--out", "e", "--only", "full:5").status == 0
+    written = (tmp_path / "e/full-5/predictions.jsonl").read_bytes()
+    result = cli("evaluate", "e/full-5", "--max-new-tokens", 2)
+    assert result.status == 2
+    assert "e/full-5: is a comparison's run" in result.err
+    assert (tmp_path / "e/full-5/predictions.jsonl").read_bytes() == written
+    # as the line says
+    shutil.copytree(tmp_path / "e/full-5", "copy", ignore=shutil.ignore_patterns("result.json"))
+    assert cli("evaluate", "copy", "--max-new-tokens", 2).status == 0
+
+
 @pytest.mark.parametrize("key", ["texts", "validation"])
 def test_articles_that_are_not_there_are_found_before_training(
     key: str, cli: Cli, config: Path, tmp_path: Path
