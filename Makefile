@@ -15,7 +15,7 @@ train: $(VENV)/.installed
 	$(BIN)/tli-engine train --recipe demo
 
 test: $(VENV)/.installed-dev lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 # the CUDA C++ kernels for Hopper GPUs; about a minute, each time
 cuda: nvcc $(VENV)/.installed

@@ -124,7 +124,7 @@ def test_two_nodes_on_the_loopback(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("engine", ["modules", "fused"])
+@pytest.mark.parametrize("engine", [pytest.param("modules", marks=pytest.mark.long), "fused"])
 def test_full_fine_tuning_is_resumed_and_written(
     engine: str, config: Callable[..., Path], tmp_path: Path, ended: Ended
 ) -> None:
@@ -223,6 +223,7 @@ def test_a_terminal_that_closes_stops_all(
     assert found.name == f"step-{len(losses(run)):06d}"
 
 
+@pytest.mark.long
 def test_signals_that_were_ignored_are_ignored_by_all(
     config: Callable[..., Path], tmp_path: Path, ended: Ended
 ) -> None:

@@ -82,8 +82,8 @@ def test_locks_do_not_begin_a_comparison(
     cli: Cli, config: Path, holder: Callable[[str], "subprocess.Popen[str]"]
 ) -> None:
     """As one that failed before anything was made of it may be begun with other settings."""
-    missing = ("--set", "data.texts=none.jsonl", "--only", "full:5")
-    assert "none.jsonl" in cli("compare", config, "--out", "out", *missing).err
+    crowded = ("--set", "compare.max_new_tokens=90", "--only", "full:5")
+    assert "leave no room" in cli("compare", config, "--out", "out", *crowded).err
     assert Path("out/locks/full-5").read_bytes() == b""
     assert cli("compare", config, "--out", "out", "--only", "base").status == 0
 
