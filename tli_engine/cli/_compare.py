@@ -8,7 +8,7 @@ from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, run_parts
 from tli_engine.cli._compare_run import check_part, run_part
-from tli_engine.cli._comparison import BASE, RESULT, Comparison, mend
+from tli_engine.cli._comparison import BASE, RESULT, TRIED, Comparison, mend
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.cli.signals import STOPPED
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
@@ -201,6 +201,12 @@ def _check_alike(comparison: Comparison, parts: Mapping[str, Part]) -> None:
             warn(f"{folder}: an earlier version made it, which did not record from what")
         else:
             made[folder] = found, configs
+    # rates were chosen for these weights and tokens
+    for name, tried in zip(comparison.trials, comparison.tried, strict=True):
+        folder = comparison.folder(name)
+        found = read_made(folder / TRIED, tried, 1, mend(name))
+        assert found is not None
+        made[folder] = found, [comparison.trial_config(name)]
     check_alike(made)
 
 

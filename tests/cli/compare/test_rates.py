@@ -53,6 +53,11 @@ def test_the_rate_of_the_lowest_loss_is_taken(
     result = cli("compare", config, "--out", "c", *options, "--only", TRIALS[0])
     assert result.status == 0
     assert "is done" in result.err
+    other = tried[0]["made_from"] | {"base_sha256": "0"}
+    (folders[0] / "rate.json").write_text(json.dumps(tried[0] | {"made_from": other}))
+    result = cli("compare", config, "--out", "c", *options, "--gather")
+    assert result.status == 2
+    assert "were made from another base model's weights" in result.err
     (folders[0] / "rate.json").write_text(json.dumps(tried[0] | {"loss": math.nan}))
     result = cli("compare", config, "--out", "c", *options, "--gather")
     assert result.status == 2
