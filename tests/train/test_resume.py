@@ -102,15 +102,19 @@ def cut() -> None:
     raise PowerCutError
 
 
+def train_until_cut(config: Path, run: Path, step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", at_step(step, cut))
+        with pytest.raises(PowerCutError):
+            main(["train", str(config), "--run", str(run)])
+
+
 @pytest.mark.parametrize("step", [2, 5, 7, 11, 19])
 def test_crash_goes_on_from_the_last_checkpoint(
     step: int, config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", at_step(step, cut))
-        with pytest.raises(PowerCutError):
-            main(["train", str(config), "--run", str(run)])
+    train_until_cut(config, run, step, monkeypatch)
     # the last line was being written
     with (run / "metrics.jsonl").open("a") as f:
         f.write('{"step": ')
@@ -147,10 +151,7 @@ def test_broken_checkpoint_is_skipped_with_its_reason(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", at_step(12, cut))
-        with pytest.raises(PowerCutError):
-            main(["train", str(config), "--run", str(run)])
+    train_until_cut(config, run, 12, monkeypatch)
     damage(run / "checkpoints/step-000010")
     assert_resumes(run, whole)
     err = capsys.readouterr().err
@@ -167,10 +168,7 @@ def test_a_state_that_is_none_is_one_line(
 ) -> None:
     """What the manifest calls whole and training did not write: the run goes on without it."""
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", at_step(12, cut))
-        with pytest.raises(PowerCutError):
-            main(["train", str(config), "--run", str(run)])
+    train_until_cut(config, run, 12, monkeypatch)
     path = run / "checkpoints/step-000010"
     for text, said in (("not JSON", "Expecting value: "), ('{"best": {}}', "it has no step")):
         (path / "state.json").write_text(text)
@@ -263,10 +261,7 @@ def test_checkpoints_of_an_abandoned_end_do_not_push_out_the_new(
     config: Path, whole: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(MetricsLog, "append", at_step(22, cut))
-        with pytest.raises(PowerCutError):
-            main(["train", str(config), "--run", str(run)])
+    train_until_cut(config, run, 22, monkeypatch)
     for name in ("step-000015", "step-000020"):
         (run / "checkpoints" / name / "manifest.json").unlink()
     with monkeypatch.context() as patch:
