@@ -216,9 +216,8 @@ def _add_notes(
         )
     notes += recomputation(made, step) + uncut(run, made.fused)
     if target.memory is not None:
-        peak, room = room_on(target, total)
-        room = f"{room} on {target.name}"
-        if fits(target, peak):
+        room = f"{room_on(target, total)} on {target.name}"
+        if fits(target, total):
             notes.append(f"fits: {room}")
         else:
             notes.append(

@@ -13,7 +13,7 @@ from tli_engine.train.checks import idle, rows_asked_for
 from tli_engine.train.plan import RUN_AGAIN, Plan, make_plan, recomputation
 from tli_engine.train.plan_devices import LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
-from tli_engine.train.plan_peak import CONTEXT, Step, context_of, fits, room_on
+from tli_engine.train.plan_peak import CONTEXT, Step, fits, room_on
 from tli_engine.train.sft_distribute import SHARDED_NOT_NF4, check_distributed
 
 # of a weight that is trained: itself, its gradient and AdamW's two moments, all fp32
@@ -225,8 +225,8 @@ def _of_several(
         f"bytes are those of each of {gpus}; the host's are of {here} processes on one machine"
     )
     if target.memory is not None:
-        total, room = room_on(target, sum(parts.values()))
-        room = f"{room} on each {target.name}"
+        total = sum(parts.values())
+        room = f"{room_on(target, total)} on each {target.name}"
         verdict = "fits" if fits(target, total) else "does not fit"
         notes.append(f"{verdict}: {room}, of which a twentieth is left free")
     notes.append("no step like this was measured: no time is given")
@@ -264,9 +264,7 @@ def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
         made = outline(rank_config(run.model_copy(update=changed), 1), model, target)
 
         def holds(gpus: int, made: Outline = made, target: Target = target) -> bool:
-            return fits(
-                target, context_of(target) + sum(full_bytes(made, gpus, False).on_gpu.values())
-            )
+            return fits(target, CONTEXT + sum(full_bytes(made, gpus, False).on_gpu.values()))
 
         low, high = 2, _MOST
         if not holds(high):

@@ -324,15 +324,23 @@ def context_of(target: Target) -> int:
     return 0 if target.limited else CONTEXT
 
 
-def room_on(target: Target, total: int) -> tuple[int, str]:
-    """What counts against a target's memory of so many bytes, CUDA's context among them, and both in words."""
-    peak = total - CONTEXT + context_of(target)
+def _counted(target: Target, total: int) -> int:
+    """What of a plan's bytes, CUDA's context among them, counts against the target's memory."""
+    return total - CONTEXT + context_of(target)
+
+
+def room_on(target: Target, total: int) -> str:
+    """In words how much of a GPU's memory a plan takes; arguments as of :func:`fits`."""
     assert target.memory is not None
-    # a share is the allocator's alone
     beside = ", CUDA's context not counted," if target.limited else ""
-    return peak, f"{peak / GIB:.1f} GiB of {target.memory / GIB:.1f}{beside}"
+    return f"{_counted(target, total) / GIB:.1f} GiB of {target.memory / GIB:.1f}{beside}"
 
 
-def fits(target: Target, peak: int) -> bool:
-    """Whether a GPU holds ``peak`` bytes and what fragments; True of a CPU."""
-    return target.memory is None or peak <= target.memory * (1 - UNPLANNED)
+def fits(target: Target, total: int) -> bool:
+    """Whether a GPU holds what a plan takes and what fragments; True of a CPU.
+
+    Args:
+        target: The device.
+        total: Bytes, CUDA's context among them.
+    """
+    return target.memory is None or _counted(target, total) <= target.memory * (1 - UNPLANNED)
