@@ -8,17 +8,17 @@ from tli_engine.cli._compare_lock import LOCKS, in_turn
 from tli_engine.cli._compare_made import check_alike, difference, read_made
 from tli_engine.cli._compare_processes import LOGS, run_parts
 from tli_engine.cli._compare_run import check_part, run_part
-from tli_engine.cli._comparison import BASE, RESULT, TRIED, Comparison, mend
+from tli_engine.cli._comparison import BASE, Comparison, mend
 from tli_engine.cli.console import plain_table, say, show, warn
 from tli_engine.cli.signals import STOPPED
 from tli_engine.config import RunConfig, dump_yaml, read_yaml, with_absolute_paths
-from tli_engine.data.texts import has_articles, read_texts
+from tli_engine.data.texts import has_articles
 from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.conclusions import conclusions
 from tli_engine.evaluate.compare.config import CompareConfig
-from tli_engine.evaluate.compare.figures import measured_at
+from tli_engine.evaluate.compare.figures import RESULT, measured_at
 from tli_engine.evaluate.compare.gather import Part, gather
-from tli_engine.evaluate.compare.rates import Tried
+from tli_engine.evaluate.compare.rates import TRIED, Tried
 from tli_engine.evaluate.compare.report import report_card, report_html
 from tli_engine.evaluate.records import unreadable
 from tli_engine.evaluate.summaries import (
@@ -52,10 +52,7 @@ def run_comparison(
     if unknown := [part for part in only if part not in known]:
         raise ConfigError(f"--only {unknown[0]}: no such run; there are {' '.join(known)}")
     # before anything is written, and hours of what reads none of them
-    comparison.test_texts()
-    for split in ("train", "validation"):
-        read_texts(comparison.shared.data, split)
-    _check_rates(comparison)
+    _check_articles(comparison)
     _keep_settings(comparison, gather_only)
     if len(only) == 1 and jobs == 1:
         return run_part(comparison, only[0])
@@ -76,11 +73,14 @@ def run_comparison(
     return 1 if failed else 0
 
 
-def _check_rates(comparison: Comparison) -> None:
-    """Refuse to choose learning rates by no articles, or by those that are tested on."""
-    data = comparison.shared.data
+def _check_articles(comparison: Comparison) -> None:
+    """Open all articles; refuse to choose learning rates by none, or by those that are tested on."""
+    comparison.test_texts()
+    there = {*comparison.present.articles}
+    if has_articles(comparison.shared.data, "test"):
+        there.add("test")
     for split in ("validation", "test") if comparison.trials else ():
-        if not has_articles(data, split):
+        if split not in there:
             raise UserError(
                 f"data.{split}: compare.rates chooses by the loss on data.validation, and tests on "
                 "data.test; give both"
@@ -168,7 +168,6 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
     if line := spacing_warning(articles, language):
         warn(line)
     report = gather(settings, list(parts.values()), base, articles, language)
-    train = read_texts(shared.data, "train")
     some = next(iter(parts.values())).result
     report["data"] = {
         "model": _shown_name(shared.model),
@@ -177,7 +176,7 @@ def _gathered(comparison: Comparison) -> dict[str, Any]:
         "pairs": _shown_name(shared.data.pairs),
         "test": _shown_name(texts.name),
         "hash": digest,
-        "counts": {"train": len(train) if train else 0, "test": len(texts)},
+        "counts": {"train": len(comparison.present.articles.get("train", ())), "test": len(texts)},
         "selected_on_test": not has_articles(shared.data, "test"),
         "max_new_tokens": settings.max_new_tokens,
         "beams": settings.beams,

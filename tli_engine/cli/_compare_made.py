@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from tli_engine.config import RunConfig, explain, read_yaml, resolve_config
 from tli_engine.data.splits import read_run_pairs
-from tli_engine.data.texts import read_texts
+from tli_engine.data.texts import Texts, read_texts
 from tli_engine.errors import ConfigError, UserError
 from tli_engine.evaluate.compare.gather import MADE_FROM
 from tli_engine.evaluate.records import unreadable
@@ -141,10 +141,19 @@ class Present:
         self._shared = shared
 
     @cached_property
+    def articles(self) -> dict[str, Texts]:
+        """The articles of each split that is trained on or chosen by, opened.
+
+        Raises:
+            UserError: They cannot be read.
+        """
+        opened = {split: read_texts(self._shared.data, split) for split in ("train", "validation")}
+        return {split: texts for split, texts in opened.items() if texts}
+
+    @cached_property
     def texts(self) -> dict[str, str]:
-        """SHA-256 of the articles of each split that is trained on or chosen by."""
-        splits = {split: read_texts(self._shared.data, split) for split in ("train", "validation")}
-        return {split: texts.digest() for split, texts in splits.items() if texts}
+        """SHA-256 of the articles of each split."""
+        return {split: texts.digest() for split, texts in self.articles.items()}
 
     @cached_property
     def pairs(self) -> dict[str, str]:

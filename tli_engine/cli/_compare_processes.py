@@ -1,6 +1,7 @@
 """Runs of a comparison, each in a process of its own, one after the other or several at a time."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -61,6 +62,11 @@ def run_parts(out: Path, settings: Path, parts: Sequence[str], jobs: int) -> dic
     return statuses
 
 
+def file_name(name: str) -> str:
+    """What a part, ``ARM:SEED``, or a trial, ``ARM@RATE``, is called among files."""
+    return re.sub("[:@]", "-", name)
+
+
 def _begin(out: Path, settings: Path, part: str, jobs: int) -> "subprocess.Popen[bytes]":
     command = [sys.executable, "-m", "tli_engine", "compare", str(settings)]
     command += ["--out", str(out), "--side-by-side", str(jobs), "--only", part]
@@ -69,7 +75,7 @@ def _begin(out: Path, settings: Path, part: str, jobs: int) -> "subprocess.Popen
         return subprocess.Popen(command, start_new_session=True)
     threads = str(max(1, len(os.sched_getaffinity(0)) // jobs))
     environment = dict.fromkeys(_THREADS, threads) | os.environ
-    path = out / LOGS / f"{part.replace(':', '-').replace('@', '-')}.txt"
+    path = out / LOGS / f"{file_name(part)}.txt"
     path.parent.mkdir(exist_ok=True)
     say(f"{part}: begins; its output goes to {path}")
     with path.open("ab") as log:

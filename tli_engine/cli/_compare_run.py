@@ -16,7 +16,7 @@ from tli_engine.cli._compare_made import (
     read_made,
 )
 from tli_engine.cli._compare_training import drop_weights, train_run, training_figures
-from tli_engine.cli._comparison import BASE, RESULT, TRIED, Comparison, mend
+from tli_engine.cli._comparison import BASE, Comparison, mend
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli.console import progress, say, warn
 from tli_engine.config import RunConfig, read_yaml, resolve_config
@@ -24,8 +24,9 @@ from tli_engine.data.splits import read_run_pairs, tokenize_splits
 from tli_engine.data.texts import Texts
 from tli_engine.errors import NotFiniteError, UserError
 from tli_engine.evaluate.compare.alignment import alignment_figures, encode_splits
-from tli_engine.evaluate.compare.figures import Figures, RunFigures
+from tli_engine.evaluate.compare.figures import RESULT, Figures, RunFigures
 from tli_engine.evaluate.compare.gather import MADE_FROM
+from tli_engine.evaluate.compare.rates import TRIED
 from tli_engine.evaluate.records import read_record
 from tli_engine.evaluate.summaries import PREDICTIONS, predictions_record, predictions_text
 from tli_engine.models.device import choose_device, choose_dtype

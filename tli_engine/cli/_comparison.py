@@ -7,21 +7,20 @@ from typing import Any
 
 from tli_engine.cli._compare_lock import LOCKS
 from tli_engine.cli._compare_made import Present, check_made, read_made
+from tli_engine.cli._compare_processes import file_name
 from tli_engine.config import RunConfig
 from tli_engine.data.texts import Texts, has_articles, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.compare.config import ALIGN, CompareConfig, arm_config
+from tli_engine.evaluate.compare.figures import RESULT
 from tli_engine.evaluate.compare.gather import MADE_FROM
-from tli_engine.evaluate.compare.rates import Trial, Tried, chosen_rates, trials
+from tli_engine.evaluate.compare.rates import TRIED, Trial, Tried, chosen_rates, trials
 from tli_engine.evaluate.records import read_record, unreadable
 
 # the part that trains nothing
 BASE = "base"
-# written last: a part that has it is done
-RESULT = "result.json"
-# folder of the trials of learning rates, and what each leaves
+# folder of the trials of learning rates
 RATES = "rates"
-TRIED = "rate.json"
 
 
 @dataclass(frozen=True)
@@ -53,13 +52,11 @@ class Comparison:
 
     def folder(self, name: str) -> Path:
         """Of a part or a trial."""
-        if name in self.trials:
-            return self.out / RATES / name.replace("@", "-")
-        return self.out / name.replace(":", "-")
+        return (self.out / RATES if name in self.trials else self.out) / file_name(name)
 
     def lock(self, name: str) -> Path:
         """The file that a process holds while it makes a part or a trial."""
-        return self.out / LOCKS / self.folder(name).name
+        return self.out / LOCKS / file_name(name)
 
     @cached_property
     def tried(self) -> list[dict[str, Any]]:

@@ -7,7 +7,6 @@ from typing import Any
 
 from tli_engine.cli._against import hold_against, read_rival
 from tli_engine.cli._bits import bits_of, costs_of, print_costs
-from tli_engine.cli._comparison import RESULT
 from tli_engine.cli._summaries import Summariser, stages
 from tli_engine.cli.console import plain_table, progress, say, show, warn
 from tli_engine.cli.evaluate import Writing
@@ -16,6 +15,7 @@ from tli_engine.data.examples import tokenise
 from tli_engine.data.texts import Article, Texts, read_texts
 from tli_engine.errors import UserError
 from tli_engine.evaluate.bits_per_byte import read_lines
+from tli_engine.evaluate.compare.figures import RESULT
 from tli_engine.evaluate.records import read_evaluation
 from tli_engine.evaluate.summaries import (
     METRICS,

@@ -7,6 +7,8 @@ from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from tli_engine.evaluate.records import Record
 
+# written last: a part that has it is done
+RESULT = "result.json"
 _Interval = Annotated[list[float | None], Field(min_length=2, max_length=2)]
 # the score by which the conclusions tell whether unseen pairs find each other better
 SHOWN_SCORE = "centred"

@@ -8,6 +8,9 @@ from pydantic import PositiveFloat
 from tli_engine.evaluate.compare.config import CompareConfig
 from tli_engine.evaluate.records import Record
 
+# written last: a trial that has it is done
+TRIED = "rate.json"
+
 
 class Trial(NamedTuple):
     """A run that is made for its loss on unseen articles alone.
