@@ -104,6 +104,7 @@ def measure(job: Job, world: World, device: torch.device) -> Report:
         torch.cuda.reset_peak_memory_stats()
         memory["held_mib"] = torch.cuda.memory_allocated() / 2**20
     seconds, losses = timed(lambda number: step.run(number).loss, WARM_UP + job.steps, world)
+    step.pause()
     if device.type == "cuda":
         memory["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
         memory["reserved_mib"] = torch.cuda.max_memory_reserved() / 2**20

@@ -30,6 +30,7 @@ FULL: dict[str, Any] = {"method": "full", "train": {"learning_rate": 1e-3}}
 MODULES: dict[str, Any] = FULL | {"train": FULL["train"] | {"engine": "modules"}}
 OFFLOADED: dict[str, Any] = {"distributed": {"offload": True}}
 CLIPPED = {"max_grad_norm": 1.0}
+LAUNCHED = {"cuda_graph": False}
 CASES: dict[str, dict[str, Any]] = {
     "lora": LORA,
     "nf4": NF4,
@@ -39,6 +40,9 @@ CASES: dict[str, dict[str, Any]] = {
     "full-fused": FULL,
     "full-fused-offloaded": FULL | OFFLOADED | {"train": FULL["train"] | CLIPPED},
     "full-fused-recomputed": FULL | {"sft": {"activations": "recompute"}},
+    # whose packs are launched, where the others' are replayed from the second of a shape on
+    "lora-launched": LORA | {"train": LORA["train"] | LAUNCHED},
+    "full-fused-launched": FULL | {"train": FULL["train"] | LAUNCHED},
 }
 # Of bf16. On a CPU, over four models, ranks differ from one process by 2.0e-3, 5.4e-3 and 1.1e-2, and
 # one process by as much from one that adds up two halves of a batch. AdamW does not see the scale of

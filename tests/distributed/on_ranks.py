@@ -1,7 +1,7 @@
 """Checks that several processes run together; each writes what came of them.
 
 ``python on_ranks.py GROUP,GROUP MODEL REPORTS``: those whose names begin with ``check_GROUP``, here, in
-``full_on_ranks.py`` and in ``resume_on_ranks.py``.
+``gradients_on_ranks.py``, ``full_on_ranks.py``, ``graphs_on_ranks.py`` and ``resume_on_ranks.py``.
 """
 
 import json
@@ -13,18 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import full_on_ranks
+import gradients_on_ranks
+import graphs_on_ranks
 import pytest
 import resume_on_ranks
 import torch
 from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_tuning
-from torch import Tensor, nn
-from torch import distributed as dist
-from torch.distributed.tensor.debug import CommDebugMode
+from torch import Tensor
 
-from tli_engine.align.losses import alignment_loss
 from tli_engine.cli import _train
-from tli_engine.distributed.flat_gradients import FlatGradients
-from tli_engine.distributed.gathered import gather_rows, share_of
 from tli_engine.distributed.launch import (
     _device_name,
     check_complete,
@@ -37,6 +34,8 @@ from tli_engine.errors import StoppedElsewhere, TrainingError, UserError
 from tli_engine.models.adapters import nf4_blocks
 from tli_engine.train import checkpoint
 from tli_engine.train.checkpoint import Found
+
+PARTS = (gradients_on_ranks, full_on_ranks, graphs_on_ranks, resume_on_ranks)
 
 
 def check_words_are_everyones(world: World, folder: Path) -> None:
@@ -87,71 +86,6 @@ def check_words_what_differs_is_named(world: World, folder: Path) -> None:
         )
     with pytest.raises(UserError, match="9 processes were started"):
         check_complete(world, 9)
-
-
-def check_gradients_are_sums(world: World, folder: Path) -> None:
-    """Of several buckets, over two passes, where a rank does not reach a tensor last."""
-    generator = torch.Generator().manual_seed(world.rank)
-    tensors = {f"t{i}": nn.Parameter(torch.ones(3 + i, dtype=torch.float64)) for i in range(4)}
-    weights = [torch.randn(t.shape, generator=generator, dtype=t.dtype) for t in tensors.values()]
-    summed = FlatGradients(tensors, world, bucket_bytes=64)
-    last = range(4) if world.rank else (0, 1, 3)
-    for _ in range(2):
-        for t in tensors.values():
-            t.grad = None
-        for reached, is_last in ((range(4), False), (last, True)):
-            if is_last:
-                summed.overlap()
-            loss = sum((weights[i] * tensors[f"t{i}"]).sum() for i in reached)
-            torch.autograd.backward(loss)
-        # on its way before the pass has ended, in everyone's order: the last tensor's comes first
-        sent = [bucket.work is not None for bucket in summed._buckets]
-        assert sent == ([True, True, True] if world.rank else [True, False, False])
-        summed.finish()
-        for i, t in enumerate(tensors.values()):
-            own = weights[i] * (1 + (i in last))
-            parts = [torch.empty_like(own) for _ in range(world.size)]
-            dist.all_gather(parts, own)
-            torch.testing.assert_close(t.grad, torch.stack(parts).sum(0))
-
-
-def check_gradients_of_adapters_are_sent_once(world: World, folder: Path) -> None:
-    tensors = {f"t{i}": nn.Parameter(torch.ones(64, 64)) for i in range(30)}
-    summed = FlatGradients(tensors, world)
-    summed.overlap()
-    with CommDebugMode() as mode:
-        torch.autograd.backward(sum(t.sum() for t in tensors.values()))
-        summed.finish()
-    assert mode.get_total_counts() == 1
-    assert all(t.grad is not None and bool((t.grad == world.size).all()) for t in tensors.values())
-
-
-def check_gradients_of_gathered_negatives_are_exact(world: World, folder: Path) -> None:
-    """Also where shares differ, and where a rank has none."""
-    config = config_of("align").align
-    for count in (1, 5, 8):
-        generator = torch.Generator().manual_seed(count)
-        rows = torch.randn(2, count, 6, generator=generator, dtype=torch.float64)
-        weight = torch.randn(6, 6, generator=generator, dtype=torch.float64)
-
-        def loss_of(source: Tensor, target: Tensor, count: int = count) -> Tensor:
-            is_negative = ~torch.eye(count, dtype=torch.bool)
-            return alignment_loss(source @ target.T, is_negative, config)
-
-        exact = weight.clone().requires_grad_()
-        expected = loss_of(*(rows @ exact))
-        torch.autograd.backward(expected)
-        own = share_of(count, world)
-        mine = rows[:, own.start : own.stop] if len(own) else rows[:, :1]
-        shared = weight.clone().requires_grad_()
-        gathered = [gather_rows(side, count, world) for side in mine @ shared]
-        assert torch.equal(gathered[0].detach(), rows[0] @ weight)
-        loss = loss_of(*gathered)
-        torch.autograd.backward(loss)
-        assert shared.grad is not None
-        dist.all_reduce(shared.grad)
-        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(shared.grad, exact.grad, rtol=1e-12, atol=1e-12)
 
 
 def same_alignment(folder: Path, world: World, **changes: Any) -> None:
@@ -343,12 +277,17 @@ def check_shards_are_looked_at_by_one(world: World, folder: Path) -> None:
     assert looked == [path.name, "best", "best", "best"] * world.is_first
 
 
+def found_in(*parts: Any) -> dict[str, Any]:
+    """What modules have, by name, after what this one has."""
+    return dict(item for names in (globals(), *map(vars, parts)) for item in names.items())
+
+
 def main() -> None:
     groups, folder, reports = sys.argv[1].split(","), *map(Path, sys.argv[2:4])
     torch.set_num_threads(1)
     checks: dict[str, Callable[[World, Path], None]] = {
         name: check
-        for name, check in (globals() | vars(full_on_ranks) | vars(resume_on_ranks)).items()
+        for name, check in found_in(*PARTS).items()
         if name.startswith(tuple(f"check_{group}" for group in groups)) and callable(check)
     }
     found = {}

@@ -9,10 +9,16 @@ import pytest
 Ranks = Callable[..., list[dict[str, str]]]
 PROGRAMS = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("on_ranks", "full_on_ranks", "resume_on_ranks")
+    for name in (
+        "on_ranks",
+        "gradients_on_ranks",
+        "full_on_ranks",
+        "graphs_on_ranks",
+        "resume_on_ranks",
+    )
 ]
 # of checks, which share processes: these take most of the time to start
-GROUPS = "words,gradients,align,ends,sft,nf4,shards,full,resume"
+GROUPS = "words,gradients,align,ends,sft,nf4,shards,full,graphs,resume"
 
 
 def names(groups: str) -> list[str]:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from tests.fake_graphs import FakeRecorder
 from tli_engine.align.space import fit_space
 from tli_engine.config import RunConfig
 from tli_engine.data.examples import Example
@@ -126,34 +127,6 @@ def test_masks_differ_from_step_to_step_and_come_again_with_the_seed(files: Mode
         losses.append([s.loss for s in run(step, 3)])
     assert losses[0] == losses[1]
     assert len(set(losses[0])) == 3
-
-
-class FakeGraph:
-    """What a replay of launches amounts to: they are made again."""
-
-    def __init__(self, run: Callable[[], Tensor], result: Tensor) -> None:
-        self.run, self.result, self.replays = run, result, 0
-
-    def replay(self) -> None:
-        self.replays += 1
-        self.result.copy_(self.run())
-
-
-class FakeRecorder:
-    """Launches at once; what it records is not run before a replay."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.launched, self.graphs = 0, []
-
-    def launch(self, run: Callable[[], Tensor], in_pool: bool) -> Tensor:
-        # beside what the graphs hold there would not be room for activations again
-        assert in_pool
-        self.launched += 1
-        return run()
-
-    def record(self, run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
-        self.graphs.append(FakeGraph(run, torch.zeros(())))
-        return self.graphs[-1], self.graphs[-1].result
 
 
 @pytest.fixture

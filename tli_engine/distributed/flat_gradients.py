@@ -30,7 +30,7 @@ class _Bucket:
         for view, parameter in zip(self.views, self.parameters, strict=True):
             if parameter.grad is None:
                 view.zero_()
-            else:
+            elif parameter.grad is not view:
                 view.copy_(parameter.grad)
         self.work = dist.all_reduce(self.flat, async_op=True)
 
@@ -68,6 +68,7 @@ class FlatGradients:
         self._buckets: list[_Bucket] = []
         self._waiting: list[_Bucket] = []
         self._overlaps = False
+        self._came = False
         if world.size == 1 or any(map(is_sharded, tensors.values())):
             return
         parameters = list(tensors.values())[::-1]
@@ -91,6 +92,11 @@ class FlatGradients:
         """Whether there is anything to send."""
         return bool(self._buckets)
 
+    @property
+    def stay(self) -> bool:
+        """Whether gradients that there are stay where they are: in the buffer, once they came there."""
+        return self._came or not self.sums
+
     def overlap(self) -> None:
         """Send gradients as the next backward pass makes them; it is the last before the update."""
         self._overlaps, self._waiting = True, list(self._buckets)
@@ -105,6 +111,7 @@ class FlatGradients:
             bucket.send()
         for bucket in self._buckets:
             bucket.receive()
+        self._came = True
 
     def _take(self, number: int, parameter: Tensor) -> None:
         if not self._overlaps:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tli_engine.distributed.fully_sharded import is_sharded
+from tli_engine.distributed.narrow_reduce_scatter import NarrowReduceScatter
 from tli_engine.distributed.world import World
 
 _GIB = 2**30
@@ -53,8 +54,8 @@ def shard_fully(
 
     What a rank holds of weights, gradients and optimizer states is a share in fp32: the master copy.
     A block is gathered before it runs, in the dtype that it is computed in, and again for the way back
-    unless it stays; the rest of the model for all of the way there and back. Gradients are summed over
-    ranks in fp32, not averaged.
+    unless it stays; the rest of the model for all of the way there and back. Gradients are sent in that
+    dtype, too, and summed over ranks in fp32, not averaged.
 
     Args:
         model: On the CPU; blocks are moved and split one at a time.
@@ -79,6 +80,8 @@ def shard_fully(
         # each rank's loss is a part of the sum, over the labels of all
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+        if options.dtype.itemsize < torch.float32.itemsize:
+            module.set_custom_reduce_scatter(NarrowReduceScatter(options.dtype))  # type: ignore[arg-type]
     register_fsdp_forward_method(model, forward)
     if options.runs_inside:
         for block in blocks:
@@ -198,8 +201,8 @@ def bytes_to_come(
     """Bytes on a GPU beside its share of the weights, activations, and blocks that stay whole.
 
     Gradients and states of the share, or what is on its way of an offloaded one; the gradient of what is
-    in no block; a block, and the next one, as gathered or its copy; the gradient of one, in fp32 too as it
-    is summed.
+    in no block; a block, and the next one, as gathered or its copy; the gradient of one, as it is sent and
+    as it arrives.
 
     Args:
         blocks: Weights of each block.

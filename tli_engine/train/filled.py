@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from tli_engine.data.packing import TextPack
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.train.device_buffer import DeviceBuffer, Layout
 from tli_engine.train.staging import padded
 
@@ -86,15 +87,24 @@ class FilledBuffer(DeviceBuffer[FilledTexts]):
         super().__init__(make, layout, device)
 
 
-def shape_of(pack: TextPack, longest: int, seeds: int) -> Shape:
-    """The shape to which a pack is filled up; ``longest``: tokens that any document may have."""
-    longest = max(longest, pack.words.longest)
-    tokens, documents = padded(pack.tokens), pack.words.words
-    if tokens != documents * longest or tokens != pack.tokens:
+def shape_of(pack: TextPack, longest: int, seeds: int, world: World = ALONE) -> Shape:
+    """The shape to which a pack is filled up.
+
+    Args:
+        pack: On the host.
+        longest: Tokens that any document may have.
+        seeds: Of dropout masks.
+        world: Ranks whose packs are all filled up to it; each gives its own.
+    """
+    count, words = pack.tokens, pack.words
+    own = (max(longest, words.longest), count, -count, words.words, -words.words, pack.labels)
+    longest, most, least, documents, fewest, labels = map(int, world.largest(own))
+    tokens = padded(most)
+    if tokens != documents * longest or tokens != -least or documents != -fewest:
         # not all of one length: a batch of such attends faster
-        documents += -(-(tokens - pack.tokens) // longest)
+        documents += -(-(tokens + least) // longest)
         documents = max(_FEWEST_DOCUMENTS, _power_of_two(documents))
-    return Shape(tokens, documents, _filled_labels(pack.labels), longest, seeds)
+    return Shape(tokens, documents, _filled_labels(labels), longest, seeds)
 
 
 def _power_of_two(count: int) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tli_engine.config import RunConfig
 from tli_engine.data.packing import TextPack
+from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import waits_for_lengths
@@ -22,6 +23,8 @@ from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shap
 # four packs at 4.5e11 (Llama-3-8B's shape, 2,048 tokens) took 746 ms, of which the GPU was busy 461; one at
 # 1.8e12 took 461 ms, busy 450
 _LAUNCH_BOUND = 9e11
+# the same where several GPUs have shares of all weights: graphs keep these' gradients, in fp32, and add to them
+_LAUNCH_BOUND_OF_SHARES = 4e11
 # shapes beyond which packs are launched one by one
 _MOST_SHAPES = 48
 
@@ -31,23 +34,24 @@ def captures(
 ) -> bool:
     """Whether the packs of a run are to be replayed from graphs; says why not where they cannot be.
 
-    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 9e11,
-    ``true`` whatever they are.
+    ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 9e11, or
+    4e11 where ranks have shares of them; ``true`` whatever they are.
     """
-    if model.early.device.type != "cuda" or not wants_graphs(config, model):
+    if model.early.device.type != "cuda" or not wants_graphs(config, model, ranks):
         return False
-    reason = why_not_captured(config, model, ranks)
+    reason = why_not_captured(config, model)
     if reason is not None:
         say(f"train.cuda_graph: a step's kernels are launched one by one: {reason}")
     return reason is None
 
 
-def wants_graphs(config: RunConfig, model: CausalModel) -> bool:
+def wants_graphs(config: RunConfig, model: CausalModel, ranks: int = 1) -> bool:
     """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
     tokens = config.train.batch_size * config.sft.context
     if config.train.cuda_graph == "auto":
+        bound = _LAUNCH_BOUND_OF_SHARES if config.method == "full" and ranks > 1 else _LAUNCH_BOUND
         # transformers' modules have none
-        return 0 < block_weights(model) * tokens <= _LAUNCH_BOUND
+        return 0 < block_weights(model) * tokens <= bound
     return config.train.cuda_graph
 
 
@@ -59,11 +63,11 @@ def block_weights(model: CausalModel) -> int:
     return sum(layer.out_features * layer.in_features for layer in layers)
 
 
-def why_not_captured(config: RunConfig, model: CausalModel, ranks: int = 1) -> str | None:
+def why_not_captured(config: RunConfig, model: CausalModel) -> str | None:
     """What keeps a forward and backward pass from being captured."""
-    if ranks > 1:
-        return "several processes add up gradients while the backward pass goes on"
-    if model.fetch is not None:
+    if config.distributed.offload:
+        return "gradients go to shares of the weights in the host's memory"
+    if config.distributed.weights == "sharded":
         return "weights are gathered block by block"
     if model.early.fused is None:
         return "transformers' modules wait for the GPU"
@@ -101,6 +105,8 @@ class PackGraphs:
 
     A shape's first pack is launched kernel by kernel, in the stream that records; its second is recorded.
     A graph adds to the gradients that the tensors have when it is recorded: they must stay where they are.
+    What passes between GPUs within a pass is recorded with it, and takes replays on all of them: NCCL's
+    operations are captured by all ranks or by none.
     What is launched takes its memory where graphs have theirs: activations are held once, not twice.
 
     Args:
@@ -108,12 +114,18 @@ class PackGraphs:
         longest: Tokens of the longest text.
         say: Takes a line once there are too many shapes.
         record: Record graphs; otherwise all is launched kernel by kernel, and comes to the same bits.
+        world: Ranks that meet within a pass: their packs are filled up to one shape.
     """
 
     def __init__(
-        self, model: CausalModel, longest: int, say: Callable[[str], None], record: bool = True
+        self,
+        model: CausalModel,
+        longest: int,
+        say: Callable[[str], None],
+        record: bool = True,
+        world: World = ALONE,
     ) -> None:
-        self._model, self._longest, self._say = model, longest, say
+        self._model, self._longest, self._say, self._world = model, longest, say, world
         self._shapes: dict[Shape, _Prepared] = {}
         self._is_full = False
         self._recorder = GraphRecorder(model.early.device) if record else None
@@ -123,7 +135,11 @@ class PackGraphs:
         """Graphs so far."""
         return sum(prepared.graph is not None for prepared in self._shapes.values())
 
-    def add(self, pack: TextPack, labels: int) -> Tensor:
+    def clear(self) -> None:
+        """Give up all graphs: the next packs are launched, and recorded anew."""
+        self._shapes.clear()
+
+    def add(self, pack: TextPack, labels: int, *, stay: bool = True) -> Tensor:
         """Add the gradient of a pack's part of a step's loss; return that part, a scalar in fp32.
 
         It is overwritten by the next pack.
@@ -131,11 +147,12 @@ class PackGraphs:
         Args:
             pack: On the host.
             labels: Of the whole step.
+            stay: Whether gradients that there are stay where they are; until then nothing is recorded.
 
         Raises:
             TrainingError: A step cannot be captured, for a reason that was not known before.
         """
-        shape = shape_of(pack, self._longest, self._model.drops)
+        shape = shape_of(pack, self._longest, self._model.drops, self._world)
         prepared = self._shapes.get(shape)
         if prepared is None:
             if len(self._shapes) >= _MOST_SHAPES:
@@ -146,13 +163,13 @@ class PackGraphs:
         fill(prepared.buffer.fill(), pack, labels)
         prepared.buffer.send()
         self._model.draw_seeds(prepared.buffer.batch.seeds)
-        return self._run(prepared)
+        return self._run(prepared, stay)
 
-    def _run(self, prepared: _Prepared) -> Tensor:
+    def _run(self, prepared: _Prepared, stay: bool) -> Tensor:
         batch = prepared.buffer.batch
         prepared.runs += 1
         if prepared.graph is None:
-            held = all(t.grad is not None for t in self._model.trainable().values())
+            held = stay and all(t.grad is not None for t in self._model.trainable().values())
             if self._recorder is None or prepared.runs == 1 or not held:
                 return self._launch(lambda: self._compute(batch))
             prepared.graph, prepared.loss = self._record(self._recorder, batch)

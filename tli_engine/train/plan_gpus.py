@@ -132,8 +132,8 @@ def full_bytes(made: Outline, gpus: int, offload: bool) -> FullBytes:
     step = Step(made, made.run.train.batch_size * made.run.sft.context, before, 0, to_come)
     stay = step.left is None or e * sum(sizes) <= step.left
     moments = _moments_of_shares(step, sizes, rest, e, None if offload else gpus, stay)
-    if made.run.train.accumulate > 1 and not offload:
-        # those of the packs before are there
+    if (made.run.train.accumulate > 1 or step.uses_graphs) and not offload:
+        # those of the packs before are there, or such as stay for graphs
         moments = (m | {"gradients": shares["gradients"]} for m in moments)
     fullest = held | max(moments, key=lambda moment: sum(moment.values()))
     if offload:

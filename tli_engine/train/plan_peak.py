@@ -254,9 +254,11 @@ class Step:
     def uses_graphs(self) -> bool:
         """Whether packs of texts are replayed from CUDA graphs."""
         outline, run = self._outline, self._outline.run
-        if outline.causal is None or not outline.on_gpu or not wants_graphs(run, outline.causal):
+        if outline.causal is None or not outline.on_gpu:
             return False
-        return why_not_captured(run, outline.causal, outline.gpus) is None
+        if not wants_graphs(run, outline.causal, outline.gpus):
+            return False
+        return why_not_captured(run, outline.causal) is None
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""

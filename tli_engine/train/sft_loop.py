@@ -171,7 +171,7 @@ class SftTrainer:
             with torch.random.fork_rng():
                 with suppress(_StoppedError):
                     self._run(until)
-                self.engine.forget()
+                self.engine.pause()
         except torch.OutOfMemoryError as e:
             raise TrainingError(out_of_memory(self.model, self.engine.updates, e)) from None
         finally:

@@ -122,7 +122,8 @@ class SftStep:
         self.graphs: PackGraphs | None = None
         self.runs_ahead = model.early.device.type == "cuda" and not config.train.in_backward
         if captures(config, model, say, world.size):
-            self.use_graphs(PackGraphs(model, config.sft.context, say))
+            met = ALONE if model.spread is None else world
+            self.use_graphs(PackGraphs(model, config.sft.context, say, world=met))
         self._ready: tuple[int, list[TextPack]] | None = None
         self._ahead: _Launched | None = None
 
@@ -175,6 +176,15 @@ class SftStep:
             self.updates.clear_gradients()
         self._ahead = None
 
+    def pause(self) -> None:
+        """Give up what was begun for the next step, and graphs that hold what passes between processes.
+
+        NCCL waits for such graphs to go before it ends.
+        """
+        self.forget()
+        if self.graphs is not None and self._world.size > 1:
+            self.graphs.clear()
+
     def _launch_ahead(self, step: int) -> None:
         try:
             self._ahead = self._launch(step)
@@ -210,12 +220,12 @@ class SftStep:
         """Run the packs there and back; return their share of the loss, and what alignment came to."""
         loss = torch.zeros((), device=self._model.early.device)
         for number, pack in enumerate(packs):
+            if self.graphs is not None:
+                loss += self.graphs.add(pack, labels, stay=self._gradients.stay)
+                continue
             if number == len(packs) - 1 and self._pairs is None:
                 self._gradients.overlap()
-            if self.graphs is None:
-                loss += add_gradient(self._model, pack, labels)
-            else:
-                loss += self.graphs.add(pack, labels)
+            loss += add_gradient(self._model, pack, labels)
         return loss, () if self._pairs is None else self._align(step, self._pairs)
 
     def _stop_others(self) -> None:

@@ -91,7 +91,7 @@ class Updates:
         self._give_up([*self._tensors.values()])
 
     def _give_up(self, tensors: list[nn.Parameter]) -> None:
-        found = [t.grad for t in tensors if t.grad is not None]
+        found = [own_part(t.grad) for t in tensors if t.grad is not None]
         if self.keeps_gradients and found:
             torch._foreach_zero_(found)
             return
@@ -202,7 +202,7 @@ class Updates:
         optimizer.step()
         for _, held in copies:
             held.grad = None
-        if kept := [grad for grad in kept if grad is not None]:
+        if kept := [own_part(grad) for grad in kept if grad is not None]:
             torch._foreach_zero_(kept)
         else:
             optimizer.zero_grad(set_to_none=True)

@@ -1,0 +1,117 @@
+"""Checks of packs that graphs replay, which several processes run together; see ``on_ranks.py``."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from subjects import CPU, Tuner, close, config_of, examples, figures
+
+from tests.fake_graphs import FakeRecorder
+from tli_engine.distributed.world import ALONE, World
+from tli_engine.testing import example_store
+from tli_engine.train import pack_graphs
+from tli_engine.train.filled import shape_of
+from tli_engine.train.pack_graphs import PackGraphs
+from tli_engine.train.sft_step import pack_of
+
+FUSED: dict[str, Any] = {"engine": "fused", "learning_rate": 1e-3, "steps": 6}
+FULL: dict[str, Any] = {"method": "full", "train": FUSED | {"batch_size": 4, "accumulate": 1}}
+
+
+def replaying(
+    folder: Path, world: World, *, record: bool = True, **changes: Any
+) -> tuple[Tuner, PackGraphs]:
+    """A trainer whose packs are filled up and, where they are recorded, replayed."""
+    tuner = Tuner(folder, config_of("sft", **changes), world)
+    met = ALONE if tuner.model.spread is None else world
+    graphs = PackGraphs(tuner.model, 32, lambda line: None, record, met)
+    tuner.trainer.engine.use_graphs(graphs)
+    return tuner, graphs
+
+
+@contextmanager
+def recorder() -> Iterator[list[FakeRecorder]]:
+    made: list[FakeRecorder] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            pack_graphs, "GraphRecorder", lambda of: made.append(FakeRecorder(of)) or made[-1]
+        )
+        yield made
+
+
+def check_graphs_shape_is_everyones(world: World, folder: Path) -> None:
+    """It holds the pack of each, and is a pack's own where all have the same."""
+    store = example_store(examples())
+    own = pack_of(store, [[world.rank], [3]] if world.rank else [[0]])
+    mine, common = shape_of(own, 32, 0), shape_of(own, 32, 0, world)
+    assert len(set(world.gather(repr(common)))) == 1
+    for name in ("tokens", "documents", "labels", "longest"):
+        assert getattr(common, name) >= getattr(mine, name)
+    same = pack_of(store, [[0], [3]])
+    assert shape_of(same, 32, 0, world) == shape_of(same, 32, 0)
+
+
+def check_graphs_of_every_weight_are_all_ranks(world: World, folder: Path) -> None:
+    """What is launched on one is launched on all, and so is what is replayed; losses stay what they are."""
+    expected = Tuner(folder, config_of("sft", **FULL)).run()
+    with recorder() as made:
+        tuner, graphs = replaying(folder, world, **FULL)
+        captured = []
+        report = tuner.trainer.on_step
+        tuner.trainer.on_step = lambda step: (report(step), captured.append(graphs.captured))
+        tuner.run()
+    close(figures(tuner.steps), figures(expected.steps))
+    (used,) = made
+    replays = [graph.replays for graph in used.graphs]
+    assert sum(replays) > 0
+    assert used.launched + sum(replays) == len(tuner.steps)
+    assert len(set(world.gather(repr((used.launched, replays, captured))))) == 1
+    # or NCCL would wait for them at the end
+    assert captured[-1] > graphs.captured == 0
+
+
+def check_graphs_add_to_gradients_that_are_summed(world: World, folder: Path) -> None:
+    """In the buffer that is sent, where the first step's gradients come to lie; batches add up."""
+    adding = {"train": FUSED | {"batch_size": 1, "accumulate": 2 * world.size}}
+    expected = Tuner(folder, config_of("sft", **adding)).run()
+    with recorder() as made:
+        tuner, graphs = replaying(folder, world, **adding)
+        engine, places, captured = tuner.trainer.engine, [], []
+        for step in range(4):
+            engine.run(step, ahead=False)
+            grads = [tensor.grad for tensor in engine.tensors.values()]
+            places.append([grad.data_ptr() for grad in grads if grad is not None])
+            captured.append(graphs.captured)
+    assert len(places[0]) == len(engine.tensors)
+    assert all(place == places[0] for place in places)
+    # the first step's packs, and a shape's first one, are launched
+    assert captured[0] == 0 < captured[-1]
+    assert sum(graph.replays for graph in made[0].graphs) > 0
+    again, _ = replaying(folder, world, record=False, **adding)
+    close(figures(again.run().steps), figures(expected.steps))
+    with recorder():
+        again, _ = replaying(folder, world, **adding)
+        close(figures(again.run().steps), figures(expected.steps))
+
+
+def check_graphs_beside_pairs(world: World, folder: Path) -> None:
+    """The pairs' way back is the last, and sends what packs added before."""
+    config = config_of("joint", sft={"align_pairs": 5}, train=FUSED)
+    expected = Tuner(folder, config).run()
+    tuner = Tuner(folder, config, world)
+    graphs = PackGraphs(tuner.model, 32, lambda line: None, record=False)
+    tuner.trainer.engine.use_graphs(graphs)
+    close(figures(tuner.run().steps), figures(expected.steps))
+
+
+def check_graphs_are_given_up_by_none_alone(world: World, folder: Path) -> None:
+    """One process goes on with its graphs: nothing waits for them."""
+    with recorder() as made:
+        tuner, graphs = replaying(folder, ALONE, **FULL)
+        tuner.run()
+    assert graphs.captured == len(made[0].graphs) > 0
+    assert all(tensor.device == CPU for tensor in tuner.trainer.engine.tensors.values())
+    assert torch.isfinite(torch.tensor(tuner.steps[-1].loss))
