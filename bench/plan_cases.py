@@ -8,17 +8,16 @@ from typing import Any
 
 import torch
 
-from bench.models import RandomSource, Subject, config_of
-from bench.train_cases import MODULES, random_batches
+from bench.models import RandomSource, Subject
+from bench.train_cases import MODULES, random_batches, train_config
 from bench.train_engine import InTurns, load_for_training
 from tli_engine.config import RunConfig, resolve_config
 from tli_engine.data.examples import Example
 from tli_engine.data.splits import read_run_pairs, tokenize_splits
-from tli_engine.models.builtin import find
 from tli_engine.models.device import choose_dtype
 from tli_engine.models.files import ModelFiles
 from tli_engine.models.survey import Survey
-from tli_engine.testing import byte_tokenizer, tiny_config
+from tli_engine.testing import byte_tokenizer
 from tli_engine.train.loop import Trainer
 from tli_engine.train.prepare import fit_loss_space, prepare
 from tli_engine.train.sft_step import Pairs, SftStep
@@ -124,21 +123,10 @@ def plan_config(case: PlanCase) -> RunConfig:
     return resolve_config(values, case.name)
 
 
-def model_config(name: str) -> Any:
-    """Configuration of a model of a case."""
-    from transformers import AutoConfig
-
-    if name == "tiny":
-        return tiny_config("llama", hidden_size=64, intermediate_size=128)
-    if name == _SMALL:
-        return AutoConfig.for_model(**find(f"builtin:{name}").config)
-    return config_of(name)
-
-
 def survey_of(case: PlanCase, folder: Path) -> Survey:
     """What is known of a case's model before it is loaded; a tokenizer of bytes goes into ``folder``."""
     byte_tokenizer().save_pretrained(folder)
-    return Survey(case.model, model_config(case.model), folder)
+    return Survey(case.model, train_config(case.model), folder)
 
 
 def build(
@@ -146,7 +134,7 @@ def build(
 ) -> Callable[[], Any]:
     """The run of a case, set up as ``tli-engine train`` does; a call is a step."""
     dtype = choose_dtype(config.dtype, device)
-    shape = model_config(case.model)
+    shape = train_config(case.model)
     # it quantises as it loads, where a run does
     source = RandomSource(shape, dtype, device, nf4=False)
     files = ModelFiles(case.model, case.model, folder, None, shape, source)

@@ -11,7 +11,7 @@ from bench.goals import rows_of
 from bench.models import config_of
 from bench.plan_cases import CASES as PLANNED
 from bench.plan_cases import PlanCase, plan_config, survey_of
-from bench.train_cases import CASES, Case, Provider, optimizer_of, providers_of
+from bench.train_cases import CASES, Case, Provider, optimizer_of, providers_of, train_config
 from tli_engine.models.survey import Survey
 from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_devices import NAMES, Target, find_target
@@ -65,7 +65,7 @@ def planned_shares(folder: Path) -> Iterator[tuple[Row, Plan]]:
         )
         values["distributed"] = {"weights": case.weights}
         run = plan_config(PlanCase(row["case"], row["model"], values))
-        model = Survey(row["model"], config_of(row["model"]), None)
+        model = Survey(row["model"], train_config(row["model"]), None)
         yield row, plan_for(run, model, device, shape["gpus"])
 
 

@@ -302,10 +302,16 @@ def test_a_loss_that_is_no_number_ends_the_run(files: ModelFiles) -> None:
         ),
         (config_of(), {"attention": "sdpa"}, "sft.attention=varlen does not"),
         (config_of("full", train={"in_backward": True}), {}, "train.in_backward updates"),
+        (
+            config_of("full", distributed={"offload": True}),
+            {},
+            "shares of the weights in the host's",
+        ),
+        (config_of(distributed={"weights": "sharded"}), {}, "gathered block by block"),
         (config_of(train={"optimizer": "adamw-8bit"}), {}, None),
         (config_of(), {}, None),
     ],
-    ids=["modules", "sdpa", "in-backward", "8-bit", "none"],
+    ids=["modules", "sdpa", "in-backward", "offload", "sharded", "8-bit", "none"],
 )
 def test_what_keeps_a_step_from_being_captured_is_said(
     config: RunConfig, change: dict[str, Any], reason: str | None, files: ModelFiles,
@@ -357,6 +363,14 @@ def test_the_rule_is_a_blocks_weights_times_tokens(
     assert {c: captures(run, model, says.append) for c, run in on.items()} == {
         "auto": True, True: True, False: False,
     }  # fmt: skip
+    monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND_OF_SHARES", frozen * 32 - 1)
+    full = config_of("full")
+    assert [captures(run, model, says.append, 2) for run in (full, *on.values())] == [
+        False, True, True, False,
+    ]  # fmt: skip
+    assert captures(full, model, says.append)
+    monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND_OF_SHARES", frozen * 32)
+    assert captures(full, model, says.append, 2)
     monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND", frozen * 32 - 1)
     assert {c: captures(run, model, says.append) for c, run in on.items()} == {
         "auto": False, True: True, False: False,
