@@ -1,5 +1,6 @@
 """Checks of gradients that several processes sum together; see ``on_ranks.py``."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -122,13 +123,14 @@ class Watched(NarrowReduceScatter):
 
 
 def check_gradients_of_every_weight_travel_as_they_are(world: World, folder: Path) -> None:
-    """In 16 bits, and arrive as sums in fp32; those in fp32 FSDP2 sends itself."""
+    """In 16 bits, and arrive as sums in fp32; those in fp32, and between machines, FSDP2 sends itself."""
+    apart = replace(world, one_machine=False)
     # those of weights in no block are one more
-    for dtype, times in (("bfloat16", 5), ("float32", 0)):
+    for dtype, of, times in (("bfloat16", world, 5), ("float32", world, 0), ("bfloat16", apart, 0)):
         config = config_of("sft", method="full", dtype=dtype, train={"engine": "fused"})
         Watched.seen.clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(gathered_blocks, "NarrowReduceScatter", Watched)
-            tuner = Tuner(folder, config, world)
+            tuner = Tuner(folder, config, of)
         torch.autograd.backward(tuner.model.loss(pack_of(example_store(examples()), [[0]])))
         assert Watched.seen == [(torch.bfloat16, torch.float32)] * times

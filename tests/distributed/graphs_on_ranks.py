@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from subjects import CPU, Tuner, close, config_of, examples, figures
+from subjects import Tuner, close, config_of, examples, figures
 
 from tests.fake_graphs import FakeRecorder
 from tli_engine.distributed.world import ALONE, World
@@ -101,10 +100,12 @@ def check_graphs_beside_pairs(world: World, folder: Path) -> None:
     """The pairs' way back is the last, and sends what packs added before."""
     config = config_of("joint", sft={"align_pairs": 5}, train=FUSED)
     expected = Tuner(folder, config).run()
-    tuner = Tuner(folder, config, world)
-    graphs = PackGraphs(tuner.model, 32, lambda line: None, record=False)
-    tuner.trainer.engine.use_graphs(graphs)
-    close(figures(tuner.run().steps), figures(expected.steps))
+    with recorder() as made:
+        tuner = Tuner(folder, config, world)
+        tuner.trainer.engine.use_graphs(PackGraphs(tuner.model, 32, lambda line: None))
+        tuner.run()
+    assert sum(graph.replays for graph in made[0].graphs) > 0
+    close(figures(tuner.steps), figures(expected.steps))
 
 
 def check_graphs_are_given_up_by_none_alone(world: World, folder: Path) -> None:
@@ -113,5 +114,3 @@ def check_graphs_are_given_up_by_none_alone(world: World, folder: Path) -> None:
         tuner, graphs = replaying(folder, ALONE, **FULL)
         tuner.run()
     assert graphs.captured == len(made[0].graphs) > 0
-    assert all(tensor.device == CPU for tensor in tuner.trainer.engine.tensors.values())
-    assert torch.isfinite(torch.tensor(tuner.steps[-1].loss))

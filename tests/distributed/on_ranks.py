@@ -176,21 +176,25 @@ def check_ends_on_a_loss_that_is_not_finite(world: World, folder: Path) -> None:
 
 
 def check_ends_where_one_is_out_of_memory(world: World, folder: Path) -> None:
-    tuner = Tuner(folder, config_of("sft"), world)
-    tuner.trainer.run(until=lambda: tuner.trainer.reported == 2)
-    loss = tuner.model.loss
+    """In a step that is launched when it is asked for, by all or with others ahead, or ahead of time."""
+    for ahead, step in ((False, 2), (True, 2), (True, 3)):
+        tuner = Tuner(folder, config_of("sft"), world)
+        tuner.trainer.run(until=lambda trainer=tuner.trainer: trainer.reported == 2)
+        engine, loss = tuner.trainer.engine, tuner.model.loss
+        engine.runs_ahead = ahead
 
-    def fails(pack: Any) -> Tensor:
-        if world.rank == 1:
-            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 1 has")
-        return loss(pack)
+        def fails(pack: Any, engine: Any = engine, loss: Any = loss, step: int = step) -> Tensor:
+            if world.rank == 1 and engine._ready[0] == step:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB. GPU 1")
+            return loss(pack)
 
-    tuner.model.loss = fails  # type: ignore[method-assign]
-    kind, text = (TrainingError, "out of memory") if world.rank == 1 else (StoppedElsewhere, "")
-    with pytest.raises(kind, match=text):
-        tuner.trainer.run()
-    # they are together still
-    assert world.sum([1.0]) == [world.size]
+        tuner.model.loss = fails  # type: ignore[method-assign]
+        kind, text = (TrainingError, "out of memory") if world.rank == 1 else (StoppedElsewhere, "")
+        with pytest.raises(kind, match=text):
+            tuner.trainer.run()
+        # they are together still
+        assert world.sum([1.0]) == [world.size]
+        assert tuner.trainer.step == 2
 
 
 def check_ends_before_it_begins(world: World, folder: Path) -> None:

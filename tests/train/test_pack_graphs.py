@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
 from tests.fake_graphs import FakeRecorder
 from tli_engine.align.space import fit_space
@@ -192,8 +193,9 @@ def test_no_graph_knows_of_gradients_that_are_not_there(
             r"cannot be captured \(operation not permitted when stream is capturing\); set",
         ),
         (torch.OutOfMemoryError("Tried to allocate"), torch.OutOfMemoryError, "Tried to allocate"),
+        (DistError("connection closed"), DistError, "connection closed"),
     ],
-    ids=["unknown", "no-memory"],
+    ids=["unknown", "no-memory", "lost-partner"],
 )
 def test_a_capture_that_fails_is_one_line(
     error: RuntimeError, kind: type[Exception], message: str, files: ModelFiles,
@@ -371,6 +373,13 @@ def test_the_rule_is_a_blocks_weights_times_tokens(
     assert captures(full, model, says.append)
     monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND_OF_SHARES", frozen * 32)
     assert captures(full, model, says.append, 2)
+    # of rows that a rank takes at once
+    twice = config_of("full", train={"batch_size": 2})
+    assert not captures(twice, model, says.append)
+    assert captures(twice, model, says.append, 2)
+    assert not captures(
+        config_of("full", train={"batch_size": 2, "accumulate": 2}), model, says.append, 2
+    )
     monkeypatch.setattr(pack_graphs, "_LAUNCH_BOUND", frozen * 32 - 1)
     assert {c: captures(run, model, says.append) for c, run in on.items()} == {
         "auto": False, True: True, False: False,

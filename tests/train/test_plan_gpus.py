@@ -9,9 +9,11 @@ from bench.models import config_of
 from tli_engine.config import RunConfig, resolve_config
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
+from tli_engine.train import plan_gpus
 from tli_engine.train.plan import Plan, limited, make_plan
 from tli_engine.train.plan_devices import GIB, find_target
-from tli_engine.train.plan_gpus import gpus_needed, plan_for, rank_config
+from tli_engine.train.plan_gpus import FullBytes, full_bytes, gpus_needed, plan_for, rank_config
+from tli_engine.train.plan_outline import Outline
 
 Planned = Callable[..., Plan]
 
@@ -124,6 +126,49 @@ def test_nothing_is_kept_that_does_not_fit(name: str, kind: str, rows: int) -> N
         if stays or some or plan.recomputed < depth:
             assert any(note.startswith("fits: ") for note in plan.notes)
         assert not any(note.startswith("steps are replayed") for note in plan.notes)
+
+
+@pytest.mark.parametrize(
+    ("name", "method", "rows", "times", "replayed"),
+    [
+        # 3.8e11 and 7.7e11 of a block's weights times a rank's tokens, of 4e11
+        ("qwen2-1.5b", "full", 8, 1, True),
+        ("qwen2-1.5b", "full", 8, 2, False),
+        ("qwen2-1.5b", "full", 16, 1, False),
+        # 8.9e11 and 1.8e12, of 9e11
+        ("llama-3-8b", "lora", 4, 1, True),
+        ("llama-3-8b", "lora", 4, 2, False),
+    ],
+)
+def test_graphs_are_planned_by_what_a_rank_takes_at_once(
+    name: str, method: str, rows: int, times: int, replayed: bool
+) -> None:
+    train = {"steps": 9, "batch_size": rows, "accumulate": times}
+    plan = planned(name, 2, "h200", method=method, train=train)
+    assert any(note.startswith("steps are replayed") for note in plan.notes) == replayed
+    if method == "full":
+        # those of one pack are there with the next one, or stay for the graph
+        assert (plan.gpu_bytes["gradients"] > 0) == replayed
+
+
+def test_gpus_are_counted_by_the_rule_of_several() -> None:
+    """Of a block's weights times tokens between that of several and that of one."""
+    full = {"method": "full", "train": {"steps": 9, "batch_size": 1}}
+    found = []
+    for setting in ("auto", False, True):
+        run = run_of("llama-3-8b", **full | {"train": full["train"] | {"cuda_graph": setting}})
+        with pytest.MonkeyPatch.context() as patch:
+            bytes_of: list[int] = []
+
+            def watch(made: Outline, gpus: int, offload: bool, into: Any = bytes_of) -> FullBytes:
+                counted = full_bytes(made, gpus, offload)
+                into.append(sum(counted.on_gpu.values()))
+                return counted
+
+            patch.setattr(plan_gpus, "full_bytes", watch)
+            dict(gpus_needed(run, survey_of("llama-3-8b")))
+        found.append(bytes_of)
+    assert found[0] == found[1] != found[2]
 
 
 def test_what_is_kept_of_full_fine_tuning_is_as_on_one_gpu() -> None:

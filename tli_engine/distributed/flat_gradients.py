@@ -46,7 +46,8 @@ class _Bucket:
 class FlatGradients:
     """Sums gradients over ranks: one all-reduce, or one for each 16 MiB, begun as they come.
 
-    The last tensor's gradient is taken to come first. Between :meth:`overlap` and :meth:`finish`
+    The last tensor's gradient is taken to come first. Where graphs replay the passes, all are sent after
+    the last of these, from where they lie. Between :meth:`overlap` and :meth:`finish`
     every rank runs one backward pass; what it does not reach, or earlier passes added, goes too.
     All ranks send the same buckets in the same order, whatever their passes reach.
     """
@@ -68,7 +69,6 @@ class FlatGradients:
         self._buckets: list[_Bucket] = []
         self._waiting: list[_Bucket] = []
         self._overlaps = False
-        self._came = False
         if world.size == 1 or any(map(is_sharded, tensors.values())):
             return
         parameters = list(tensors.values())[::-1]
@@ -95,7 +95,11 @@ class FlatGradients:
     @property
     def stay(self) -> bool:
         """Whether gradients that there are stay where they are: in the buffer, once they came there."""
-        return self._came or not self.sums
+        return all(
+            parameter.grad is view
+            for bucket in self._buckets
+            for view, parameter in zip(bucket.views, bucket.parameters, strict=True)
+        )
 
     def overlap(self) -> None:
         """Send gradients as the next backward pass makes them; it is the last before the update."""
@@ -111,7 +115,6 @@ class FlatGradients:
             bucket.send()
         for bucket in self._buckets:
             bucket.receive()
-        self._came = True
 
     def _take(self, number: int, parameter: Tensor) -> None:
         if not self._overlaps:

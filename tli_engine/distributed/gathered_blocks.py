@@ -54,8 +54,8 @@ def shard_fully(
 
     What a rank holds of weights, gradients and optimizer states is a share in fp32: the master copy.
     A block is gathered before it runs, in the dtype that it is computed in, and again for the way back
-    unless it stays; the rest of the model for all of the way there and back. Gradients are sent in that
-    dtype, too, and summed over ranks in fp32, not averaged.
+    unless it stays; the rest of the model for all of the way there and back. Gradients are summed over
+    ranks in fp32, not averaged; on one machine they are sent in the dtype that they have.
 
     Args:
         model: On the CPU; blocks are moved and split one at a time.
@@ -80,7 +80,8 @@ def shard_fully(
         # each rank's loss is a part of the sum, over the labels of all
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        if options.dtype.itemsize < torch.float32.itemsize:
+        # between machines every rank's own share would go to every other, where a ring passes on sums
+        if world.one_machine and options.dtype.itemsize < torch.float32.itemsize:
             module.set_custom_reduce_scatter(NarrowReduceScatter(options.dtype))  # type: ignore[arg-type]
     register_fsdp_forward_method(model, forward)
     if options.runs_inside:

@@ -191,7 +191,9 @@ def _meet(backends: str, timeout: float) -> World:
             if dist.is_initialized():
                 dist.destroy_process_group()
             raise _not_met(str(e).partition("\n")[0].rstrip("."), in_time, timeout) from None
-    return World(dist.get_rank(), dist.get_world_size(), patient)
+    size = dist.get_world_size()
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or size)
+    return World(dist.get_rank(), size, patient, one_machine=here == size)
 
 
 def _not_met(reason: str, in_time: bool, timeout: float) -> UserError:

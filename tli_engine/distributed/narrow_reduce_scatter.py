@@ -12,8 +12,8 @@ class NarrowReduceScatter:
     """Sends gradients as they are, and adds them up where they arrive: what FSDP2 calls a custom ``ReduceScatter``.
 
     FSDP2 itself widens them first: a reduce-scatter in fp32 passes twice the bytes for the same sums, and
-    one in bf16 rounds every sum. Here each rank sends every other its share, and adds up what it got, in
-    the order of ranks.
+    one in bf16 rounds every sum. Here each rank sends every other its share, and adds up what it got, in a
+    fixed order. That is for ranks of one machine: between machines a ring passes fewer bytes.
 
     Args:
         dtype: Of the gradients; what FSDP2 is told to reduce in is the sums'.

@@ -26,11 +26,13 @@ class World:
         size: Processes there are.
         patient: Group for words that some may be long in coming to: a download, a checkpoint, an
             evaluation. Others are waited for as long as the run's timeout says.
+        one_machine: Whether all of them are on one.
     """
 
     rank: int = 0
     size: int = 1
     patient: Any = field(default=None, compare=False, repr=False)
+    one_machine: bool = True
 
     @property
     def is_first(self) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.distributed import DistError
 
 from tli_engine.config import RunConfig
 from tli_engine.data.packing import TextPack
@@ -18,6 +19,7 @@ from tli_engine.models.causal import CausalModel
 from tli_engine.models.decoder import waits_for_lengths
 from tli_engine.models.graph_recorder import GraphRecorder
 from tli_engine.train.filled import FilledBuffer, FilledTexts, Shape, fill, shape_of
+from tli_engine.train.sft_order import rows_at_once
 
 # weights of a block times tokens of a pack up to which a step is taken to wait for its launches. On one H100
 # four packs at 4.5e11 (Llama-3-8B's shape, 2,048 tokens) took 746 ms, of which the GPU was busy 461; one at
@@ -37,7 +39,8 @@ def captures(
     ``train.cuda_graph: auto`` captures where a block's weights times a pack's tokens are at most 9e11, or
     4e11 where ranks have shares of them; ``true`` whatever they are.
     """
-    if model.early.device.type != "cuda" or not wants_graphs(config, model, ranks):
+    rows = rows_at_once(config.train, ranks)
+    if model.early.device.type != "cuda" or not wants_graphs(config, model, rows, ranks):
         return False
     reason = why_not_captured(config, model)
     if reason is not None:
@@ -45,9 +48,16 @@ def captures(
     return reason is None
 
 
-def wants_graphs(config: RunConfig, model: CausalModel, ranks: int = 1) -> bool:
-    """Whether graphs are asked for, or by the rule of ``auto`` are worth it."""
-    tokens = config.train.batch_size * config.sft.context
+def wants_graphs(config: RunConfig, model: CausalModel, rows: int, ranks: int) -> bool:
+    """Whether graphs are asked for, or by the rule of ``auto`` are worth it.
+
+    Args:
+        config: The run.
+        model: What is trained.
+        rows: That a rank takes at once.
+        ranks: How many there are.
+    """
+    tokens = rows * config.sft.context
     if config.train.cuda_graph == "auto":
         bound = _LAUNCH_BOUND_OF_SHARES if config.method == "full" and ranks > 1 else _LAUNCH_BOUND
         # transformers' modules have none
@@ -137,6 +147,11 @@ class PackGraphs:
         """Graphs so far."""
         return sum(prepared.graph is not None for prepared in self._shapes.values())
 
+    @property
+    def meets(self) -> bool:
+        """Whether ranks meet within a pass."""
+        return self._world.size > 1
+
     def clear(self) -> None:
         """Give up all graphs: the next packs are launched, and recorded anew."""
         self._shapes.clear()
@@ -187,7 +202,8 @@ class PackGraphs:
     ) -> tuple[torch.cuda.CUDAGraph, Tensor]:
         try:
             return recorder.record(lambda: self._compute(batch))
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, DistError):
+            # of another process that is gone, too, nothing here is the reason
             raise
         except RuntimeError as error:
             reason = str(error).strip().partition("\n")[0]

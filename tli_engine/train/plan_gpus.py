@@ -15,11 +15,12 @@ from tli_engine.train.plan_devices import LARGE, Target, find_target
 from tli_engine.train.plan_outline import Outline, nf4_bytes, outline
 from tli_engine.train.plan_peak import CONTEXT, Step, fits, room_on
 from tli_engine.train.sft_distribute import SHARDED_NOT_NF4, check_distributed
+from tli_engine.train.sft_order import rows_at_once
 
 # of a weight that is trained: itself, its gradient and AdamW's two moments, all fp32
 _SHARE = 16
-# GPUs of one machine, and the most that are looked at
-_OF_A_NODE, _MOST = 8, 1024
+# GPUs of one machine, and the fewest and the most that are looked at
+_OF_A_NODE, _FEWEST, _MOST = 8, 2, 1024
 
 
 def plan_for(run: RunConfig, model: Survey, target: Target, gpus: int) -> Plan:
@@ -70,7 +71,7 @@ def rank_config(run: RunConfig, gpus: int) -> RunConfig:
     """The run as one of so many GPUs sees it: its share of a batch, its way of running blocks."""
     train, sft = run.train, run.sft
     share = -(-train.batch_size * train.accumulate // gpus)
-    rows = min(train.batch_size, share)
+    rows = rows_at_once(train, gpus)
     least = 2 if run.objective == "align" else 1
     changed: dict[str, Any] = {"batch_size": max(least, rows), "accumulate": -(-share // rows)}
     if run.distributed.weights == "sharded":
@@ -172,11 +173,11 @@ def _moments_of_shares(
     # as they come, the last block first; not the update, at which less is held than before it
     for i, m in zip(reversed(range(len(sizes))), step.of_way_back(), strict=False):
         blocks = e * sum(sizes[: i + 1]) if stay else 2 * e * largest
-        # the gradient of one is summed in fp32, that of the rest is there from the loss on
+        # the gradient of one is sent and arrives, that of the rest is there from the loss on
         blocks += (e + 4) * largest
         working = m.activations + m.working + e * rest
         yield moment(sum(sizes[i + 1 :]), blocks, e * rest, working)
-    # in the end that is summed in fp32, and nothing is gathered
+    # in the end that is sent and arrives, and nothing is gathered
     yield moment(sum(sizes) + rest, 0, 0, (4 + e) * rest)
 
 
@@ -261,14 +262,14 @@ def gpus_needed(run: RunConfig, model: Survey) -> Iterator[tuple[str, int]]:
         changed["sft"] = run.sft.model_copy(update={"activations": "recompute"})
     for name in LARGE:
         target = find_target(name, "cuda")
-        made = outline(rank_config(run.model_copy(update=changed), 1), model, target)
+        made = outline(rank_config(run.model_copy(update=changed), 1), model, target, _FEWEST)
 
         def holds(gpus: int, made: Outline = made, target: Target = target) -> bool:
             return fits(target, CONTEXT + sum(full_bytes(made, gpus, False).on_gpu.values()))
 
-        low, high = 2, _MOST
-        if not holds(high):
+        if not holds(_MOST):
             continue
+        low, high = _FEWEST, _MOST
         while low < high:
             middle = (low + high) // 2
             low, high = (low, middle) if holds(middle) else (middle + 1, high)

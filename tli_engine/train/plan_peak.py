@@ -256,7 +256,7 @@ class Step:
         outline, run = self._outline, self._outline.run
         if outline.causal is None or not outline.on_gpu:
             return False
-        if not wants_graphs(run, outline.causal, outline.gpus):
+        if not wants_graphs(run, outline.causal, run.train.batch_size, outline.gpus):
             return False
         return why_not_captured(run, outline.causal) is None
 

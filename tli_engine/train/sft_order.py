@@ -3,12 +3,17 @@
 from itertools import count
 from typing import Any
 
-from tli_engine.config import RunConfig
+from tli_engine.config import RunConfig, TrainConfig
 from tli_engine.data.packing import rows_of_epoch
 from tli_engine.distributed.world import World
 
 # examples of a row, rows of a batch, batches of a step
 Batch = list[list[int]]
+
+
+def rows_at_once(train: TrainConfig, ranks: int) -> int:
+    """Rows of a full step that each of so many ranks takes at once."""
+    return min(train.batch_size, -(-train.batch_size * train.accumulate // ranks))
 
 
 def batches_of_rank(batches: list[Batch], batch_size: int, world: World) -> list[Batch]:

@@ -7,6 +7,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.distributed import DistError
 
 from tli_engine.align.objective import batch_loss
 from tli_engine.align.space import PairSpace
@@ -161,10 +162,8 @@ class SftStep:
         # gradients alone: weights and statistics are those after this step
         if ahead and self.runs_ahead and step + 1 < total:
             self._launch_ahead(step + 1)
-        share, grad_norm, *of_pairs = figures.wait()
-        loss, stopped = self._world.sum([share, 0.0])
-        if stopped:
-            raise StoppedElsewhere(1)
+        share, grad_norm, *of_pairs = self._read(figures)
+        loss, _ = self._sum(share, 0.0)
         with self._world.speaking_once():
             check_finite(step, loss, grad_norm)
         cosines = (of_pairs[0], of_pairs[1], of_pairs[2]) if of_pairs else None
@@ -177,9 +176,9 @@ class SftStep:
         self._ahead = None
 
     def pause(self) -> None:
-        """Give up what was begun for the next step, and graphs that hold what passes between processes.
+        """Give up what was begun for the next step, and of several processes the graphs.
 
-        NCCL waits for such graphs to go before it ends.
+        NCCL ends only after those that hold what passes between processes.
         """
         self.forget()
         if self.graphs is not None and self._world.size > 1:
@@ -199,7 +198,7 @@ class SftStep:
         """Begin to compute the gradients of a step."""
         config, packs = self._config, self._take(step)
         # of all ranks: the loss is the mean over the labels of the step
-        labels, tokens = map(int, self._world.sum(_sizes(packs)))
+        labels, tokens = map(int, self._sum(*_sizes(packs)))
         torch.manual_seed(step_seed(config.seed, step, self._world.rank))
         if config.train.in_backward:
             self.updates.set_rate(learning_rate(config.train, step, self._order.total_steps))
@@ -236,7 +235,24 @@ class SftStep:
         meets_within = self._pairs is not None or self._model.fetch is not None
         if self._gradients.sums and not meets_within:
             self._gradients.finish()
-            self._world.sum([0.0, 1.0])
+            self._world.sum([0.0, 0.0, 1.0])
+
+    def _sum(self, first: float, second: float) -> list[float]:
+        """Sums over the ranks, wherever in a step they are: one of them may have to stop."""
+        *sums, stopped = self._world.sum([first, second, 0.0])
+        if stopped:
+            raise StoppedElsewhere(1)
+        return sums
+
+    def _read(self, figures: Readback) -> list[float]:
+        """A step's figures, once they are there."""
+        if self.graphs is None or not self.graphs.meets:
+            return figures.wait()
+        try:
+            # what passes between GPUs in a graph NCCL's watchdog does not see
+            return figures.wait(self._config.distributed.timeout)
+        except TimeoutError as error:
+            raise DistError(f"{error} (distributed.timeout)") from None
 
     def _take(self, step: int) -> list[TextPack]:
         """The batches of a step, prepared before or now."""
