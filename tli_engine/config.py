@@ -121,7 +121,8 @@ class TrainConfig(_Section):
     seconds: Annotated[float, Field(gt=0)] | None = None
     # pairs; rows of tokens where summaries are written
     batch_size: PositiveInt = 8
-    learning_rate: Annotated[float, Field(gt=0)] = 2e-4
+    # AdamW's first updates are ten times as long, in fp32
+    learning_rate: Annotated[float, Field(gt=0, le=1e30)] = 2e-4
     schedule: Literal["linear", "cosine", "constant", "wsd"] = "linear"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     # steps at the end in which the wsd schedule (warm-up, stable, decay) falls to zero

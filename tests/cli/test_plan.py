@@ -50,7 +50,7 @@ def test_dry_run_is_the_plan_and_writes_nothing(
     status, _, err = cli("train", "--resume", "--run", "nowhere", "--dry-run")
     assert (status, err) == (
         2,
-        "tli-engine: error: --resume goes with --run DIR alone; the run has its configuration\n",
+        "tli-engine: error: --resume goes with --run DIR, and --gpus, alone; the run has its configuration\n",
     )
 
 

@@ -22,6 +22,7 @@ from subjects import TOLERANCE, Tuner, aligner, close, config_of, figures, same_
 from torch import Tensor
 
 from tli_engine.cli import _train
+from tli_engine.config import RunConfig
 from tli_engine.distributed.launch import (
     _device_name,
     check_complete,
@@ -207,7 +208,7 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
     def here(*_: Any) -> Iterator[tuple[World, str]]:
         yield world, "cpu"
 
-    def fresh(where: Path) -> int:
+    def fresh(where: Path, config: RunConfig = config) -> int:
         return _train.run_training(config, "run", where, overwrite=False)
 
     def ends(work: Callable[[], int], said: str) -> None:
@@ -227,6 +228,9 @@ def check_ends_before_it_begins(world: World, folder: Path) -> None:
             lambda: _train.resume_training(config, run) if last else fresh(run),
             f"whether to resume, on rank {world.size - 1} is not that of rank 0",
         )
+        shared = config.distributed.model_copy(update={"weights": "sharded"})
+        sharded = config.model_copy(update={"distributed": shared})
+        ends(lambda: fresh(run, sharded), "sharded is of NF4 weights, and the model's are not")
         assert not run.exists()
         # the file system of another machine
         patch.setattr(_train, "_begin", lambda *_: None)

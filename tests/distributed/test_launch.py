@@ -291,7 +291,9 @@ def test_resume_takes_gpus_and_nothing_else(
     assert main(["train", "--resume", "--run", str(tmp_path), "--gpus", "2"]) == 0
     assert started == [(2, ("train", "--resume", "--run", str(tmp_path)), True)]
     assert main(["train", "--resume", "--run", str(tmp_path), "--overwrite"]) == 2
-    assert "--resume goes with --run DIR" in capfd.readouterr().err
+    assert "--resume goes with --run DIR, and --gpus, alone" in capfd.readouterr().err
+    assert main(["train", "--resume", "--gpus", "2"]) == 2
+    assert "--resume needs --run DIR" in capfd.readouterr().err
 
 
 def test_options_reach_the_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

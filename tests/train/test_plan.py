@@ -175,6 +175,48 @@ def test_graphs_are_planned_by_the_rule_of_training(
         assert any("replayed from CUDA graphs" in note for note in plan.notes) == replayed
 
 
+def test_graphs_that_were_asked_for_and_cannot_be_are_told(folder: Folder) -> None:
+    target = find_target("h100", "auto")
+    for train, said in (
+        ({"cuda_graph": True, "in_backward": True}, ["train.in_backward updates weights in the"]),
+        ({"cuda_graph": True, "engine": "modules"}, ["transformers' modules wait for the GPU"]),
+        ({"cuda_graph": True}, []),
+        ({"engine": "modules"}, []),
+    ):
+        run = config(folder("llama"), method="full", train=train)
+        notes = make_plan(run, survey(run.model), target).notes
+        found = [note for note in notes if "launched one by one: " in note]
+        assert [s in note for s, note in zip(said, found, strict=True)] == [True] * len(said)
+
+
+@pytest.mark.parametrize(
+    ("changes", "remedies"),
+    [
+        (
+            {"method": "full", "train": {"batch_size": 512}},
+            "a smaller train.batch_size, a smaller sft.context or method: lora",
+        ),
+        (
+            {"method": "full", "train": {"batch_size": 1}, "sft": {"activations": "save"}},
+            "a smaller sft.context, sft.activations: recompute or method: lora",
+        ),
+        (
+            {"train": {"batch_size": 2}, "sft": {"activations": "recompute"}},
+            "a smaller train.batch_size, a smaller sft.context or quantize: nf4",
+        ),
+    ],
+    ids=["full", "full-of-a-row", "lora"],
+)
+def test_what_does_not_fit_is_told_what_would_take_less(
+    changes: dict[str, Any], remedies: str, folder: Folder
+) -> None:
+    """Nothing that a run has already, or that its method does not take."""
+    run = config(folder("llama"), **changes)
+    plan = make_plan(run, survey(run.model), limited(find_target("h100", "auto"), 0.01))
+    (line,) = (note for note in plan.notes if note.startswith("does not fit: "))
+    assert line.endswith(f", of which a twentieth is left free; {remedies}")
+
+
 @pytest.mark.parametrize("engine", ["fused", "modules"])
 @pytest.mark.parametrize(
     ("dtype", "changes"),

@@ -24,7 +24,7 @@ from tli_engine.train.card import summary_card
 from tli_engine.train.checkpoint import load_best, save_best
 from tli_engine.train.manifest import write_manifest
 from tli_engine.train.run_folder import write_json
-from tli_engine.train.sft_distribute import shard_base, shard_weights
+from tli_engine.train.sft_distribute import check_base, shard_base, shard_weights
 from tli_engine.train.sft_loop import SftTrainer
 from tli_engine.train.sft_order import SftOrder
 from tli_engine.train.sft_prepare import SftPrepared, prepare_sft
@@ -44,7 +44,9 @@ class SftJob:
     @classmethod
     def prepare(cls, config: RunConfig, world: World) -> "SftJob":
         """Read and check everything."""
-        return cls(prepare_sft(config, say, progress, world), world)
+        run = prepare_sft(config, say, progress, world)
+        check_base(run.model, run.config)
+        return cls(run, world)
 
     def introduction(self) -> str:
         """A line on what is about to be trained."""
@@ -84,7 +86,7 @@ class SftJob:
             self.run = replace(run, tensors=tensors)
             return tensors
         if run.config.distributed.weights == "sharded":
-            self._shards = world.together(lambda: shard_base(run.model, world))
+            self._shards = shard_base(run.model, world)
             say(
                 f"NF4 weights take {self._shards.nbytes / 1e6:.0f} MB of each rank, buffers included"
             )

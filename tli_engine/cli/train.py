@@ -72,8 +72,12 @@ def command(
     Ctrl-C, SIGTERM or a terminal that closes keeps a checkpoint and prints the command that resumes.
     """
     if resume:
-        if run is None or config or recipe or overrides or overwrite or print_config or dry_run:
-            raise ConfigError("--resume goes with --run DIR alone; the run has its configuration")
+        if run is None:
+            raise ConfigError("--resume needs --run DIR, the folder of the run that is to go on")
+        if config or recipe or overrides or overwrite or print_config or dry_run:
+            raise ConfigError(
+                "--resume goes with --run DIR, and --gpus, alone; the run has its configuration"
+            )
         config = run / "config.yaml"
         if not config.is_file():
             raise ConfigError(f"{run}: not a run folder; it has no config.yaml")

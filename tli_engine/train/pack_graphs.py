@@ -44,8 +44,13 @@ def captures(
         return False
     reason = why_not_captured(config, model)
     if reason is not None:
-        say(f"train.cuda_graph: a step's kernels are launched one by one: {reason}")
+        say(launched_one_by_one(reason))
     return reason is None
+
+
+def launched_one_by_one(reason: str) -> str:
+    """A line on why a step is not replayed."""
+    return f"train.cuda_graph: a step's kernels are launched one by one: {reason}"
 
 
 def wants_graphs(config: RunConfig, model: CausalModel, rows: int, ranks: int) -> bool:

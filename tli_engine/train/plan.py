@@ -11,6 +11,7 @@ from tli_engine.data.texts import has_articles
 from tli_engine.errors import UserError
 from tli_engine.models.survey import Survey
 from tli_engine.train.checks import uncut
+from tli_engine.train.pack_graphs import launched_one_by_one
 from tli_engine.train.plan_devices import GIB, Target
 from tli_engine.train.plan_outline import Outline, outline
 from tli_engine.train.plan_peak import (
@@ -214,6 +215,8 @@ def _add_notes(
             f"{REPLAYED}, which keep the memory of a step's activations for themselves: what the "
             f"allocator holds is that much more than what is counted here"
         )
+    if step.why_launched is not None:
+        notes.append(launched_one_by_one(step.why_launched))
     notes += recomputation(made, step) + uncut(run, made.fused)
     if target.memory is not None:
         room = f"{room_on(target, total)} on {target.name}"
@@ -221,8 +224,7 @@ def _add_notes(
             notes.append(f"fits: {room}")
         else:
             notes.append(
-                f"does not fit: {room}, of which a twentieth is left free; lower train.batch_size or "
-                f"sft.context, or choose sft.activations: recompute, quantize: nf4 or method: lora"
+                f"does not fit: {room}, of which a twentieth is left free{_remedies(made, step)}"
             )
         if made.nf4 and run.weight_residency == "auto":
             copies = made.element * sum(n * k for n, k in made.linear.values()) / GIB
@@ -237,6 +239,22 @@ def _add_notes(
         )
     if seconds is None:
         notes.append("no step like this was measured: no time is given")
+
+
+def _remedies(made: Outline, step: Step) -> str:
+    """What would take less, of what a run has not chosen yet."""
+    run, again = made.run, step.recomputed == made.early.depth - made.first_trained
+    texts = run.objective != "align"
+    found = ["a smaller train.batch_size"] * (run.train.batch_size > 1)
+    found += ["a smaller sft.context"] * texts
+    found += ["sft.activations: recompute"] * (texts and not again)
+    found += ["method: lora"] * (run.method == "full")
+    found += ["quantize: nf4"] * (run.method == "lora" and not made.nf4)
+    return (
+        f"; {', '.join(found[:-1])} or {found[-1]}"
+        if len(found) > 1
+        else "".join(f"; {f}" for f in found)
+    )
 
 
 def recomputation(made: Outline, step: Step) -> list[str]:

@@ -253,12 +253,22 @@ class Step:
     @property
     def uses_graphs(self) -> bool:
         """Whether packs of texts are replayed from CUDA graphs."""
+        return self._wants_graphs and self.why_launched is None
+
+    @property
+    def why_launched(self) -> str | None:
+        """Why packs of texts are launched kernel by kernel, where graphs would be worth it or are asked for."""
+        outline = self._outline
+        if outline.causal is None or not self._wants_graphs:
+            return None
+        return why_not_captured(outline.run, outline.causal)
+
+    @property
+    def _wants_graphs(self) -> bool:
         outline, run = self._outline, self._outline.run
         if outline.causal is None or not outline.on_gpu:
             return False
-        if not wants_graphs(run, outline.causal, run.train.batch_size, outline.gpus):
-            return False
-        return why_not_captured(run, outline.causal) is None
+        return wants_graphs(run, outline.causal, run.train.batch_size, outline.gpus)
 
     def _choose(self) -> Arrangement:
         """What blocks keep, as ``sft.activations`` is decided."""

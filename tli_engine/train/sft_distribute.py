@@ -102,16 +102,15 @@ def shard_weights(
     return model.trainable()
 
 
-def shard_base(model: CausalModel, world: World) -> ShardedNF4:
-    """Spread the frozen NF4 weights under the adapters over the ranks.
-
-    Raises:
-        UserError: The model has none.
-    """
-    blocks = nf4_blocks(model.early)
-    if not all(blocks):
+def check_base(model: CausalModel, config: RunConfig) -> None:
+    """Raise ``UserError`` if NF4 weights are to be shared out, and a model has none."""
+    if config.distributed.weights == "sharded" and not all(nf4_blocks(model.early)):
         raise UserError(SHARDED_NOT_NF4)
-    shards = ShardedNF4(blocks, world)
+
+
+def shard_base(model: CausalModel, world: World) -> ShardedNF4:
+    """Spread the frozen NF4 weights under the adapters, which :func:`check_base` saw, over the ranks."""
+    shards = ShardedNF4(nf4_blocks(model.early), world)
     model.fetch, model.fetched_nbytes = shards.fetch, shards.nbytes
     model.activations = Activations("recompute")
     return shards
