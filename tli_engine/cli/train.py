@@ -78,15 +78,7 @@ def command(
             raise ConfigError(
                 "--resume goes with --run DIR, and --gpus, alone; the run has its configuration"
             )
-        config = run / "config.yaml"
-        if not config.is_file():
-            raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
-        resolved = resolve_config(read_yaml(config), str(config))
-        if gpus is not None:
-            return _start(gpus, resolved, ("--resume",), run)
-        from tli_engine.cli._train import resume_training
-
-        return resume_training(resolved, run)
+        return _resume(run, gpus)
     resolved, name = resolve_run(config, recipe, overrides)
     if print_config:
         print(to_yaml(resolved), end="")
@@ -108,6 +100,19 @@ def command(
     from tli_engine.cli._train import run_training
 
     return run_training(resolved, name, run, overwrite)
+
+
+def _resume(run: Path, gpus: int | None) -> int:
+    """Go on with the run of a folder, here or in so many processes."""
+    config = run / "config.yaml"
+    if not config.is_file():
+        raise ConfigError(f"{run}: not a run folder; it has no config.yaml")
+    resolved = resolve_config(read_yaml(config), str(config))
+    if gpus is not None:
+        return _start(gpus, resolved, ("--resume",), run)
+    from tli_engine.cli._train import resume_training
+
+    return resume_training(resolved, run)
 
 
 def resolve_run(
