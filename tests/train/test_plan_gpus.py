@@ -166,6 +166,7 @@ def test_gpus_are_counted_by_the_rule_of_several() -> None:
                 return counted
 
             patch.setattr(plan_gpus, "full_bytes", watch)
+            patch.setattr(plan_gpus, "LARGE", ("h200",))
             dict(gpus_needed(run, survey_of("llama-3-8b")))
         found.append(bytes_of)
     assert found[0] == found[1] != found[2]
