@@ -2,7 +2,8 @@
 
 import statistics
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,14 @@ def planned_shares(folder: Path) -> Iterator[tuple[Row, Plan]]:
         yield row, plan_for(run, model, device, shape["gpus"])
 
 
+@cache
+def _once(
+    planned: Callable[[Path], Iterator[tuple[Row, Plan]]], folder: Path
+) -> list[tuple[Row, Plan]]:
+    """Plans of which several tables are made: they take seconds."""
+    return list(planned(folder))
+
+
 def device_of(folder: Path) -> Target:
     """The GPU that a folder of results is of, as the planner knows it."""
     names = (n for n in NAMES if find_target(n, "auto").results == folder.name)
@@ -82,18 +91,20 @@ def allocated_mib(plan: Plan) -> float:
 
 def peaks_table(folder: Path) -> str:
     """Peaks of steps of fine-tuning: the planner's beside the measured ones."""
-    found = ((f"{_TRAINED[r['case']]} | {r['provider']}", r, p) for r, p in planned_peaks(folder))
+    found = (
+        (f"{_TRAINED[r['case']]} | {r['provider']}", r, p) for r, p in _once(planned_peaks, folder)
+    )
     return _table("model | trained | who", found)
 
 
 def cases_table(folder: Path) -> str:
     """Peaks of all kinds of runs: the planner's beside the measured ones."""
-    return _table("model | run", ((r["case"], r, p) for r, p in planned_cases(folder)))
+    return _table("model | run", ((r["case"], r, p) for r, p in _once(planned_cases, folder)))
 
 
 def shares_table(folder: Path) -> str:
     """Peaks of each of several GPUs: the planner's beside the measured ones."""
-    found = ((_shared_out(row), row, plan) for row, plan in planned_shares(folder))
+    found = ((_shared_out(row), row, plan) for row, plan in _once(planned_shares, folder))
     return _table("model | trained | GPUs", found)
 
 
@@ -107,7 +118,8 @@ def _shared_out(row: Row) -> str:
 
 def errors_table(folder: Path) -> str:
     """How far off the planner is today, of all measured peaks."""
-    found = [*planned_cases(folder), *planned_peaks(folder), *planned_shares(folder)]
+    all_of_them = (planned_cases, planned_peaks, planned_shares)
+    found = [row for planned in all_of_them for row in _once(planned, folder)]
     errors = [abs(allocated_mib(plan) / row["peak_mib"] - 1) for row, plan in found]
     median, worst = statistics.median(errors), max(errors)
     cells = [

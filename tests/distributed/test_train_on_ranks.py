@@ -186,6 +186,7 @@ def test_a_signal_stops_all_and_one_process_goes_on(
     )
 
 
+@pytest.mark.long
 def test_what_torchrun_started_goes_on_by_torchrun(
     config: Callable[..., Path], tmp_path: Path, ended: Ended
 ) -> None:

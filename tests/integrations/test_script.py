@@ -310,7 +310,7 @@ def test_what_cannot_be_accelerated_runs_as_it_is(load: Load) -> None:
     assert "offloaded" in said[0]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_bench_runs_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OUT", str(tmp_path))
     monkeypatch.setattr("bench.harness.RESULTS", tmp_path)
