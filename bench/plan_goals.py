@@ -9,7 +9,6 @@ from typing import Any
 
 from bench.bench_scaling import CASES as SHARED_OUT
 from bench.goals import rows_of
-from bench.models import config_of
 from bench.plan_cases import CASES as PLANNED
 from bench.plan_cases import PlanCase, plan_config, survey_of
 from bench.train_cases import CASES, Case, Provider, optimizer_of, providers_of, train_config
@@ -36,7 +35,7 @@ def planned_peaks(folder: Path) -> Iterator[tuple[Row, Plan]]:
             continue
         values = _run_of(row, case, provider)
         run = plan_config(PlanCase(row["case"], row["model"], values))
-        model = Survey(row["model"], config_of(row["model"]), None)
+        model = Survey(row["model"], train_config(row["model"]), None)
         yield row, make_plan(run, model, limited(device, provider.memory_gib or None))
 
 
