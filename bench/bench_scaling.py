@@ -12,7 +12,7 @@ noted as absent.
 Without a GPU, processes on the CPU take their place, of a tiny shape.
 
 python -m bench scaling [--cases ...] [--gpus N ...] [--model NAME] [--rows N] [--length N] [--steps N]
-    [--limit S]
+    [--limit S] [--cuda-graph {auto,true,false}]
 """
 
 import argparse
@@ -92,6 +92,7 @@ def row_of(job: Job, report: Report) -> Row:
         "losses": [round(loss, 5) for loss in report.losses],
         "trained": report.trained,
         "weights": job.weights,
+        "cuda_graph": job.cuda_graph,
         "build_s": round(report.build_s, 1),
         "first_step_s": round(report.first_s, 2),
         "held_mib": report.held_mib,
@@ -136,7 +137,7 @@ def chosen_jobs(args: argparse.Namespace) -> list[Job]:
         jobs += [
             Job(
                 name, args.model or case.model, case.method, case.weights, gpus,
-                args.rows or case.rows, args.length, args.steps,
+                args.rows or case.rows, args.length, args.steps, args.cuda_graph,
             )
             for gpus in sorted(args.gpus)
             if gpus >= case.fewest
@@ -164,6 +165,12 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--steps", type=int, default=8, help=f"to time, after {WARM_UP}")
     parser.add_argument("--limit", type=float, default=300, help="seconds a job may take")
+    parser.add_argument(
+        "--cuda-graph",
+        choices=["auto", "true", "false"],
+        default="auto",
+        help="as train.cuda_graph",
+    )
     return parser.parse_args(given)
 
 

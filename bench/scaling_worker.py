@@ -44,6 +44,7 @@ class Job:
         rows: Of a GPU in a step.
         length: Tokens of a row.
         steps: To time.
+        cuda_graph: As ``train.cuda_graph``.
     """
 
     case: str
@@ -54,13 +55,14 @@ class Job:
     rows: int
     length: int
     steps: int
+    cuda_graph: Literal["auto", "true", "false"] = "auto"
 
 
 def config_of(job: Job, subject: Subject, device: torch.device) -> RunConfig:
     """The run, whose batch is that of all ranks."""
     sections = {
         "sft": {"context": job.length, "activations": "auto"},
-        "train": {"batch_size": job.rows, "accumulate": job.gpus},
+        "train": {"batch_size": job.rows, "accumulate": job.gpus, "cuda_graph": job.cuda_graph},
     }
     config = sft_config(subject, job.method, "all", **sections)
     shared = config.distributed.model_copy(update={"weights": job.weights})

@@ -11,7 +11,8 @@ import torch
 from bench import bench_scaling, readme
 from bench.bench_scaling import arguments, chosen_jobs, compared, missing, row_of, run_ranks
 from bench.harness import Row
-from bench.scaling_worker import Job
+from bench.scaling_worker import Job, config_of
+from bench.train_cases import train_subject
 from bench.train_worker import Report
 
 JOB = Job("lora", "tiny", "lora", "replicated", 1, rows=2, length=16, steps=3)
@@ -23,6 +24,18 @@ def test_cases_are_of_as_many_gpus_as_they_take() -> None:
     assert [(job.case, job.gpus) for job in jobs] == [
         ("lora", 1), ("lora", 2), ("full", 1), ("full", 2), ("full_8b", 2), ("qlora_sharded", 2)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [("auto", "auto"), ("true", True), ("false", False)]
+)
+def test_whether_steps_are_replayed_is_chosen(given: str, expected: bool | str) -> None:
+    options = ["--model", "tiny", "--cases", "full", "--gpus", "2", "--cuda-graph", given]
+    (job,) = chosen_jobs(arguments(options))
+    device = torch.device("cpu")
+    subject = train_subject("tiny", device, nf4=False, double_quant=False)
+    assert config_of(job, subject, device).train.cuda_graph == expected
+    assert row_of(job, REPORT).notes["cuda_graph"] == given
 
 
 def test_efficiency_is_that_of_each_gpu() -> None:

@@ -40,6 +40,8 @@ CASES: dict[str, dict[str, Any]] = {
     "full-fused": FULL,
     "full-fused-offloaded": FULL | OFFLOADED | {"train": FULL["train"] | CLIPPED},
     "full-fused-recomputed": FULL | {"sft": {"activations": "recompute"}},
+    # of which graphs write the first, and add the second
+    "full-fused-accumulated": FULL | {"train": FULL["train"] | {"batch_size": 1, "accumulate": 4}},
     # whose packs are launched, where the others' are replayed from the second of a shape on
     "lora-launched": LORA | {"train": LORA["train"] | LAUNCHED},
     "full-fused-launched": FULL | {"train": FULL["train"] | LAUNCHED},

@@ -15,7 +15,7 @@ from tli_engine.align.losses import alignment_loss
 from tli_engine.distributed import gathered_blocks
 from tli_engine.distributed.flat_gradients import FlatGradients
 from tli_engine.distributed.gathered import gather_rows, share_of
-from tli_engine.distributed.narrow_reduce_scatter import NarrowReduceScatter
+from tli_engine.distributed.gradient_sums import GradientSums
 from tli_engine.distributed.world import World
 from tli_engine.testing import example_store
 from tli_engine.train.sft_step import pack_of
@@ -50,8 +50,8 @@ def check_gradients_are_sums(world: World, folder: Path) -> None:
 def check_gradients_of_16_bits_are_summed_in_fp32(world: World, folder: Path) -> None:
     """Sent as they are; a sum in their own dtype, or of rounded sums, is another."""
     generator = torch.Generator().manual_seed(world.rank)
-    for dtype in (torch.bfloat16, torch.float16):
-        reduce = NarrowReduceScatter(dtype)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        reduce = GradientSums(dtype, ())
         # of the first rank larger: most of what others add is lost in 16 bits
         own = torch.randn(world.size * 33, generator=generator) * (1 if world.rank else 100)
         for _ in range(2):
@@ -66,9 +66,33 @@ def check_gradients_of_16_bits_are_summed_in_fp32(world: World, folder: Path) ->
             dist.all_gather(parts, sent.float())
             expected = sum(part.double() for part in parts)[33 * world.rank :][:33]
             torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-5)
-            assert not torch.equal(found, found.to(dtype).float())
+            assert dtype.itemsize == 4 or not torch.equal(found, found.to(dtype).float())
         with pytest.raises(NotImplementedError, match="sums in order alone"):
             reduce(found, sent, None, dist.ReduceOp.AVG)
+
+
+def check_gradients_that_are_added_to_keep_their_place(world: World, folder: Path) -> None:
+    """New sums lie where those before them lay, unless these are gradients still."""
+    tensor = nn.Parameter(torch.zeros(4))
+    sums, at = GradientSums(torch.float32, [tensor]), torch.device("cpu")
+
+    def place() -> Tensor:
+        sums.allocate([8], dtype=torch.float32, device=at)
+        return sums.allocate([4], dtype=torch.float32, device=at)
+
+    # held, or the second could be where the first was
+    apart = place(), place()
+    assert apart[0] is not apart[1]
+    sums.in_place = True
+    first = place()
+    assert place() is first
+    tensor.grad = first
+    assert place() is not first
+    tensor.grad = None
+    assert place() is first
+    sums.allocate([6], dtype=torch.float32, device=at)
+    with pytest.raises(RuntimeError, match="gradients of 3 weights, where those of 4 were"):
+        sums.allocate([3], dtype=torch.float32, device=at)
 
 
 def check_gradients_of_adapters_are_sent_once(world: World, folder: Path) -> None:
@@ -110,7 +134,7 @@ def check_gradients_of_gathered_negatives_are_exact(world: World, folder: Path) 
         torch.testing.assert_close(shared.grad, exact.grad, rtol=1e-12, atol=1e-12)
 
 
-class Watched(NarrowReduceScatter):
+class Watched(GradientSums):
     """Takes note of what is sent, and of what comes of it."""
 
     seen: ClassVar[list[tuple[torch.dtype, torch.dtype]]] = []
@@ -123,14 +147,19 @@ class Watched(NarrowReduceScatter):
 
 
 def check_gradients_of_every_weight_travel_as_they_are(world: World, folder: Path) -> None:
-    """In 16 bits, and arrive as sums in fp32; those in fp32, and between machines, FSDP2 sends itself."""
+    """In 16 bits, and arrive as sums in fp32; between machines they are sent in fp32."""
     apart = replace(world, one_machine=False)
-    # those of weights in no block are one more
-    for dtype, of, times in (("bfloat16", world, 5), ("float32", world, 0), ("bfloat16", apart, 0)):
+    wide, narrow = torch.float32, torch.bfloat16
+    for dtype, of, sent in (
+        ("bfloat16", world, narrow),
+        ("float32", world, wide),
+        ("bfloat16", apart, wide),
+    ):
         config = config_of("sft", method="full", dtype=dtype, train={"engine": "fused"})
         Watched.seen.clear()
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(gathered_blocks, "NarrowReduceScatter", Watched)
+            patch.setattr(gathered_blocks, "GradientSums", Watched)
             tuner = Tuner(folder, config, of)
         torch.autograd.backward(tuner.model.loss(pack_of(example_store(examples()), [[0]])))
-        assert Watched.seen == [(torch.bfloat16, torch.float32)] * times
+        # those of weights in no block are one more
+        assert Watched.seen == [(sent, wide)] * 5

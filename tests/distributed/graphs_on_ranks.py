@@ -2,17 +2,22 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from subjects import Tuner, close, config_of, examples, figures
+from torch import Tensor
 
 from tests.fake_graphs import FakeRecorder
+from tli_engine.distributed.fully_sharded import own_part
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.testing import example_store
 from tli_engine.train import pack_graphs
 from tli_engine.train.filled import shape_of
+from tli_engine.train.memory import out_of_memory
 from tli_engine.train.pack_graphs import PackGraphs
 from tli_engine.train.sft_step import pack_of
 
@@ -90,6 +95,66 @@ def check_graphs_add_to_gradients_that_are_summed(world: World, folder: Path) ->
     with recorder():
         again, _ = replaying(folder, world, **adding)
         close(figures(again.run().steps), figures(expected.steps))
+
+
+def check_graphs_write_gradients_of_shares(world: World, folder: Path) -> None:
+    """A step's first pack writes them, all in one place; its others add to them."""
+    adding = {"method": "full", "train": FUSED | {"batch_size": 1, "accumulate": 2 * world.size}}
+    expected = Tuner(folder, config_of("sft", **adding)).run()
+    with recorder() as made:
+        tuner, graphs = replaying(folder, world, **adding)
+        updates, tensors = tuner.trainer.engine.updates, tuner.trainer.engine.tensors.values()
+        places, replays, clip = [], [], updates.clip
+
+        def noting() -> Tensor:
+            places.append([own_part(t.grad).data_ptr() for t in tensors if t.grad is not None])
+            shapes = graphs._shapes.values()
+            runs = [[s.writes for s in shapes], [s.adds for s in shapes]]
+            replays.append([sum(r.graph.replays for r in kind if r.graph) for kind in runs])
+            return clip()
+
+        updates.clip = noting  # type: ignore[method-assign]
+        tuner.run()
+    close(figures(tuner.steps), figures(expected.steps))
+    assert len(places) == len(tuner.steps)
+    assert len(places[0]) == len(tensors)
+    assert all(place == places[0] for place in places)
+    # a shape's first pack of either kind is launched
+    assert replays[0] == [0, 0]
+    assert min(replays[-1]) > 0
+    assert made[0].launched + sum(replays[-1]) == 2 * len(tuner.steps)
+    assert all(tensor.grad is None for tensor in tensors)
+
+
+def check_graphs_are_named_where_memory_ends(world: World, folder: Path) -> None:
+    """They keep gradients of shares between steps, too."""
+    tuner = Tuner(folder, config_of("sft", **FULL), world)
+    engine = tuner.trainer.engine
+    for graphs in (None, PackGraphs(tuner.model, 32, print, record=False, world=world)):
+        if graphs is not None:
+            engine.use_graphs(graphs)
+        line = out_of_memory(tuner.model, engine.updates, RuntimeError("no room"))
+        assert ("train.cuda_graph=false" in line) is (graphs is not None)
+
+
+def check_graphs_that_write_beside_the_others_end_the_run(world: World, folder: Path) -> None:
+    """As they would if FSDP2 asked for the sums' memory elsewhere."""
+    with recorder():
+        tuner, _ = replaying(folder, world, **FULL)
+        engine = tuner.trainer.engine
+
+        def record(self: FakeRecorder, run: Any) -> Any:
+            # as a capture sets gradients
+            for tensor in engine.tensors.values():
+                tensor.grad = torch.zeros_like(tensor)
+            return FakeRecorder.record(self, run)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(
+                engine.graphs._recorder, "record", partial(record, engine.graphs._recorder)
+            )
+            with pytest.raises(RuntimeError, match="beside those of other passes"):
+                tuner.run()
 
 
 def check_graphs_beside_pairs(world: World, folder: Path) -> None:

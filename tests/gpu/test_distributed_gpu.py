@@ -197,7 +197,7 @@ def test_two_gpus_train_as_one(environment: dict[str, str], tmp_path: Path) -> N
         report: dict[str, str] = json.loads((tmp_path / f"{rank}.json").read_text())
         failures = [f"{case} on rank {rank}:\n{trace}" for case, trace in report.items() if trace]
         assert not failures, "\n".join(failures)
-        assert len(report) == 10
+        assert len(report) == 11
 
 
 @two_gpus

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from tli_engine.distributed.fully_sharded import is_sharded
-from tli_engine.distributed.narrow_reduce_scatter import NarrowReduceScatter
+from tli_engine.distributed.gradient_sums import GradientSums
 from tli_engine.distributed.world import World
 
 _GIB = 2**30
@@ -68,27 +68,29 @@ def shard_fully(
     """
     from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 
-    arguments = _arguments(options, world)
+    arguments, sums = _arguments(options, world), []
+    # between machines every rank's own share would go to every other, where a ring passes on sums
+    sent = options.dtype if world.one_machine else torch.float32
     for module in (*blocks, model):
         # what is fp32 takes a CPU longer, and twice the way
         _set(module, lambda t: t.to(options.device))
         if module is not model:
             prepare()
         _set(module, Tensor.float)
+        names = [n for n, p in module.named_parameters() if not is_sharded(p)]
         fully_shard(module, **arguments)
         assert isinstance(module, FSDPModule)
         # each rank's loss is a part of the sum, over the labels of all
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-        # between machines every rank's own share would go to every other, where a ring passes on sums
-        if world.one_machine and options.dtype.itemsize < torch.float32.itemsize:
-            module.set_custom_reduce_scatter(NarrowReduceScatter(options.dtype))  # type: ignore[arg-type]
+        sums.append(GradientSums(sent, [module.get_parameter(n) for n in names]))
+        module.set_custom_reduce_scatter(sums[-1])  # type: ignore[arg-type]
     register_fsdp_forward_method(model, forward)
     if options.runs_inside:
         for block in blocks:
             block.run_inside = _run_inside  # type: ignore[assignment]
             register_fsdp_forward_method(block, "run_inside")
-    return GatheredBlocks(model, blocks, options, world, say)
+    return GatheredBlocks(model, blocks, options, world, say, sums)
 
 
 def _arguments(options: Sharding, world: World) -> dict[str, Any]:
@@ -123,8 +125,10 @@ class GatheredBlocks:
         options: Sharding,
         world: World,
         say: Callable[[str], None],
+        sums: Sequence[GradientSums],
     ) -> None:
-        """Arguments as of :func:`shard_fully`, which makes it."""
+        """Arguments as of :func:`shard_fully`, which makes it; what sums each module's gradients."""
+        self._sums = sums
         self._model: Any = model
         self._blocks: list[Any] = list(blocks)
         self._runs_inside, self._world, self._say = options.runs_inside, world, say
@@ -136,6 +140,16 @@ class GatheredBlocks:
         self.stay: bool | None = None
         # the model, its blocks: as they were set
         self._resharded = [True] * (1 + len(blocks))
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether gradients lie in one place, also while there are none."""
+        return any(sums.in_place for sums in self._sums)
+
+    def keep_gradients(self) -> None:
+        """Have gradients of tensors that have none lie where those before them lay, from here on."""
+        for sums in self._sums:
+            sums.in_place = True
 
     @property
     def undecided(self) -> bool:

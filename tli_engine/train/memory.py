@@ -11,10 +11,11 @@ from tli_engine.train.updates import Updates
 def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str:
     """One line: what could not be had, what holds the memory, what to change."""
     # gradients stay where they are for graphs, which have memory of their own
-    graphs = ", train.cuda_graph=false" if updates.keeps_gradients else ""
+    spread = model.spread
+    keeps = updates.keeps_gradients if spread is None else spread.keeps_gradients
+    graphs = ", train.cuda_graph=false" if keeps else ""
     # several GPUs take no other optimizer
-    spread = model.spread is not None
-    smaller = "distributed.offload=true" if spread else _smaller_optimizer(updates)
+    smaller = _smaller_optimizer(updates) if spread is None else "distributed.offload=true"
     ways = [f"sft.activations=recompute{graphs}", *([smaller] if smaller else [])]
     device = model.early.device
     gradients, statistics = updates.nbytes()

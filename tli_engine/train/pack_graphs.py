@@ -5,7 +5,7 @@ to launch a block's kernels than a GPU to run them; see :func:`captures`.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch.distributed import DistError
 
 from tli_engine.config import RunConfig
 from tli_engine.data.packing import TextPack
+from tli_engine.distributed.fully_sharded import own_part
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.errors import TrainingError
 from tli_engine.models.causal import CausalModel
@@ -25,7 +26,7 @@ from tli_engine.train.sft_order import rows_at_once
 # four packs at 4.5e11 (Llama-3-8B's shape, 2,048 tokens) took 746 ms, of which the GPU was busy 461; one at
 # 1.8e12 took 461 ms, busy 450
 _LAUNCH_BOUND = 9e11
-# the same where several GPUs have shares of all weights: graphs keep these' gradients, in fp32, and add to them
+# the same where several GPUs have shares of all weights: graphs keep these' gradients, in fp32
 _LAUNCH_BOUND_OF_SHARES = 4e11
 # shapes beyond which packs are launched one by one
 _MOST_SHAPES = 48
@@ -96,13 +97,21 @@ def why_not_captured(config: RunConfig, model: CausalModel) -> str | None:
 
 
 @dataclass
-class _Prepared:
-    """A shape's buffer, and the graph that runs what lies there."""
+class _Pass:
+    """What runs the pack of a shape."""
 
-    buffer: FilledBuffer
     runs: int = 0
     graph: torch.cuda.CUDAGraph | None = None
     loss: Tensor | None = None
+
+
+@dataclass
+class _Prepared:
+    """A shape's buffer, and the passes over what lies there: that add to gradients, and that write them."""
+
+    buffer: FilledBuffer
+    adds: _Pass = field(default_factory=_Pass)
+    writes: _Pass = field(default_factory=_Pass)
 
 
 def add_gradient(model: CausalModel, pack: TextPack, labels: int) -> Tensor:
@@ -120,6 +129,8 @@ class PackGraphs:
 
     A shape's first pack is launched kernel by kernel, in the stream that records; its second is recorded.
     A graph adds to the gradients that the tensors have when it is recorded: they must stay where they are.
+    Gradients of shares are written by a step's first pack, where there are none, always in the same place:
+    neither are they set to zero before, nor added to. For that ``model.spread`` is to keep gradients.
     What passes between GPUs within a pass is recorded with it, and takes replays on all of them: NCCL's
     operations are captured by all ranks or by none.
     What is launched takes its memory where graphs have theirs: activations are held once, not twice.
@@ -145,12 +156,15 @@ class PackGraphs:
         self._model, self._longest, self._say, self._world = model, longest, say, world
         self._shapes: dict[Shape, _Prepared] = {}
         self._is_full = False
+        self._trained = [*model.trainable().values()]
+        # gradients of shares, where every pass writes them
+        self._written: list[Tensor | None] = []
         self._recorder = GraphRecorder(model.early.device) if record else None
 
     @property
     def captured(self) -> int:
         """Graphs so far."""
-        return sum(prepared.graph is not None for prepared in self._shapes.values())
+        return sum(p.graph is not None for s in self._shapes.values() for p in (s.adds, s.writes))
 
     @property
     def meets(self) -> bool:
@@ -189,15 +203,33 @@ class PackGraphs:
 
     def _run(self, prepared: _Prepared, stay: bool) -> Tensor:
         batch = prepared.buffer.batch
-        prepared.runs += 1
-        if prepared.graph is None:
-            held = stay and all(t.grad is not None for t in self._model.trainable().values())
-            if self._recorder is None or prepared.runs == 1 or not held:
-                return self._launch(lambda: self._compute(batch))
-            prepared.graph, prepared.loss = self._record(self._recorder, batch)
-        assert prepared.loss is not None
-        prepared.graph.replay()
-        return prepared.loss
+        writes = self._model.spread is not None and all(t.grad is None for t in self._trained)
+        run = prepared.writes if writes else prepared.adds
+        run.runs += 1
+        if run.graph is None:
+            held = stay and (writes or all(t.grad is not None for t in self._trained))
+            if self._recorder is None or run.runs == 1 or not held:
+                loss = self._launch(lambda: self._compute(batch))
+                if writes:
+                    self._written = [t.grad for t in self._trained]
+                return loss
+            run.graph, run.loss = self._record(self._recorder, batch)
+            if writes:
+                self._check_place()
+        assert run.loss is not None
+        run.graph.replay()
+        if writes:
+            for tensor, gradient in zip(self._trained, self._written, strict=True):
+                tensor.grad = gradient
+        return run.loss
+
+    def _check_place(self) -> None:
+        """Raise ``RuntimeError`` if a graph does not write gradients where those of other passes are."""
+        for tensor, written in zip(self._trained, self._written, strict=True):
+            if tensor.grad is None or written is None:
+                continue
+            if own_part(tensor.grad).data_ptr() != own_part(written).data_ptr():
+                raise RuntimeError("a graph writes gradients beside those of other passes")
 
     def _launch(self, run: Callable[[], Tensor]) -> Tensor:
         return run() if self._recorder is None else self._recorder.launch(run, in_pool=True)

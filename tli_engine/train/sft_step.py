@@ -130,7 +130,12 @@ class SftStep:
 
     def use_graphs(self, graphs: PackGraphs) -> None:
         """Run packs by ``graphs`` from here on; gradients then stay where they are."""
-        self.graphs, self.updates.keeps_gradients, self.runs_ahead = graphs, True, True
+        self.graphs, self.runs_ahead = graphs, True
+        if self._model.spread is None:
+            self.updates.keeps_gradients = True
+        else:
+            # given up, and written to their place again
+            self._model.spread.keep_gradients()
 
     def run(self, step: int, *, ahead: bool = True) -> SftObserved:
         """Run a step, counted from 0.
