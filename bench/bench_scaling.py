@@ -53,6 +53,8 @@ CASES = {
     "full_8b": Scaling("llama-3-8b", "full", fewest=2, rows=1),
     "qlora_sharded": Scaling("qwen2-72b", "lora", "sharded", fewest=2, rows=2),
 }
+# how a job's steps run, by ``--cuda-graph``, as ``bench train_step`` names it
+PROVIDERS = {"auto": "tli-engine", "true": "tli-engine:graphs", "false": "tli-engine:launches"}
 # what a job that failed said last
 _LINES = 12
 
@@ -92,7 +94,6 @@ def row_of(job: Job, report: Report) -> Row:
         "losses": [round(loss, 5) for loss in report.losses],
         "trained": report.trained,
         "weights": job.weights,
-        "cuda_graph": job.cuda_graph,
         "build_s": round(report.build_s, 1),
         "first_step_s": round(report.first_s, 2),
         "held_mib": report.held_mib,
@@ -100,7 +101,7 @@ def row_of(job: Job, report: Report) -> Row:
     }
     shape = {"gpus": job.gpus, "rows": job.rows, "length": job.length}
     return Row(
-        job.case, shape, job.model, "tli-engine", *quantiles_ms(report.seconds), 1.0,
+        job.case, shape, job.model, PROVIDERS[job.cuda_graph], *quantiles_ms(report.seconds), 1.0,
         peak_mib=report.peak_mib, notes=notes,
     )  # fmt: skip
 
@@ -167,7 +168,7 @@ def arguments(given: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=300, help="seconds a job may take")
     parser.add_argument(
         "--cuda-graph",
-        choices=["auto", "true", "false"],
+        choices=PROVIDERS,
         default="auto",
         help="as train.cuda_graph",
     )

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bench_scaling import CASES as SHARED_OUT
+from bench.bench_scaling import PROVIDERS
 from bench.goals import rows_of
 from bench.plan_cases import CASES as PLANNED
 from bench.plan_cases import PlanCase, plan_config, survey_of
@@ -19,6 +20,7 @@ from tli_engine.train.plan_gpus import plan_for
 
 Row = dict[str, Any]
 _TRAINED = {"lora_early": "blocks 0-2", "lora_all": "all blocks", "full": "all weights"}
+_GRAPHS = {provider: graphs for graphs, provider in PROVIDERS.items()}
 # of the peak, in the median and at worst
 _MEDIAN, _WORST = 0.05, 0.15
 
@@ -61,7 +63,11 @@ def planned_shares(folder: Path) -> Iterator[tuple[Row, Plan]]:
             nf4=case.method == "lora",
             layers="all",
             sft={"context": shape["length"]},
-            train={"batch_size": shape["rows"], "accumulate": shape["gpus"]},
+            train={
+                "batch_size": shape["rows"],
+                "accumulate": shape["gpus"],
+                "cuda_graph": _GRAPHS[row["provider"]],
+            },
         )
         values["distributed"] = {"weights": case.weights}
         run = plan_config(PlanCase(row["case"], row["model"], values))
@@ -112,7 +118,8 @@ def _shared_out(row: Row) -> str:
     trained = _TRAINED["full" if case.method == "full" else "lora_all"]
     shares = ", NF4 in shares" if case.weights == "sharded" else ""
     rows = f"{shape['rows']} x {shape['length']:,} tokens"
-    return f"{trained}{shares}, {rows} | {shape['gpus']}"
+    replayed = {"true": ", from graphs", "false": ", launched"}.get(_GRAPHS[row["provider"]], "")
+    return f"{trained}{shares}, {rows}{replayed} | {shape['gpus']}"
 
 
 def errors_table(folder: Path) -> str:

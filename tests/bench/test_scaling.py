@@ -27,15 +27,22 @@ def test_cases_are_of_as_many_gpus_as_they_take() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [("auto", "auto"), ("true", True), ("false", False)]
+    ("given", "expected", "provider"),
+    [
+        ("auto", "auto", "tli-engine"),
+        ("true", True, "tli-engine:graphs"),
+        ("false", False, "tli-engine:launches"),
+    ],
 )
-def test_whether_steps_are_replayed_is_chosen(given: str, expected: bool | str) -> None:
+def test_whether_steps_are_replayed_is_chosen(
+    given: str, expected: bool | str, provider: str
+) -> None:
     options = ["--model", "tiny", "--cases", "full", "--gpus", "2", "--cuda-graph", given]
     (job,) = chosen_jobs(arguments(options))
     device = torch.device("cpu")
     subject = train_subject("tiny", device, nf4=False, double_quant=False)
     assert config_of(job, subject, device).train.cuda_graph == expected
-    assert row_of(job, REPORT).notes["cuda_graph"] == given
+    assert row_of(job, REPORT).provider == provider
 
 
 def test_efficiency_is_that_of_each_gpu() -> None:
