@@ -53,8 +53,10 @@ CASES = {
     "full_8b": Scaling("llama-3-8b", "full", fewest=2, rows=1),
     "qlora_sharded": Scaling("qwen2-72b", "lora", "sharded", fewest=2, rows=2),
 }
-# how a job's steps run, by ``--cuda-graph``, as ``bench train_step`` names it
+# by ``--cuda-graph``, as ``bench train_step`` names them
 PROVIDERS = {"auto": "tli-engine", "true": "tli-engine:graphs", "false": "tli-engine:launches"}
+# how a provider's steps run, in tables
+HOW = {"tli-engine": "", "tli-engine:graphs": ", from graphs", "tli-engine:launches": ", launched"}
 # what a job that failed said last
 _LINES = 12
 

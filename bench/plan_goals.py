@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.bench_scaling import CASES as SHARED_OUT
-from bench.bench_scaling import PROVIDERS
+from bench.bench_scaling import HOW, PROVIDERS
 from bench.goals import rows_of
 from bench.plan_cases import CASES as PLANNED
 from bench.plan_cases import PlanCase, plan_config, survey_of
@@ -118,8 +118,7 @@ def _shared_out(row: Row) -> str:
     trained = _TRAINED["full" if case.method == "full" else "lora_all"]
     shares = ", NF4 in shares" if case.weights == "sharded" else ""
     rows = f"{shape['rows']} x {shape['length']:,} tokens"
-    replayed = {"true": ", from graphs", "false": ", launched"}.get(_GRAPHS[row["provider"]], "")
-    return f"{trained}{shares}, {rows}{replayed} | {shape['gpus']}"
+    return f"{trained}{shares}, {rows}{HOW[row['provider']]} | {shape['gpus']}"
 
 
 def errors_table(folder: Path) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import goals, plan_goals, training_goals
+from bench.bench_scaling import HOW
 from bench.harness import RESULTS
 
 README = RESULTS.parent.parent / "README.md"
@@ -262,9 +263,8 @@ def scaling_table() -> str:
         tokens = row["shape"]["rows"] * row["shape"]["length"]
         # on two GPUs alone
         alone = row["case"] in ("full_8b", "qlora_sharded")
-        graphs = ", from graphs" if row["provider"] == "tli-engine:graphs" else ""
         lines.append(
-            f"| {row['model']} | {trained[row['case']]}{graphs} | {tokens:,} | {gpus} | "
+            f"| {row['model']} | {trained[row['case']]}{HOW[row['provider']]} | {tokens:,} | {gpus} | "
             f"{notes['tokens_per_s']:,.0f} | {row['ms']:.0f} ms | {'' if alone else format(notes['efficiency'], '.2f')} | "
             f"{row['peak_mib'] / 1024:.1f} GiB |"
         )

@@ -1,6 +1,7 @@
 """What stands for CUDA graphs where there is no GPU."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,11 +24,13 @@ class FakeRecorder:
     Attributes:
         launched: Runs that were launched.
         graphs: That were recorded.
+        shares: Tensors that a capture gives gradients, if they have none: by FSDP2.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.launched = 0
         self.graphs: list[FakeGraph] = []
+        self.shares: list[Tensor] = []
 
     def launch(self, run: Callable[[], Tensor], in_pool: bool) -> Tensor:
         # beside what the graphs hold there would not be room for activations again
@@ -36,5 +39,18 @@ class FakeRecorder:
         return run()
 
     def record(self, run: Callable[[], Tensor]) -> tuple[FakeGraph, Tensor]:
+        if self.shares and all(tensor.grad is None for tensor in self.shares):
+            run()
+            run = partial(self._write, run)
         self.graphs.append(FakeGraph(run, torch.zeros(())))
         return self.graphs[-1], self.graphs[-1].result
+
+    def _write(self, run: Callable[[], Tensor]) -> Tensor:
+        """Compute gradients as if there were none; a replay gives tensors none."""
+        before = [tensor.grad for tensor in self.shares]
+        for tensor in self.shares:
+            tensor.grad = None
+        result = run()
+        for tensor, gradient in zip(self.shares, before, strict=True):
+            tensor.grad = gradient
+        return result

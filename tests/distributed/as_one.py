@@ -46,6 +46,10 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-launched": LORA | {"train": LORA["train"] | LAUNCHED},
     "full-fused-launched": FULL | {"train": FULL["train"] | LAUNCHED},
 }
+# on a GPU: graphs at least
+REPLAYED = {
+    "lora": 1, "nf4": 1, "full-fused": 1, "full-fused-recomputed": 1, "full-fused-accumulated": 2
+}  # fmt: skip
 # Of bf16. On a CPU, over four models, ranks differ from one process by 2.0e-3, 5.4e-3 and 1.1e-2, and
 # one process by as much from one that adds up two halves of a batch. AdamW does not see the scale of
 # gradients: that they are summed, of all ranks, norms and gradients alone tell.
@@ -56,9 +60,10 @@ INITIALIZER_RANGE = 0.05
 
 @dataclass
 class Trained:
-    """Steps of a run, and the gradients of the first one before they are clipped, on the CPU."""
+    """Steps of a run, the gradients of the first one before they are clipped, on the CPU, and graphs."""
 
     steps: list[SftMetrics] = field(default_factory=list)
+    captured: int = 0
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -94,7 +99,14 @@ def train(case: str, folder: Path, device: str, world: World = ALONE) -> Trained
     """Run a case as the command does."""
     job = SftJob.prepare(config_of(case, folder, device, world), world)
     trainer, found = job.make_trainer(folder, print), Trained()
-    trainer.on_step = found.steps.append
+
+    def note(step: SftMetrics) -> None:
+        found.steps.append(step)
+        graphs = trainer.engine.graphs
+        # those of several are given up at the end
+        found.captured = max(found.captured, 0 if graphs is None else graphs.captured)
+
+    trainer.on_step = note
     updates = trainer.engine.updates
     clip = updates.clip
 
@@ -135,6 +147,13 @@ def compare(together: Trained, alone: Trained) -> None:
     assert alone.steps[-1].loss < 0.9 * alone.steps[0].loss
 
 
+def check_replayed(case: str, together: Trained) -> None:
+    """Raise ``AssertionError`` unless steps on GPUs were replayed where they should."""
+    least = REPLAYED.get(case, 0)
+    enough = together.captured >= least if least else together.captured == 0
+    assert enough, f"{together.captured} graphs"
+
+
 def main() -> None:
     device, reports = sys.argv[1], Path(sys.argv[2])
     torch.set_num_threads(1)
@@ -153,6 +172,8 @@ def main() -> None:
             together = train(case, folder, own, world)
             try:
                 compare(together, expected)
+                if device == "cuda":
+                    check_replayed(case, together)
                 found[case] = ""
             except AssertionError:
                 found[case] = traceback.format_exc()

@@ -47,8 +47,8 @@ def check_gradients_are_sums(world: World, folder: Path) -> None:
             torch.testing.assert_close(t.grad, torch.stack(parts).sum(0))
 
 
-def check_gradients_of_16_bits_are_summed_in_fp32(world: World, folder: Path) -> None:
-    """Sent as they are; a sum in their own dtype, or of rounded sums, is another."""
+def check_gradients_of_shares_are_summed_in_fp32(world: World, folder: Path) -> None:
+    """Sent as they are; of 16 bits a sum in their own dtype, or of rounded sums, is another."""
     generator = torch.Generator().manual_seed(world.rank)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         reduce = GradientSums(dtype, ())
@@ -80,12 +80,12 @@ def check_gradients_that_are_added_to_keep_their_place(world: World, folder: Pat
         sums.allocate([8], dtype=torch.float32, device=at)
         return sums.allocate([4], dtype=torch.float32, device=at)
 
-    # held, or the second could be where the first was
-    apart = place(), place()
-    assert apart[0] is not apart[1]
+    assert place() is not place()
+    assert sums.kept_nbytes == 0
     sums.in_place = True
     first = place()
     assert place() is first
+    assert sums.kept_nbytes == 16
     tensor.grad = first
     assert place() is not first
     tensor.grad = None

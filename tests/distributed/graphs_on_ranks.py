@@ -1,8 +1,8 @@
 """Checks of packs that graphs replay, which several processes run together; see ``on_ranks.py``."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,11 @@ from tests.fake_graphs import FakeRecorder
 from tli_engine.distributed.fully_sharded import own_part
 from tli_engine.distributed.world import ALONE, World
 from tli_engine.testing import example_store
-from tli_engine.train import pack_graphs
+from tli_engine.train import memory, pack_graphs
 from tli_engine.train.filled import shape_of
 from tli_engine.train.memory import out_of_memory
 from tli_engine.train.pack_graphs import PackGraphs
+from tli_engine.train.sft_order import batches_of_rank
 from tli_engine.train.sft_step import pack_of
 
 FUSED: dict[str, Any] = {"engine": "fused", "learning_rate": 1e-3, "steps": 5}
@@ -31,6 +32,8 @@ def replaying(folder: Path, world: World, **changes: Any) -> tuple[Tuner, PackGr
     met = ALONE if tuner.model.spread is None else world
     graphs = PackGraphs(tuner.model, 32, lambda line: None, world=met)
     tuner.trainer.engine.use_graphs(graphs)
+    if tuner.model.spread is not None:
+        graphs._recorder.shares = [*tuner.trainer.engine.tensors.values()]  # type: ignore[union-attr]
     return tuner, graphs
 
 
@@ -99,11 +102,14 @@ def check_graphs_add_to_gradients_that_are_summed(world: World, folder: Path) ->
 
 def check_graphs_write_gradients_of_shares(world: World, folder: Path) -> None:
     """A step's first pack writes them, all in one place; its others add to them."""
-    adding = {"method": "full", "train": FUSED | {"batch_size": 1, "accumulate": 2 * world.size}}
+    train = FUSED | {"batch_size": 1, "accumulate": 2 * world.size, "steps": 8}
+    # a row for each text: of four ranks, too, each has two
+    adding = {"method": "full", "sft": {"packing": False}, "train": train}
     expected = Tuner(folder, config_of("sft", **adding)).run()
     with recorder() as made:
         tuner, graphs = replaying(folder, world, **adding)
-        updates, tensors = tuner.trainer.engine.updates, tuner.trainer.engine.tensors.values()
+        engine = tuner.trainer.engine
+        updates, tensors = engine.updates, engine.tensors.values()
         places, replays, clip = [], [], updates.clip
 
         def noting() -> Tensor:
@@ -122,39 +128,49 @@ def check_graphs_write_gradients_of_shares(world: World, folder: Path) -> None:
     # a shape's first pack of either kind is launched
     assert replays[0] == [0, 0]
     assert min(replays[-1]) > 0
-    assert made[0].launched + sum(replays[-1]) == 2 * len(tuner.steps)
+    batches = map(engine._order.batches, range(len(tuner.steps)))
+    packs = sum(len(batches_of_rank(of_step, 1, world)) for of_step in batches)
+    assert made[0].launched + sum(replays[-1]) == packs
     assert all(tensor.grad is None for tensor in tensors)
 
 
-def check_graphs_are_named_where_memory_ends(world: World, folder: Path) -> None:
-    """They keep gradients of shares between steps, too."""
+def check_graphs_hold_memory_of_shares_between_steps(world: World, folder: Path) -> None:
+    """That of gradients, which are given up: it is said where memory ends, and what to do."""
     tuner = Tuner(folder, config_of("sft", **FULL), world)
     engine = tuner.trainer.engine
-    for graphs in (None, PackGraphs(tuner.model, 32, print, record=False, world=world)):
-        if graphs is not None:
-            engine.use_graphs(graphs)
-        line = out_of_memory(tuner.model, engine.updates, RuntimeError("no room"))
-        assert ("train.cuda_graph=false" in line) is (graphs is not None)
+
+    def line() -> str:
+        return out_of_memory(tuner.model, engine.updates, RuntimeError("no room"))
+
+    with pytest.MonkeyPatch.context() as patch:
+        # of so small a model
+        patch.setattr(memory, "_GIB", 1)
+        assert "gradients 0.0 GiB" in line()
+        assert "cuda_graph" not in line()
+        graphs = PackGraphs(tuner.model, 32, print, record=False, world=world)
+        engine.use_graphs(graphs)
+        engine.run(0, ahead=False)
+        shares = sum(own_part(tensor).nbytes for tensor in engine.tensors.values())
+        assert all(tensor.grad is None for tensor in engine.tensors.values())
+        # the last ranks' shares of few rows are shorter: what is sent has the length of the others'
+        assert shares <= int(re.search(r"gradients (\d+)", line())[1]) < 1.1 * shares
+        assert "train.cuda_graph=false" in line()
 
 
 def check_graphs_that_write_beside_the_others_end_the_run(world: World, folder: Path) -> None:
     """As they would if FSDP2 asked for the sums' memory elsewhere."""
     with recorder():
-        tuner, _ = replaying(folder, world, **FULL)
+        tuner, graphs = replaying(folder, world, **FULL)
         engine = tuner.trainer.engine
 
-        def record(self: FakeRecorder, run: Any) -> Any:
-            # as a capture sets gradients
+        def record(run: Any) -> Any:
             for tensor in engine.tensors.values():
                 tensor.grad = torch.zeros_like(tensor)
-            return FakeRecorder.record(self, run)
+            return FakeRecorder(torch.device("cpu")).record(run)
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(
-                engine.graphs._recorder, "record", partial(record, engine.graphs._recorder)
-            )
-            with pytest.raises(RuntimeError, match="beside those of other passes"):
-                tuner.run()
+        graphs._recorder.record = record  # type: ignore[method-assign,union-attr]
+        with pytest.raises(RuntimeError, match="beside those of passes that were launched"):
+            tuner.run()
 
 
 def check_graphs_beside_pairs(world: World, folder: Path) -> None:

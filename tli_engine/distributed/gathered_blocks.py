@@ -141,15 +141,17 @@ class GatheredBlocks:
         # the model, its blocks: as they were set
         self._resharded = [True] * (1 + len(blocks))
 
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients lie in one place, also while there are none."""
-        return any(sums.in_place for sums in self._sums)
-
-    def keep_gradients(self) -> None:
+    def place_gradients(self) -> None:
         """Have gradients of tensors that have none lie where those before them lay, from here on."""
         for sums in self._sums:
             sums.in_place = True
+
+    @property
+    def placed(self) -> int | None:
+        """Bytes of these places, also while there are no gradients; None where gradients have none."""
+        if not any(sums.in_place for sums in self._sums):
+            return None
+        return sum(sums.kept_nbytes for sums in self._sums)
 
     @property
     def undecided(self) -> bool:

@@ -37,6 +37,11 @@ class GradientSums:
         self._place: Tensor | None = None
         self.in_place = False
 
+    @property
+    def kept_nbytes(self) -> int:
+        """Bytes of the place, also while there are no gradients."""
+        return 0 if self._place is None else self._place.nbytes
+
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Memory, by turns, of what is sent and of the sums: in this order FSDP2 asks for it.
 

@@ -86,12 +86,12 @@ class Spread(Protocol):
     def to_come(self) -> int:
         """Bytes of gradients, of optimizer states and of blocks on their way."""
 
-    @property
-    def keeps_gradients(self) -> bool:
-        """Whether gradients lie in one place, also while there are none."""
-
-    def keep_gradients(self) -> None:
+    def place_gradients(self) -> None:
         """Have gradients of tensors that have none lie where those before them lay, from here on."""
+
+    @property
+    def placed(self) -> int | None:
+        """Bytes of these places, also while there are no gradients; None where gradients have none."""
 
     def begin(self) -> None:
         """A pass of the model begins."""

@@ -7,23 +7,27 @@ from tli_engine.models.causal import CausalModel
 from tli_engine.nn import NF4Linear
 from tli_engine.train.updates import Updates
 
+_GIB = 2**30
+
 
 def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str:
     """One line: what could not be had, what holds the memory, what to change."""
-    # gradients stay where they are for graphs, which have memory of their own
     spread = model.spread
-    keeps = updates.keeps_gradients if spread is None else spread.keeps_gradients
-    graphs = ", train.cuda_graph=false" if keeps else ""
+    placed = None if spread is None else spread.placed
+    # gradients stay where they are for graphs, or have a place; graphs have memory of their own, too
+    is_replayed = updates.keeps_gradients or placed is not None
+    graphs = ", train.cuda_graph=false" if is_replayed else ""
     # several GPUs take no other optimizer
     smaller = _smaller_optimizer(updates) if spread is None else "distributed.offload=true"
     ways = [f"sft.activations=recompute{graphs}", *([smaller] if smaller else [])]
     device = model.early.device
     gradients, statistics = updates.nbytes()
+    gradients = max(gradients, placed or 0)
     held = {"weights": _nbytes(model), "gradients": gradients, "optimizer": statistics}
     if device.type == "cuda":
         others = torch.cuda.max_memory_allocated(device) - sum(held.values())
         held["activations and buffers"] = max(0, others)
-    parts = ", ".join(f"{name} {nbytes / 2**30:.1f} GiB" for name, nbytes in held.items())
+    parts = ", ".join(f"{name} {nbytes / _GIB:.1f} GiB" for name, nbytes in held.items())
     wanted = str(error).partition(". GPU")[0].strip()
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "

@@ -4,7 +4,7 @@ A replay launches a whole forward and backward pass at once. It is worth it wher
 to launch a block's kernels than a GPU to run them; see :func:`captures`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -124,13 +124,17 @@ def add_gradient(model: CausalModel, pack: TextPack, labels: int) -> Tensor:
     return part.detach()
 
 
+def _places(gradients: Iterable[Tensor | None]) -> list[int | None]:
+    return [None if grad is None else own_part(grad).data_ptr() for grad in gradients]
+
+
 class PackGraphs:
     """Adds up gradients of packs, each filled up to one of few shapes.
 
     A shape's first pack is launched kernel by kernel, in the stream that records; its second is recorded.
     A graph adds to the gradients that the tensors have when it is recorded: they must stay where they are.
-    Gradients of shares are written by a step's first pack, where there are none, always in the same place:
-    neither are they set to zero before, nor added to. For that ``model.spread`` is to keep gradients.
+    Gradients of shares, which :meth:`Spread.place_gradients` gave a place, are written there by a step's
+    first pack, when there are none, and added to by its others: a shape then has two graphs.
     What passes between GPUs within a pass is recorded with it, and takes replays on all of them: NCCL's
     operations are captured by all ranks or by none.
     What is launched takes its memory where graphs have theirs: activations are held once, not twice.
@@ -214,7 +218,7 @@ class PackGraphs:
                     self._written = [t.grad for t in self._trained]
                 return loss
             run.graph, run.loss = self._record(self._recorder, batch)
-            if writes:
+            if self._model.spread is not None:
                 self._check_place()
         assert run.loss is not None
         run.graph.replay()
@@ -224,12 +228,12 @@ class PackGraphs:
         return run.loss
 
     def _check_place(self) -> None:
-        """Raise ``RuntimeError`` if a graph does not write gradients where those of other passes are."""
-        for tensor, written in zip(self._trained, self._written, strict=True):
-            if tensor.grad is None or written is None:
-                continue
-            if own_part(tensor.grad).data_ptr() != own_part(written).data_ptr():
-                raise RuntimeError("a graph writes gradients beside those of other passes")
+        """Raise ``RuntimeError`` if a graph has gradients elsewhere than the passes that were launched."""
+        places = [
+            _places(gradients) for gradients in ((t.grad for t in self._trained), self._written)
+        ]
+        if places[0] != places[1]:
+            raise RuntimeError("a graph has gradients beside those of passes that were launched")
 
     def _launch(self, run: Callable[[], Tensor]) -> Tensor:
         return run() if self._recorder is None else self._recorder.launch(run, in_pool=True)

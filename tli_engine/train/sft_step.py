@@ -129,13 +129,12 @@ class SftStep:
         self._ahead: _Launched | None = None
 
     def use_graphs(self, graphs: PackGraphs) -> None:
-        """Run packs by ``graphs`` from here on; gradients then stay where they are."""
+        """Run packs by ``graphs`` from here on: gradients stay where they are, or are written there again."""
         self.graphs, self.runs_ahead = graphs, True
         if self._model.spread is None:
             self.updates.keeps_gradients = True
         else:
-            # given up, and written to their place again
-            self._model.spread.keep_gradients()
+            self._model.spread.place_gradients()
 
     def run(self, step: int, *, ahead: bool = True) -> SftObserved:
         """Run a step, counted from 0.
