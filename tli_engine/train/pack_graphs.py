@@ -218,7 +218,7 @@ class PackGraphs:
                     self._written = [t.grad for t in self._trained]
                 return loss
             run.graph, run.loss = self._record(self._recorder, batch)
-            if self._model.spread is not None:
+            if writes:
                 self._check_place()
         assert run.loss is not None
         run.graph.replay()
@@ -228,12 +228,9 @@ class PackGraphs:
         return run.loss
 
     def _check_place(self) -> None:
-        """Raise ``RuntimeError`` if a graph has gradients elsewhere than the passes that were launched."""
-        places = [
-            _places(gradients) for gradients in ((t.grad for t in self._trained), self._written)
-        ]
-        if places[0] != places[1]:
-            raise RuntimeError("a graph has gradients beside those of passes that were launched")
+        """Raise ``RuntimeError`` if a graph writes gradients elsewhere than the passes that were launched."""
+        if _places(t.grad for t in self._trained) != _places(self._written):
+            raise RuntimeError("a graph writes gradients beside those of passes that were launched")
 
     def _launch(self, run: Callable[[], Tensor]) -> Tensor:
         return run() if self._recorder is None else self._recorder.launch(run, in_pool=True)
