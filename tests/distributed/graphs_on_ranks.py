@@ -144,7 +144,7 @@ def check_graphs_hold_memory_of_shares_between_steps(world: World, folder: Path)
 
     with pytest.MonkeyPatch.context() as patch:
         # of so small a model
-        patch.setattr(memory, "_GIB", 1)
+        patch.setattr(memory, "GIB", 1)
         assert "gradients 0.0 GiB" in line()
         assert "cuda_graph" not in line()
         graphs = PackGraphs(tuner.model, 32, print, record=False, world=world)

@@ -5,9 +5,8 @@ import torch
 from tli_engine.distributed.fully_sharded import own_part
 from tli_engine.models.causal import CausalModel
 from tli_engine.nn import NF4Linear
+from tli_engine.train.plan_devices import GIB
 from tli_engine.train.updates import Updates
-
-_GIB = 2**30
 
 
 def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str:
@@ -27,7 +26,7 @@ def out_of_memory(model: CausalModel, updates: Updates, error: Exception) -> str
     if device.type == "cuda":
         others = torch.cuda.max_memory_allocated(device) - sum(held.values())
         held["activations and buffers"] = max(0, others)
-    parts = ", ".join(f"{name} {nbytes / _GIB:.1f} GiB" for name, nbytes in held.items())
+    parts = ", ".join(f"{name} {nbytes / GIB:.1f} GiB" for name, nbytes in held.items())
     wanted = str(error).partition(". GPU")[0].strip()
     return (
         f"out of memory on {device}: {wanted}; held at the peak: {parts}; lower train.batch_size (and "

@@ -250,11 +250,8 @@ def _remedies(made: Outline, step: Step) -> str:
     found += ["sft.activations: recompute"] * (texts and not again)
     found += ["method: lora"] * (run.method == "full")
     found += ["quantize: nf4"] * (run.method == "lora" and not made.nf4)
-    return (
-        f"; {', '.join(found[:-1])} or {found[-1]}"
-        if len(found) > 1
-        else "".join(f"; {f}" for f in found)
-    )
+    listed = " or ".join(filter(None, (", ".join(found[:-1]), *found[-1:])))
+    return f"; {listed}" if listed else ""
 
 
 def recomputation(made: Outline, step: Step) -> list[str]:
